@@ -1,0 +1,115 @@
+//! Who may do what: from the text of a token to what it grants.
+//!
+//! [`authorize`] reads the macaroon, checks its signature and then its caveats. Whether the
+//! granted destinations cover an export is asked later, once the export is known.
+//!
+//! Not here: where in a request the token stands, and which status a denial becomes (`routes`).
+
+pub mod caveats;
+pub mod macaroon;
+
+use std::fmt;
+use std::time::SystemTime;
+
+pub use caveats::{Grant, Request};
+pub use macaroon::{Key, Macaroon};
+
+/// Checks a token against the request it came with.
+///
+/// `now` is what `time < T` caveats are compared with. No I/O, does not block.
+///
+/// # Errors
+/// The first reason found why the token does not cover the request.
+pub fn authorize(
+    token: &str,
+    key: &Key,
+    request: &Request<'_>,
+    now: SystemTime,
+) -> Result<Grant, Denial> {
+    let macaroon = Macaroon::read(token)?;
+    if !macaroon.is_signed_by(key) {
+        return Err(Denial::Forged);
+    }
+    caveats::check(&macaroon, request, now)
+}
+
+/// One of the four caveats without which no token is accepted, or the optional expiry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// `target = NAME`: which service the token is for.
+    Target,
+    /// `method = METHOD`: which HTTP method it allows.
+    Method,
+    /// `path = PATH`: which endpoint it allows.
+    Path,
+    /// `destination = URL`: where it lets data go.
+    Destination,
+}
+
+impl Need {
+    /// The caveat's name as it stands in a token.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Target => "target",
+            Self::Method => "method",
+            Self::Path => "path",
+            Self::Destination => "destination",
+        }
+    }
+}
+
+/// Why a token was refused. Its text is for the caller and never quotes the token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Denial {
+    /// The request carried no token at all.
+    NoToken,
+    /// The token is none of the three macaroon formats.
+    Unreadable,
+    /// The token holds a third-party caveat; this service cannot discharge one.
+    ThirdParty,
+    /// The signature does not match: another secret, or a changed token.
+    Forged,
+    /// A caveat that every token must have is not there.
+    Missing(Need),
+    /// A caveat that is there does not hold for this request.
+    Unmet(Need),
+    /// A `time <` caveat lies in the past, or its time cannot be read.
+    Expired,
+    /// The token holds a caveat that this service does not know, so it cannot hold.
+    Unknown,
+}
+
+impl fmt::Display for Denial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoToken => f.write_str(
+                "no token: send the macaroon in X-Api-Key, as Bearer, or as the user name of Basic auth",
+            ),
+            Self::Unreadable => f.write_str(
+                "the token is not a macaroon (libmacaroons v1, v2 or v2 JSON): check that it was copied whole",
+            ),
+            Self::ThirdParty => f.write_str(
+                "the token has a third-party caveat, which this service refuses: ask for a token without one",
+            ),
+            Self::Forged => f.write_str(
+                "the token's signature does not match: it was changed, or minted with another secret; ask for a new one",
+            ),
+            Self::Missing(need) => write!(
+                f,
+                "the token has no `{0}` caveat: ask for one with target, method, path and destination",
+                need.name()
+            ),
+            Self::Unmet(need) => write!(
+                f,
+                "the token's `{}` caveat does not allow this request: ask for a token that does",
+                need.name()
+            ),
+            Self::Expired => {
+                f.write_str("the token's `time <` caveat does not hold (any more): ask for a new token")
+            }
+            Self::Unknown => f.write_str(
+                "the token has a caveat that this service does not know, so it can never hold",
+            ),
+        }
+    }
+}

@@ -1,0 +1,316 @@
+//! The only reader of arguments and environment: yields one [`Config`] in which everything has
+//! been checked, before the first thread starts.
+//!
+//! Not here: whether the data folder can be used, which only opening it tells.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+use log::LevelFilter;
+
+use crate::auth::Key;
+use crate::exports::store::Place;
+use crate::logging::Format;
+
+/// What the service runs with.
+#[derive(Debug)]
+pub struct Config {
+    /// Where to listen; port 0 lets the system choose.
+    pub address: SocketAddr,
+    /// The name that a token's `target` must be.
+    pub name: String,
+    /// The root key of all tokens.
+    pub key: Key,
+    /// Where exports are kept.
+    pub place: Place,
+    /// Threads that serve requests.
+    pub threads: usize,
+    /// How long results are kept after they are finished.
+    pub retention: Duration,
+    /// The largest request body in bytes.
+    pub max_body: usize,
+    /// How many bytes are kept of a destination's response.
+    pub max_response: usize,
+    /// How log lines look.
+    pub log_format: Format,
+    /// Which log lines are shown.
+    pub log_level: LevelFilter,
+}
+
+/// A setting that cannot work: which one, its value unless that is secret, and what to do.
+#[derive(Debug)]
+pub struct ConfigError(String);
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The command line.
+#[derive(Parser)]
+#[command(
+    name = "export-service",
+    version,
+    about = "The only way data leaves a Databox: checks, queues and delivers exports",
+    args_conflicts_with_subcommands = true
+)]
+pub struct Cli {
+    /// What to do; to serve is the default.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// The settings of `serve`, where no subcommand is given.
+    #[command(flatten)]
+    pub serve: ServeArgs,
+}
+
+/// The subcommands.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Run the service (the default)
+    Serve(Box<ServeArgs>),
+    /// Mint a macaroon that allows exports to one destination, and print it
+    Token(TokenArgs),
+    /// Be a small destination on 127.0.0.1: print what arrives and answer with it
+    Sink(SinkArgs),
+    /// Ask the local service for /status; exit 0 if it is active, else 1
+    Healthcheck(ListenArgs),
+}
+
+/// Where the service listens.
+#[derive(Args)]
+pub struct ListenArgs {
+    /// Port to listen on; 0 lets the system choose one, which the log tells
+    #[arg(long, env = "DATABOX_LOCAL_PORT", default_value_t = 8080)]
+    port: u16,
+    /// Address to listen on
+    #[arg(long, env = "EXPORT_BIND", default_value_t = IpAddr::V4(Ipv4Addr::UNSPECIFIED))]
+    bind: IpAddr,
+}
+
+impl ListenArgs {
+    /// The address to listen on.
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::new(self.bind, self.port)
+    }
+}
+
+/// What tokens are signed with, and for whom.
+#[derive(Args)]
+pub struct SecretArgs {
+    /// This service's name: tokens must have it as their target
+    #[arg(long, env = "DATABOX_LOCAL_NAME", default_value = "export-service")]
+    name: String,
+    /// Secret that macaroons are signed with; the variable keeps it out of the process list
+    #[arg(short, long, env = "EXPORT_SECRET", hide_env_values = true)]
+    secret: Option<String>,
+}
+
+impl SecretArgs {
+    fn key(&self) -> Result<Key, ConfigError> {
+        match self.secret.as_deref() {
+            Some("") => Err(ConfigError(
+                "the macaroon secret is empty: give one with --secret or EXPORT_SECRET".into(),
+            )),
+            Some(secret) => Ok(Key::derive(secret.as_bytes())),
+            None => Err(ConfigError(
+                "there is no macaroon secret: give one with --secret or EXPORT_SECRET (asking a \
+                 Databox's arbiter for it is not there yet)"
+                    .into(),
+            )),
+        }
+    }
+}
+
+/// The settings of `serve`.
+#[derive(Args)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    listen: ListenArgs,
+    #[command(flatten)]
+    secret: SecretArgs,
+    /// Folder that exports are kept in until they are delivered and their results have expired
+    #[arg(long, env = "EXPORT_DATA_DIR", default_value = "./data")]
+    data_dir: PathBuf,
+    /// Keep exports in memory only: all are lost when the service ends
+    #[arg(long, env = "EXPORT_EPHEMERAL")]
+    ephemeral: bool,
+    /// Threads that serve requests, 1 to 256
+    #[arg(long, env = "EXPORT_THREADS", default_value_t = 8)]
+    threads: usize,
+    /// How long a result can be read after it is there, like 90s, 15m, 24h or 7d
+    #[arg(long, env = "EXPORT_RETENTION", default_value = "24h", value_parser = humantime::parse_duration)]
+    retention: Duration,
+    /// Largest request body in bytes
+    #[arg(long, env = "EXPORT_MAX_BODY", default_value_t = 1024 * 1024)]
+    max_body: usize,
+    /// Bytes kept of a destination's response; the rest is cut off
+    #[arg(long, env = "EXPORT_MAX_RESPONSE", default_value_t = 64 * 1024)]
+    max_response: usize,
+    /// How log lines look
+    #[arg(long, env = "EXPORT_LOG_FORMAT", default_value = "text")]
+    log_format: Format,
+    /// Log more: -v for each poll, -vv for each step
+    #[arg(short, long, action = ArgAction::Count)]
+    verbose: u8,
+    /// Log less: -q for what went wrong, -qq for what needs someone to act
+    #[arg(short, long, action = ArgAction::Count, conflicts_with = "verbose")]
+    quiet: u8,
+}
+
+/// The settings of `token`.
+#[derive(Args)]
+pub struct TokenArgs {
+    #[command(flatten)]
+    secret: SecretArgs,
+    /// URL that the token lets data go to
+    #[arg(long)]
+    pub destination: String,
+    /// Path that the token is good for; a trailing * matches any rest
+    #[arg(long, default_value = "/lp/export")]
+    pub path: String,
+    /// HTTP method that the token is good for
+    #[arg(long, default_value = "POST")]
+    pub method: String,
+    /// Identifier of the token's holder; the arbiter of a Databox leaves it empty
+    #[arg(long, default_value = "")]
+    pub id: String,
+    /// How long the token is good for, like 1h; without it, for ever
+    #[arg(long, value_parser = humantime::parse_duration)]
+    pub expires: Option<Duration>,
+}
+
+impl TokenArgs {
+    /// The name and the root key to mint for.
+    ///
+    /// # Errors
+    /// Where there is no secret.
+    pub fn signer(&self) -> Result<(&str, Key), ConfigError> {
+        Ok((&self.secret.name, self.secret.key()?))
+    }
+}
+
+/// The settings of `sink`.
+#[derive(Args)]
+pub struct SinkArgs {
+    /// Port to listen on; 0 lets the system choose one
+    #[arg(long, default_value_t = 9090)]
+    pub port: u16,
+    /// Status to answer with
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u16).range(200..=999))]
+    pub status: u16,
+    /// How long to wait before each answer, like 200ms
+    #[arg(long, default_value = "0s", value_parser = humantime::parse_duration)]
+    pub delay: Duration,
+}
+
+impl ServeArgs {
+    /// Checks everything that can be checked without touching the disk or the network.
+    ///
+    /// # Errors
+    /// The first setting that cannot work.
+    pub fn check(self) -> Result<Config, ConfigError> {
+        within("--threads", self.threads, 1, 256)?;
+        within("--max-body", self.max_body, 1024, 64 * 1024 * 1024)?;
+        within("--max-response", self.max_response, 0, 16 * 1024 * 1024)?;
+        if self.retention.is_zero() {
+            return Err(ConfigError(
+                "--retention is 0, so nobody could ever read a result: give some time, like 1h"
+                    .into(),
+            ));
+        }
+        if self.secret.name.trim().is_empty() {
+            return Err(ConfigError(
+                "--name is empty: give the name that tokens have as target".into(),
+            ));
+        }
+        let level = i16::from(self.verbose) - i16::from(self.quiet);
+        Ok(Config {
+            address: self.listen.address(),
+            key: self.secret.key()?,
+            name: self.secret.name,
+            place: if self.ephemeral {
+                Place::Memory
+            } else {
+                Place::Folder(self.data_dir)
+            },
+            threads: self.threads,
+            retention: self.retention,
+            max_body: self.max_body,
+            max_response: self.max_response,
+            log_format: self.log_format,
+            log_level: match level {
+                ..=-2 => LevelFilter::Error,
+                -1 => LevelFilter::Warn,
+                0 => LevelFilter::Info,
+                1 => LevelFilter::Debug,
+                2.. => LevelFilter::Trace,
+            },
+        })
+    }
+}
+
+fn within(flag: &str, value: usize, least: usize, most: usize) -> Result<(), ConfigError> {
+    if (least..=most).contains(&value) {
+        return Ok(());
+    }
+    Err(ConfigError(format!(
+        "{flag} is {value}: it must be from {least} to {most}"
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn checked(arguments: &[&str]) -> Result<Config, ConfigError> {
+        let arguments = ["export-service", "--secret", "s3cret"]
+            .iter()
+            .chain(arguments);
+        Cli::try_parse_from(arguments).ok().unwrap().serve.check()
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn settings_out_of_range_are_named_with_their_value() {
+        for (arguments, expected) in [
+            (
+                ["--threads", "0"],
+                "--threads is 0: it must be from 1 to 256",
+            ),
+            (
+                ["--max-body", "10"],
+                "--max-body is 10: it must be from 1024 to 67108864",
+            ),
+        ] {
+            assert_eq!(checked(&arguments).err().unwrap().to_string(), expected);
+        }
+        assert!(checked(&["--retention", "0s"]).is_err());
+        assert!(checked(&["--name", ""]).is_err());
+        let empty = Cli::try_parse_from(["export-service", "--secret="]).ok().unwrap();
+        assert!(empty.serve.check().is_err());
+    }
+
+    #[test]
+    fn the_secret_shows_in_no_debug_output() {
+        let config = checked(&[]).unwrap();
+        assert!(!format!("{config:?}").contains("s3cret"));
+    }
+
+    #[test]
+    fn verbosity_moves_the_level_both_ways() {
+        let level = |arguments: &[&str]| checked(arguments).unwrap().log_level;
+        assert_eq!(level(&[]), LevelFilter::Info);
+        assert_eq!(level(&["-vv"]), LevelFilter::Trace);
+        assert_eq!(level(&["-q"]), LevelFilter::Warn);
+        assert_eq!(level(&["-qqq"]), LevelFilter::Error);
+    }
+}

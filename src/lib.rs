@@ -1,0 +1,30 @@
+//! export-service: the only way data leaves a Databox.
+//!
+//! The life of a request, from module to module:
+//!
+//! 1. [`config`] reads arguments and environment once and yields one checked value.
+//! 2. [`server`] takes requests off tiny_http and hands each to a fixed pool of threads.
+//! 3. [`routes`] turns a request into a command, and a result into a response; no I/O.
+//!    It asks [`auth`] what the request's macaroon allows.
+//! 4. [`exports`] carries the command out: it writes submissions to the store, parks long polls,
+//!    and answers when there is something to say.
+//! 5. [`delivery`] is the worker: it POSTs one export after the other to its destination and
+//!    hands each result back to [`exports`].
+//!
+//! The nouns: an *export* is one payload on its way to one *destination*; its *owner* is the
+//! identifier of the *macaroon* it came with; a *caveat* limits what a macaroon is good for; a
+//! *long poll* is *parked* while it waits; an *attempt* is one POST, its *outcome* an answer or a
+//! failure; an export that has its *result* is *finished*, and *settled* once that is stored.
+//!
+//! Beside the way: [`logging`] says what may be shown, [`threads`] makes a panic the end of the
+//! process, [`commands`] holds the small tools for a person at the keyboard.
+
+pub mod auth;
+pub mod commands;
+pub mod config;
+pub mod delivery;
+pub mod exports;
+pub mod logging;
+pub mod routes;
+pub mod server;
+pub mod threads;

@@ -1,0 +1,127 @@
+//! Arguments, the order of start and stop, signals, exit codes.
+
+use std::io::{self, Write};
+use std::net::TcpListener;
+use std::process::{self, ExitCode};
+use std::time::{Duration, SystemTime};
+
+use clap::Parser;
+use crossbeam_channel::{Sender, bounded, unbounded};
+use export_service::config::{Cli, Command, Config};
+use export_service::delivery::attempt::Client;
+use export_service::delivery::worker;
+use export_service::exports::Exports;
+use export_service::exports::store::Writer;
+use export_service::routes::Policy;
+use export_service::server::{Server, Service};
+use export_service::{commands, logging, threads};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+/// How long writing the answers of parked polls may take.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
+/// How long the attempt under way may go on after the signal to stop.
+const LAST_ATTEMPT: Duration = Duration::from_secs(5);
+/// How long the last commit may take; Docker kills after ten seconds in all.
+const LAST_COMMIT: Duration = Duration::from_secs(2);
+
+/// Exit code for settings that cannot work, as clap has it too.
+const EXIT_USAGE: u8 = 2;
+/// What is added to a signal's number for the exit code, as shells do.
+const EXIT_SIGNAL: i32 = 128;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let command = cli
+        .command
+        .unwrap_or_else(|| Command::Serve(Box::new(cli.serve)));
+    let done = match command {
+        Command::Serve(arguments) => match arguments.check() {
+            Ok(config) => serve(config),
+            Err(error) => return fail(&error.to_string(), EXIT_USAGE),
+        },
+        Command::Token(arguments) => match commands::token(&arguments, SystemTime::now()) {
+            Ok(token) => writeln!(io::stdout(), "{token}").map_err(|error| error.to_string()),
+            Err(error) => return fail(&error, EXIT_USAGE),
+        },
+        Command::Sink(arguments) => commands::sink(&arguments)
+            .map_err(|error| format!("cannot be a sink on port {}: {error}", arguments.port)),
+        Command::Healthcheck(arguments) => commands::healthcheck(arguments.address()),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error, 1),
+    }
+}
+
+fn fail(message: &str, code: u8) -> ExitCode {
+    // With nobody to read it, the exit code still says it.
+    let _ = writeln!(io::stderr(), "export-service: {message}");
+    ExitCode::from(code)
+}
+
+/// Starts everything from the disk outwards, so that the first request finds all of it, and on a
+/// signal stops it from the network inwards, so that nothing taken is left unanswered.
+fn serve(config: Config) -> Result<(), String> {
+    logging::start(config.log_format, config.log_level);
+    threads::exit_on_panic();
+    let mut signals = Signals::new([SIGTERM, SIGINT])
+        .map_err(|error| format!("cannot listen for signals: {error}"))?;
+    let listener = TcpListener::bind(config.address).map_err(|error| {
+        format!(
+            "cannot listen on {}: {error}; choose another --port or --bind, or stop what uses it",
+            config.address
+        )
+    })?;
+    let address = listener.local_addr().map_err(|error| error.to_string())?;
+
+    let writer = Writer::open(&config.place).map_err(|error| error.to_string())?;
+    let (queue, queued) = unbounded();
+    let (exports, store) = Exports::open(writer, config.retention, queue)
+        .map_err(|error| format!("cannot read the stored exports: {error}"))?;
+    log::info!(
+        version = env!("CARGO_PKG_VERSION"), name = config.name.as_str(),
+        unfinished = exports.unfinished();
+        "starting"
+    );
+
+    // The store and the worker stop when these are dropped.
+    let (stop_store, store_stopping) = bounded(0);
+    let (stop_worker, worker_stopping) = bounded(0);
+    let store = threads::spawn("store", move || store.run(&store_stopping));
+    let waiting = exports.clone();
+    let waiter = threads::spawn("waiter", move || waiting.answer_parked());
+    let (delivering, client) = (exports.clone(), Client::new(config.max_response));
+    let worker = threads::spawn("worker", move || {
+        worker::run(&queued, &worker_stopping, &delivering, &client);
+    });
+    let service = Service {
+        policy: Policy {
+            name: config.name,
+            key: config.key,
+        },
+        exports: exports.clone(),
+        max_body: config.max_body,
+    };
+    let server = Server::start(listener, service, config.threads)
+        .map_err(|error| format!("cannot serve on {address}: {error}"))?;
+    log::info!(address:% = address; "listening");
+
+    // The iterator ends only when its handle is closed, and there is none.
+    let signal = signals.forever().next().unwrap_or(SIGTERM);
+    log::info!(signal; "stopping");
+    threads::spawn("signals", move || {
+        if let Some(signal) = signals.forever().next() {
+            process::exit(EXIT_SIGNAL + signal);
+        }
+    });
+    server.stop();
+    exports.close();
+    waiter.ends_within(LAST_ANSWERS);
+    drop::<Sender<()>>(stop_worker);
+    worker.ends_within(LAST_ATTEMPT);
+    drop::<Sender<()>>(stop_store);
+    store.ends_within(LAST_COMMIT);
+    log::info!(unfinished = exports.unfinished(); "stopped");
+    Ok(())
+}

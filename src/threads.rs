@@ -1,0 +1,71 @@
+//! Threads of our own, and what a panic in one of them means.
+//!
+//! Not here: threads of libraries. tiny_http's panic when a client resets its connection, which
+//! must not end anything.
+
+use std::panic;
+use std::process;
+use std::thread;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
+
+/// The exit code after a panic: an internal error, as sysexits.h has it.
+pub const EXIT_PANIC: i32 = 70;
+
+/// A thread of ours that was started.
+pub struct Thread {
+    /// Closed when the thread ends; nothing is ever sent.
+    ended: Receiver<()>,
+}
+
+impl Thread {
+    /// Waits for the thread to end, for so long at the most; false where it did not.
+    pub fn ends_within(&self, limit: Duration) -> bool {
+        self.ended.recv_timeout(limit) == Err(RecvTimeoutError::Disconnected)
+    }
+}
+
+/// Starts a thread. Its name marks it as one of ours: see [`exit_on_panic`].
+///
+/// # Panics
+/// Where the system has no thread to give, which ends the process: all of them are started
+/// before the first request, so this is found out at once.
+pub fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Thread {
+    let (running, ended) = bounded(0);
+    let body = move || {
+        run();
+        drop(running);
+    };
+    match thread::Builder::new().name(name.to_owned()).spawn(body) {
+        Ok(_) => Thread { ended },
+        Err(error) => {
+            log::error!(name, reason:% = error; "cannot start a thread");
+            panic!("cannot start a thread");
+        }
+    }
+}
+
+/// From now on a panic in a thread that has a name ends the process with [`EXIT_PANIC`], rather
+/// than leave it without its worker or its store. What was accepted is on disk. Libraries do not
+/// name their threads; their panics are noted at debug level only.
+pub fn exit_on_panic() {
+    panic::set_hook(Box::new(|info| {
+        let at = info
+            .location()
+            .map_or_else(String::new, ToString::to_string);
+        // A message that is a literal is safe to show; one made at run time may quote data.
+        let reason = info
+            .payload()
+            .downcast_ref::<&str>()
+            .copied()
+            .unwrap_or("(not shown)");
+        match thread::current().name() {
+            Some(name) => {
+                log::error!(thread = name, at = at.as_str(), reason; "panic, leaving");
+                process::exit(EXIT_PANIC);
+            }
+            None => log::debug!(at = at.as_str(), reason; "a library's thread panicked"),
+        }
+    }));
+}
