@@ -295,7 +295,9 @@ mod tests {
         }
         assert!(checked(&["--retention", "0s"]).is_err());
         assert!(checked(&["--name", ""]).is_err());
-        let empty = Cli::try_parse_from(["export-service", "--secret="]).ok().unwrap();
+        let empty = Cli::try_parse_from(["export-service", "--secret="])
+            .ok()
+            .unwrap();
         assert!(empty.serve.check().is_err());
     }
 

@@ -9,7 +9,7 @@
 
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use log::kv::{self, Key, Value, VisitSource};
 use log::{LevelFilter, Metadata, Record};
@@ -29,6 +29,11 @@ pub fn start(format: Format, level: LevelFilter) {
     if log::set_boxed_logger(Box::new(Logger { format })).is_ok() {
         log::set_max_level(level);
     }
+}
+
+/// A duration for a log line, in whole milliseconds.
+pub fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 struct Logger {
@@ -113,7 +118,7 @@ impl<'kvs> VisitSource<'kvs> for Object {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::{Duration, UNIX_EPOCH};
+    use std::time::UNIX_EPOCH;
 
     fn written(format: Format) -> String {
         let values = [

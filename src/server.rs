@@ -206,7 +206,13 @@ fn respond(request: tiny_http::Request, response: Response) {
         // Names and values are ours: literals, numbers and lists of methods, all ASCII.
         Header::from_bytes(name, value).expect("headers are ASCII")
     };
-    let headers = response.headers.into_iter().map(header).collect();
+    let named = ("Server", "export-service".to_owned());
+    let headers = response
+        .headers
+        .into_iter()
+        .chain([named])
+        .map(header)
+        .collect();
     let length = response.body.len();
     let body = response.body.as_bytes();
     let response = tiny_http::Response::new(

@@ -165,7 +165,8 @@ impl Macaroon {
 
     fn read_json(bytes: &[u8]) -> Result<Self, Denial> {
         let json: V2Json = serde_json::from_slice(bytes).map_err(|_| Denial::Unreadable)?;
-        if json.v != 2 {
+        // pymacaroons leaves the version out.
+        if json.v.is_some_and(|version| version != 2) {
             return Err(Denial::Unreadable);
         }
         let mut caveats = Vec::with_capacity(json.c.len());
@@ -286,7 +287,7 @@ impl<'a> V2Fields<'a> {
 /// A v2 JSON token; a name that ends in `64` holds URL-safe base64 of bytes that are not text.
 #[derive(Deserialize)]
 struct V2Json {
-    v: u8,
+    v: Option<u8>,
     i: Option<String>,
     i64: Option<String>,
     #[serde(default)]

@@ -13,6 +13,7 @@ use ureq::http::StatusCode;
 
 use super::attempt::{Answer, Client, Failure, Kind, Outcome};
 use crate::exports::{Exports, ExtResponse, FailureReport, Queued};
+use crate::logging::millis;
 
 /// Delivers what comes through `queue`, oldest first, until `stop` is dropped. The attempt under
 /// way then is still finished.
@@ -33,20 +34,20 @@ fn deliver(queued: &Queued, exports: &Exports, client: &Client) {
     let payload = exports.begin(*id);
     let started = Instant::now();
     let outcome = client.post(*id, destination, &payload);
-    let ms = started.elapsed().as_millis();
+    let ms = millis(started.elapsed());
     let sent = payload.len();
     let response = match outcome {
         Outcome::Answered(answer) => {
             log::info!(
                 id:%, destination = destination.origin(), bytes = sent, status = answer.status,
-                response_bytes = answer.body.len(), ms:%; "delivered"
+                response_bytes = answer.body.len(), ms; "delivered"
             );
             answered(answer)
         }
         Outcome::Failed(failure) => {
             log::warn!(
                 id:%, destination = destination.origin(), bytes = sent, kind = failure.kind.name(),
-                reason = failure.message.as_str(), ms:%; "failed"
+                reason = failure.message.as_str(), ms; "failed"
             );
             failed(failure)
         }

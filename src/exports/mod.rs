@@ -23,6 +23,7 @@ use uuid::Uuid;
 
 use crate::auth::Grant;
 use crate::delivery::addresses::Destination;
+use crate::logging::millis;
 pub use states::Reply;
 use states::{Poll, States};
 use store::{Change, Effect, IdempotencyKey, NewExport, Reader, Writer};
@@ -505,7 +506,7 @@ impl StoreThread {
             Effect::Written => {
                 log::info!(
                     id:%, destination = destination.origin(), bytes = payload.len(),
-                    ms:% = received.elapsed().as_millis();
+                    ms = millis(received.elapsed());
                     "accepted"
                 );
                 self.exports.enqueue(id, owner, destination, &self.queue);

@@ -1,0 +1,161 @@
+//! How the service ends: signals, clients that break off, panics.
+
+mod support;
+
+use std::process::{Command, Stdio};
+use std::thread;
+
+use serde_json::json;
+use support::{Destination, Gate, Response, Service, ok, payload, python, token};
+
+fn held() -> (Destination, Gate) {
+    let gate = Gate::default();
+    let passing = gate.clone();
+    let destination = Destination::start(move |_| {
+        passing.pass();
+        ok()
+    });
+    (destination, gate)
+}
+
+#[test]
+fn a_signal_answers_parked_polls_and_lets_the_attempt_under_way_end() {
+    for signal in ["TERM", "INT"] {
+        let (destination, gate) = held();
+        let mut service = Service::start(&[]);
+        let url = &destination.url;
+        let first = service.submit(url, &payload(1));
+        destination.arrival();
+        let second = service.submit(url, &payload(2));
+        let body = json!({"id": first}).to_string();
+        let headers = [("X-Api-Key", token(url))];
+        let headers = headers
+            .each_ref()
+            .map(|(name, value)| (*name, value.as_str()));
+        let poll = service.send("POST", "/lp/export?timeout=60", &headers, body.as_bytes());
+        service.event("poll", |_| true);
+
+        service.signal(signal);
+        assert_eq!(Response::read(poll).json()["state"], "Processing");
+        gate.open();
+        assert_eq!(service.ended().code(), Some(0));
+        service.event("delivered", |line| line["id"] == first.as_str());
+
+        let service = service.kill_and_restart();
+        assert_eq!(service.event("starting", |_| true)["unfinished"], 1);
+        assert_eq!(service.result(url, &first)["status_code"], 200);
+        assert_eq!(service.result(url, &second)["status_code"], 200);
+        assert_eq!(
+            destination.arrivals().len(),
+            1,
+            "the first was not sent twice"
+        );
+    }
+}
+
+#[test]
+fn an_attempt_that_hangs_does_not_hold_up_the_end_and_is_made_again() {
+    let (destination, gate) = held();
+    let mut service = Service::start(&[]);
+    let id = service.submit(&destination.url, &payload(1));
+    destination.arrival();
+    service.signal("TERM");
+    assert_eq!(service.ended().code(), Some(0));
+    gate.open();
+    let service = service.kill_and_restart();
+    assert_eq!(service.result(&destination.url, &id)["status_code"], 200);
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once_and_loses_nothing() {
+    let (destination, gate) = held();
+    let mut service = Service::start(&[]);
+    let id = service.submit(&destination.url, &payload(1));
+    destination.arrival();
+    service.signal("TERM");
+    service.event("stopping", |_| true);
+    // The attempt hangs, so the service is still there for the second one; it may take a moment
+    // to listen for it.
+    while service_is_running(&service) {
+        service.signal("INT");
+        thread::yield_now();
+    }
+    assert_eq!(service.ended().code(), Some(130));
+    gate.open();
+    let service = service.kill_and_restart();
+    assert_eq!(service.result(&destination.url, &id)["status_code"], 200);
+}
+
+/// Whether the process is there and not a zombie.
+fn service_is_running(service: &Service) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", service.pid())).unwrap();
+    !status.lines().any(|line| line.starts_with("State:\tZ"))
+}
+
+#[test]
+fn clients_that_reset_their_connection_end_nothing() {
+    let service = Service::start(&[]);
+    let script = "
+import socket, struct, sys
+for number in range(400):
+    client = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+    client.sendall([b'GET /status HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n', b'GET /sta', b''][number % 3])
+    client.close()
+";
+    let address = service.address;
+    let status = python()
+        .args([
+            "-c",
+            script,
+            &address.ip().to_string(),
+            &address.port().to_string(),
+        ])
+        .status()
+        .unwrap();
+    assert!(status.success());
+    assert_eq!(service.request("GET", "/status", &[], b"").body, "active");
+}
+
+/// Not a test of its own: the one below runs it in a process that it may end.
+#[test]
+#[ignore = "panics on purpose, in a process of its own"]
+fn panics_in_two_threads() {
+    export_service::logging::start(
+        export_service::logging::Format::Text,
+        log::LevelFilter::Trace,
+    );
+    export_service::threads::exit_on_panic();
+    // A library's thread has no name, and its panic ends only itself.
+    let _ = thread::spawn(|| panic!("in a library")).join();
+    let quoted = "MARK-payload";
+    export_service::threads::spawn("worker", move || panic!("over {quoted}"))
+        .ends_within(support::PATIENCE);
+    unreachable!("a panic in a thread of ours ends the process");
+}
+
+#[test]
+fn a_panic_in_a_thread_of_ours_ends_the_process_and_quotes_nothing() {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--ignored",
+            "--exact",
+            "panics_in_two_threads",
+            "--nocapture",
+        ])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let log = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(
+        output.status.code(),
+        Some(export_service::threads::EXIT_PANIC),
+        "{log}"
+    );
+    assert!(
+        log.contains("a library's thread panicked") && log.contains("in a library"),
+        "{log}"
+    );
+    assert!(log.contains("panic, leaving thread=worker"), "{log}");
+    assert!(!log.contains("MARK-payload"), "{log}");
+}

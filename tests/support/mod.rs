@@ -1,0 +1,509 @@
+//! What the tests share: the real program on a port of its own, a scripted destination, and a
+//! plain HTTP client.
+//!
+//! Each service logs at `-vv`, and every log is searched for tokens, secrets and payloads when
+//! its service ends: see [`Service`].
+
+// Each test file uses its own part of this.
+#![allow(dead_code)]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use export_service::auth::{Key, Macaroon};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// The macaroon secret of every service here; it must not be in any log.
+pub const SECRET: &str = "MARK-secret";
+/// Part of every payload here; it must not be in any log.
+pub const MARK: &str = "MARK-payload";
+/// How every v1 token begins; it must not be in any log either.
+const TOKEN: &str = "MDAwZWxvY2F0aW9u";
+
+/// Long enough for anything that is going to happen on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The program under test; another build of it can be named, like the static one.
+pub fn program() -> PathBuf {
+    std::env::var_os("EXPORT_SERVICE_BIN").map_or_else(
+        || env!("CARGO_BIN_EXE_export-service").into(),
+        PathBuf::from,
+    )
+}
+
+/// The program with an environment in which nothing of the tester's own is set.
+pub fn command() -> Command {
+    let mut command = Command::new(program());
+    command.env_clear().stdin(Stdio::null());
+    command
+}
+
+/// The Python that `scripts/test` sets up with the real peers' packages.
+pub fn python() -> Command {
+    let python = root().join("target/venv/bin/python");
+    assert!(
+        python.exists(),
+        "{} is missing: scripts/test sets it up",
+        python.display()
+    );
+    Command::new(python)
+}
+
+/// The project's folder.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// A running service, killed with -9 when it is dropped.
+pub struct Service {
+    pub address: SocketAddr,
+    child: Child,
+    log: Arc<Log>,
+    arguments: Vec<String>,
+    folder: Arc<TempDir>,
+}
+
+#[derive(Default)]
+struct Log {
+    lines: Mutex<(Vec<String>, bool)>,
+    changed: Condvar,
+}
+
+impl Service {
+    /// A service with these arguments beside the usual, in a data folder of its own.
+    pub fn start(arguments: &[&str]) -> Self {
+        Self::start_in(Arc::new(tempfile::tempdir().unwrap()), arguments)
+    }
+
+    fn start_in(folder: Arc<TempDir>, arguments: &[&str]) -> Self {
+        let mut child = command()
+            .args([
+                "serve",
+                "--port",
+                "0",
+                "--bind",
+                "127.0.0.1",
+                "--log-format",
+                "json",
+                "-vv",
+            ])
+            .arg("--data-dir")
+            .arg(folder.path().join("data"))
+            .args(arguments)
+            .env("EXPORT_SECRET", SECRET)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let log = Arc::new(Log::default());
+        let (stderr, written) = (child.stderr.take().unwrap(), log.clone());
+        thread::spawn(move || {
+            for line in BufReader::new(stderr).lines() {
+                written.lines.lock().unwrap().0.push(line.unwrap());
+                written.changed.notify_all();
+            }
+            written.lines.lock().unwrap().1 = true;
+            written.changed.notify_all();
+        });
+        let mut service = Self {
+            address: SocketAddr::from(([0; 4], 0)),
+            child,
+            log,
+            arguments: arguments
+                .iter()
+                .map(|&argument| argument.to_owned())
+                .collect(),
+            folder,
+        };
+        let listening = service.event("listening", |_| true);
+        service.address = listening["address"].as_str().unwrap().parse().unwrap();
+        service
+    }
+
+    /// Waits for a log line with this event for which `wanted` holds.
+    pub fn event(&self, event: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        let mut lines = self.log.lines.lock().unwrap();
+        let mut seen = 0;
+        loop {
+            for line in &lines.0[seen..] {
+                let Ok(json) = serde_json::from_str::<Value>(line) else {
+                    continue;
+                };
+                if json["event"] == event && wanted(&json) {
+                    return json;
+                }
+            }
+            seen = lines.0.len();
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(
+                !lines.1 && !left.is_zero(),
+                "no {event:?} in {:#?}",
+                lines.0
+            );
+            lines = self.log.changed.wait_timeout(lines, left).unwrap().0;
+        }
+    }
+
+    /// All log lines so far; all there will ever be, once the service has ended.
+    pub fn log(&self) -> Vec<String> {
+        self.log.lines.lock().unwrap().0.clone()
+    }
+
+    pub fn folder(&self) -> PathBuf {
+        self.folder.path().join("data")
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// A number of `/proc/PID/status`, like `Threads` or `VmRSS` (in kB).
+    pub fn figure(&self, name: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status
+            .lines()
+            .find(|line| line.starts_with(&format!("{name}:")))
+            .unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
+    /// Sends a signal by its name, like `TERM`.
+    pub fn signal(&self, name: &str) {
+        let pid = self.pid().to_string();
+        let sent = Command::new("kill")
+            .args([&format!("-{name}"), &pid])
+            .status()
+            .unwrap();
+        assert!(sent.success());
+    }
+
+    /// Waits for the process to end by itself.
+    pub fn ended(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                let mut lines = self.log.lines.lock().unwrap();
+                while !lines.1 {
+                    lines = self.log.changed.wait(lines).unwrap();
+                }
+                return status;
+            }
+            assert!(Instant::now() < deadline, "still running");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Ends the process at once, as a power cut would, and starts it again on the same folder.
+    pub fn kill_and_restart(self) -> Self {
+        let arguments = self.arguments.clone();
+        self.kill_and_restart_with(&arguments.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    /// The same, with other arguments.
+    pub fn kill_and_restart_with(self, arguments: &[&str]) -> Self {
+        let folder = self.folder.clone();
+        drop(self);
+        Self::start_in(folder, arguments)
+    }
+
+    /// POSTs JSON with this token to a path.
+    pub fn post(&self, path: &str, token: &str, body: &Value) -> Response {
+        self.request(
+            "POST",
+            path,
+            &[("X-Api-Key", token)],
+            body.to_string().as_bytes(),
+        )
+    }
+
+    /// Makes any request.
+    pub fn request(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> Response {
+        Response::read(self.send(method, path, headers, body))
+    }
+
+    /// Sends any request and leaves the answer for later.
+    pub fn send(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> TcpStream {
+        let mut stream = TcpStream::connect(self.address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut head = format!("{method} {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n");
+        for (name, value) in headers {
+            head += &format!("{name}: {value}\r\n");
+        }
+        head += &format!("Content-Length: {}\r\n\r\n", body.len());
+        stream.write_all(&[head.as_bytes(), body].concat()).unwrap();
+        stream
+    }
+
+    /// Submits a payload and returns the export's id.
+    pub fn submit(&self, url: &str, data: &Value) -> String {
+        let body = serde_json::json!({ "uri": url, "data": data });
+        let response = self.post("/export", &token(url), &body);
+        assert_eq!(response.status, 200, "{}", response.body);
+        response.json()["id"].as_str().unwrap().to_owned()
+    }
+
+    /// Long-polls until the export is finished and returns its `ext_response`.
+    pub fn result(&self, url: &str, id: &str) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let body = serde_json::json!({ "id": id });
+            let response = self.post("/lp/export?timeout=10", &token(url), &body);
+            assert_eq!(response.status, 200, "{}", response.body);
+            let json = response.json();
+            if json["state"] == "Finished" {
+                return json["ext_response"].clone();
+            }
+            assert!(Instant::now() < deadline, "still {}", response.body);
+        }
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if thread::panicking() {
+            eprintln!("{}", self.log().join("\n"));
+            return;
+        }
+        for line in self.log() {
+            for secret in [SECRET, MARK, TOKEN, "X-Api-Key: "] {
+                assert!(!line.contains(secret), "the log holds {secret:?}: {line}");
+            }
+        }
+    }
+}
+
+/// A token for one destination, in the shape of the arbiter's, good for both endpoints.
+pub fn token(destination: &str) -> String {
+    token_of("", destination)
+}
+
+/// The same with an identifier.
+pub fn token_of(owner: &str, destination: &str) -> String {
+    let caveats = [
+        "path = *".to_owned(),
+        "method = POST".to_owned(),
+        "target = export-service".to_owned(),
+        format!("destination = {destination}"),
+    ];
+    Macaroon::mint(&Key::derive(SECRET.as_bytes()), owner, caveats)
+        .to_v1()
+        .unwrap()
+}
+
+/// A payload that no log may hold.
+pub fn payload(number: usize) -> Value {
+    serde_json::json!({ "text": MARK, "number": number })
+}
+
+/// An HTTP response.
+#[derive(Debug)]
+pub struct Response {
+    pub status: u16,
+    pub headers: Vec<(String, String)>,
+    pub body: String,
+}
+
+impl Response {
+    /// Reads a response up to the end of the connection.
+    pub fn read(mut stream: TcpStream) -> Self {
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).unwrap();
+        let text = String::from_utf8(bytes).unwrap();
+        let (head, body) = text
+            .split_once("\r\n\r\n")
+            .unwrap_or_else(|| panic!("no HTTP: {text:?}"));
+        let mut lines = head.lines();
+        let status = lines
+            .next()
+            .unwrap()
+            .split(' ')
+            .nth(1)
+            .unwrap()
+            .parse()
+            .unwrap();
+        let headers = lines
+            .map(|line| line.split_once(": ").unwrap())
+            .map(|(name, value)| (name.to_ascii_lowercase(), value.to_owned()))
+            .collect();
+        Self {
+            status,
+            headers,
+            body: body.to_owned(),
+        }
+    }
+
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap()
+    }
+
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers
+            .iter()
+            .find(|(key, _)| key == name)
+            .map(|(_, value)| value.as_str())
+    }
+
+    /// The word for an error.
+    pub fn code(&self) -> String {
+        self.json()["error"]["code"].as_str().unwrap().to_owned()
+    }
+}
+
+/// What arrived at a destination.
+#[derive(Clone, Debug)]
+pub struct Arrival {
+    pub head: String,
+    pub body: Vec<u8>,
+}
+
+impl Arrival {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let mut lines = self.head.lines().filter_map(|line| line.split_once(": "));
+        lines
+            .find(|(key, _)| key.eq_ignore_ascii_case(name))
+            .map(|(_, value)| value)
+    }
+
+    pub fn text(&self) -> &str {
+        str::from_utf8(&self.body).unwrap()
+    }
+}
+
+/// How a destination reacts to a request.
+pub enum Reaction {
+    /// Answers with this status and body.
+    Answer(u16, Vec<u8>),
+    /// Writes these bytes and closes the connection.
+    Raw(Vec<u8>),
+}
+
+/// Answers 200 with `ok`.
+pub fn ok() -> Reaction {
+    Reaction::Answer(200, b"ok".to_vec())
+}
+
+/// A destination on a real socket, which does what its script says.
+pub struct Destination {
+    pub url: String,
+    arrivals: Mutex<Receiver<Arrival>>,
+}
+
+impl Destination {
+    /// A destination whose every request is answered by `script`, which may block.
+    pub fn start(script: impl Fn(&Arrival) -> Reaction + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/in", listener.local_addr().unwrap());
+        let (sender, arrivals) = channel();
+        let script = Arc::new(script);
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (sender, script) = (sender.clone(), script.clone());
+                thread::spawn(move || Self::serve(&stream.unwrap(), &sender, &*script));
+            }
+        });
+        Self {
+            url,
+            arrivals: Mutex::new(arrivals),
+        }
+    }
+
+    fn serve(
+        stream: &TcpStream,
+        arrivals: &Sender<Arrival>,
+        script: &dyn Fn(&Arrival) -> Reaction,
+    ) {
+        let mut reader = BufReader::new(stream);
+        let mut writer = stream;
+        loop {
+            let mut head = String::new();
+            while !head.ends_with("\r\n\r\n") {
+                if reader.read_line(&mut head).unwrap_or(0) == 0 {
+                    return;
+                }
+            }
+            let mut arrival = Arrival {
+                head,
+                body: Vec::new(),
+            };
+            let length = arrival
+                .header("content-length")
+                .map_or(0, |text| text.parse().unwrap());
+            arrival.body.resize(length, 0);
+            if reader.read_exact(&mut arrival.body).is_err() {
+                return;
+            }
+            // Seen before it is answered: a test that knows the answer knows of the arrival.
+            let _ = arrivals.send(arrival.clone());
+            let written = match script(&arrival) {
+                Reaction::Answer(status, body) => {
+                    let head = format!(
+                        "HTTP/1.1 {status} Whatever\r\nContent-Length: {}\r\n\r\n",
+                        body.len()
+                    );
+                    writer.write_all(&[head.as_bytes(), &body].concat())
+                }
+                Reaction::Raw(bytes) => {
+                    let _ = writer.write_all(&bytes);
+                    return;
+                }
+            };
+            if written.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Waits for the next request to arrive.
+    pub fn arrival(&self) -> Arrival {
+        self.arrivals
+            .lock()
+            .unwrap()
+            .recv_timeout(PATIENCE)
+            .unwrap()
+    }
+
+    /// What has arrived and was not asked for yet.
+    pub fn arrivals(&self) -> Vec<Arrival> {
+        self.arrivals.lock().unwrap().try_iter().collect()
+    }
+}
+
+/// Holds scripts up until it is opened.
+#[derive(Clone, Default)]
+pub struct Gate(Arc<(Mutex<bool>, Condvar)>);
+
+impl Gate {
+    pub fn open(&self) {
+        *self.0.0.lock().unwrap() = true;
+        self.0.1.notify_all();
+    }
+
+    /// Blocks until the gate is open.
+    pub fn pass(&self) {
+        let mut open = self.0.0.lock().unwrap();
+        while !*open {
+            open = self.0.1.wait(open).unwrap();
+        }
+    }
+}
