@@ -447,8 +447,9 @@ fn json(status: u16, body: &impl Serialize) -> Response {
     Response {
         status,
         headers: vec![("Content-Type", "application/json".into())],
-        // Structs of strings and of JSON that was read already: nothing here can fail.
-        body: serde_json::to_string(body).expect("a response serialises"),
+        // Structs of strings and of JSON that was read already: nothing here can fail. The
+        // newline keeps a shell's prompt and a script's lines apart from the answer.
+        body: serde_json::to_string(body).expect("a response serialises") + "\n",
     }
 }
 

@@ -1,0 +1,27 @@
+# Builds a static binary and puts nothing else into the image.
+#   docker build -t export-service .
+ARG RUST_IMAGE=rust:1.95-alpine
+
+FROM ${RUST_IMAGE} AS build
+WORKDIR /build
+ENV RUSTFLAGS="-C target-feature=+crt-static"
+# The dependencies in a layer of their own, built with an empty program: they take the longest
+# and change the least.
+COPY Cargo.toml Cargo.lock ./
+RUN mkdir src && echo 'fn main() {}' > src/main.rs && touch src/lib.rs \
+    && cargo build --release --locked \
+    && rm -r src
+COPY src src
+# Newer than the empty program, whatever times the copy has kept.
+RUN touch src/main.rs src/lib.rs && cargo build --release --locked && mkdir /data
+
+FROM scratch
+LABEL databox.type="export-service"
+COPY --from=build /build/target/release/export-service /export-service
+# Writable without a volume: a Databox mounts none.
+COPY --from=build --chown=10001:10001 /data /data
+ENV EXPORT_DATA_DIR=/data
+USER 10001:10001
+EXPOSE 8080
+HEALTHCHECK --interval=30s --timeout=5s --start-period=5s CMD ["/export-service", "healthcheck"]
+ENTRYPOINT ["/export-service"]

@@ -1,0 +1,42 @@
+//! Whole requests with a genuine token: target, headers and body, with a NUL between each. A
+//! payload that is accepted is part of what was sent, or what a string in it stands for.
+#![no_main]
+
+use std::time::SystemTime;
+
+use export_service::auth::{Key, Macaroon};
+use export_service::routes::{Command, Policy, Request, command, refusal};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    let mut parts = bytes.splitn(4, |&byte| byte == 0);
+    // Header values and targets are text by the time they get here.
+    let mut text = || str::from_utf8(parts.next().unwrap_or_default()).unwrap_or_default();
+    let (target, authorization, idempotency_key) = (text(), text(), text());
+    let body = parts.next().unwrap_or_default();
+    let policy = Policy { name: "export-service".into(), key: Key::derive(b"key") };
+    let caveats = ["target = export-service", "method = POST", "path = *", "destination = http://a/"];
+    let token = Macaroon::mint(&policy.key, "", caveats.map(str::to_owned)).to_v1();
+    let request = Request {
+        method: "POST",
+        target: if target.is_empty() { "/lp/export?timeout=1" } else { target },
+        api_key: token.as_deref().filter(|_| authorization.is_empty()),
+        authorization: Some(authorization),
+        idempotency_key: Some(idempotency_key).filter(|key| !key.is_empty()),
+        body,
+    };
+    match command(&request, &policy, SystemTime::UNIX_EPOCH) {
+        Ok(Command::Submit(submission, wait)) => {
+            assert_eq!(submission.destination.as_str(), "http://a/");
+            assert!(wait.as_secs() <= 60);
+            let sent = submission.payload;
+            let quoted = body.contains(&b'\\') || body.windows(sent.len()).any(|part| part == sent);
+            assert!(quoted, "the payload was changed");
+        }
+        Ok(_) => {}
+        Err(refused) => {
+            let response = refusal(&refused);
+            assert!((400..500).contains(&response.status), "{response:?}");
+        }
+    }
+});

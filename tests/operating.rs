@@ -1,0 +1,351 @@
+//! Running the service: settings, messages, logs, the small tools and the scripts.
+
+mod support;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Instant;
+
+use clap::CommandFactory;
+use export_service::config::Cli;
+use support::{Destination, Reaction, SECRET, Service, command, ok, payload, root, token};
+
+fn run(arguments: &[&str], environment: &[(&str, &str)]) -> (Option<i32>, String) {
+    let output = command()
+        .args(arguments)
+        .envs(environment.iter().copied())
+        .output()
+        .unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8(text).unwrap())
+}
+
+#[test]
+fn without_a_secret_it_says_where_to_give_one_and_that_the_arbiter_is_not_there_yet() {
+    for environment in [vec![], vec![("EXPORT_SECRET", "")]] {
+        let (code, message) = run(&["--ephemeral"], &environment);
+        assert_eq!(code, Some(2));
+        for word in ["--secret", "EXPORT_SECRET"] {
+            assert!(message.contains(word), "{message}");
+        }
+        assert_eq!(message.contains("arbiter"), environment.is_empty());
+    }
+}
+
+#[test]
+fn settings_that_cannot_work_are_refused_before_anything_starts() {
+    for (arguments, environment, words) in [
+        (
+            vec!["--threads", "0"],
+            vec![],
+            ["--threads is 0", "1 to 256"],
+        ),
+        (
+            vec![],
+            vec![("EXPORT_RETENTION", "soon")],
+            ["soon", "--retention"],
+        ),
+        (
+            vec!["--retention", "0s"],
+            vec![],
+            ["--retention is 0", "1h"],
+        ),
+        (vec!["--port", "70000"], vec![], ["70000", "--port"]),
+        (
+            vec![],
+            vec![("DATABOX_LOCAL_PORT", "http")],
+            ["http", "--port"],
+        ),
+        (vec!["--no-such-flag"], vec![], ["--no-such-flag", "--help"]),
+    ] {
+        let secret = ("EXPORT_SECRET", SECRET);
+        let (code, message) = run(&arguments, &[&environment[..], &[secret]].concat());
+        assert_eq!(code, Some(2), "{message}");
+        for word in words {
+            assert!(message.contains(word), "{message}");
+        }
+        assert!(!message.contains(SECRET));
+    }
+}
+
+#[test]
+fn a_port_that_is_taken_is_named_with_what_to_do() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let arguments = ["--ephemeral", "--bind", "127.0.0.1", "--port", &port];
+    let (code, message) = run(&arguments, &[("EXPORT_SECRET", SECRET)]);
+    assert_eq!(code, Some(1));
+    assert!(
+        message.contains(&port) && message.contains("choose another --port"),
+        "{message}"
+    );
+}
+
+#[test]
+fn the_help_names_every_subcommand_and_never_the_secret() {
+    for arguments in [
+        vec!["--help"],
+        vec!["serve", "--help"],
+        vec!["token", "--help"],
+    ] {
+        let (code, help) = run(&arguments, &[("EXPORT_SECRET", SECRET)]);
+        assert_eq!(code, Some(0));
+        assert!(
+            help.contains("EXPORT_SECRET") && !help.contains(SECRET),
+            "{help}"
+        );
+    }
+    let (_, help) = run(&["--help"], &[]);
+    for name in ["serve", "token", "sink", "healthcheck"] {
+        assert!(help.contains(name));
+    }
+}
+
+#[test]
+fn readme_has_every_setting_with_its_variable_and_default() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let mut command = Cli::command();
+    command.build();
+    let serve = command.find_subcommand("serve").unwrap();
+    let rows: Vec<_> = serve
+        .get_arguments()
+        .filter_map(|argument| {
+            let long = argument.get_long().filter(|long| *long != "help")?;
+            let flag = argument.get_short().map_or_else(
+                || format!("`--{long}`"),
+                |short| format!("`-{short}`, `--{long}`"),
+            );
+            let variable = argument
+                .get_env()
+                .map_or_else(String::new, |name| format!("`{}`", name.to_string_lossy()));
+            let defaults = argument.get_default_values();
+            let default = match defaults
+                .first()
+                .filter(|_| argument.get_action().takes_values())
+            {
+                Some(value) => format!("`{}`", value.to_string_lossy()),
+                None => String::new(),
+            };
+            let help = argument.get_help().unwrap();
+            Some(format!("| {flag} | {variable} | {default} | {help} |"))
+        })
+        .collect();
+    assert!(rows.len() > 10);
+    let missing: Vec<_> = rows
+        .iter()
+        .filter(|row| !readme.contains(row.as_str()))
+        .collect();
+    assert!(
+        missing.is_empty(),
+        "README lacks or misstates {missing:#?}\nall: {}",
+        rows.join("\n")
+    );
+}
+
+#[test]
+fn the_health_check_tells_a_running_service_from_none() {
+    let service = Service::start(&[]);
+    let port = service.address.port().to_string();
+    assert_eq!(
+        run(&["healthcheck", "--port", &port], &[]),
+        (Some(0), String::new())
+    );
+    assert_eq!(
+        run(&["healthcheck"], &[("DATABOX_LOCAL_PORT", &port)]).0,
+        Some(0)
+    );
+    drop(service);
+    let (code, message) = run(&["healthcheck", "--port", &port], &[]);
+    assert_eq!(code, Some(1));
+    assert!(
+        message.contains(&format!("http://127.0.0.1:{port}/status")),
+        "{message}"
+    );
+}
+
+#[test]
+fn the_first_200_comes_soon_after_the_start() {
+    let started = Instant::now();
+    let service = Service::start(&[]);
+    assert_eq!(service.request("GET", "/status", &[], b"").status, 200);
+    eprintln!(
+        "start to first 200: {:?}; idle: {} threads, {} kB resident",
+        started.elapsed(),
+        service.figure("Threads"),
+        service.figure("VmRSS"),
+    );
+}
+
+#[test]
+fn each_request_and_delivery_has_one_log_line_with_its_figures() {
+    let destination = Destination::start(|_| Reaction::Answer(404, b"no".to_vec()));
+    let service = Service::start(&[]);
+    let url = format!("{}?key=MARK-payload", destination.url);
+    let id = service.submit(&url, &payload(1));
+    service.result(&url, &id);
+    let accepted = service.event("accepted", |line| line["id"] == id.as_str());
+    let origin = destination.url.strip_suffix("/in").unwrap();
+    assert_eq!(
+        accepted["destination"], origin,
+        "the path and the query may be secrets"
+    );
+    assert_eq!(accepted["bytes"], payload(1).to_string().len());
+    assert!(accepted["ms"].is_u64());
+    let delivered = service.event("delivered", |line| line["id"] == id.as_str());
+    assert_eq!(
+        (&delivered["status"], &delivered["response_bytes"]),
+        (&404.into(), &2.into())
+    );
+
+    let body = serde_json::json!({"uri": "https://a.example/", "data": payload(1)}).to_string();
+    service.request(
+        "POST",
+        "/export?x=MARK-payload",
+        &[("X-Api-Key", "MARK-payload")],
+        body.as_bytes(),
+    );
+    let refused = service.event("refused", |_| true);
+    assert_eq!(
+        (&refused["status"], &refused["path"]),
+        (&401.into(), &"/export".into())
+    );
+    assert!(
+        refused["client"]
+            .as_str()
+            .unwrap()
+            .starts_with("127.0.0.1:")
+    );
+}
+
+/// A sink of the program's own, ended when it is dropped.
+struct Sink {
+    child: Child,
+    url: String,
+    lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
+}
+
+impl Sink {
+    fn start(arguments: &[&str]) -> Self {
+        let mut child = command()
+            .args(["sink", "--port", "0"])
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let line = lines.next().unwrap().unwrap();
+        let url = line.strip_prefix("listening on ").unwrap().to_owned();
+        Self { child, url, lines }
+    }
+}
+
+impl Drop for Sink {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_sink_prints_what_arrives_and_answers_with_it() {
+    let mut sink = Sink::start(&["--status", "202", "--delay", "10ms"]);
+    let service = Service::start(&[]);
+    let id = service.submit(&sink.url, &payload(1));
+    let result = service.result(&sink.url, &id);
+    assert_eq!(result["status"], "202 Accepted");
+    assert_eq!(result["body"], payload(1).to_string());
+    let line = sink.lines.next().unwrap().unwrap();
+    assert_eq!(line, format!("POST / webhook-id={id} {}", payload(1)));
+}
+
+/// Runs `scripts/export` against a service.
+fn export(service: &Service, token: &str, url: &str, data: &[u8]) -> Output {
+    let folder = tempfile::tempdir().unwrap();
+    let token_file = folder.path().join("token");
+    fs::write(&token_file, format!("{token}\n")).unwrap();
+    let mut child = Command::new(root().join("scripts/export"))
+        .arg("--token-file")
+        .arg(&token_file)
+        .arg(url)
+        .env("EXPORT_SERVICE", format!("http://{}", service.address))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(data).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn the_shell_client_prints_the_answer_and_tells_success_by_its_exit_code() {
+    let echo = Destination::start(|arrival| match arrival.text() {
+        "[404]" => Reaction::Answer(404, b"not \"here\"\n".to_vec()),
+        "[255]" => Reaction::Answer(200, vec![0xff, 0, 0xfe]),
+        _ => Reaction::Answer(200, arrival.body.clone()),
+    });
+    let service = Service::start(&[]);
+    let url = &echo.url;
+    let token = token(url);
+    let odd =
+        "{ \"a\" : \"grün \\\\ \\\" \\n \\u0001 \\/\",\n\t\"state\":\"Pending\", \"n\": 1e400 }";
+    for (data, code, printed) in [
+        (odd.as_bytes(), 0, odd.as_bytes()),
+        (b"[255]", 0, &[0xff, 0, 0xfe]),
+        (b"[404]", 1, b"not \"here\"\n"),
+    ] {
+        let output = export(&service, &token, url, data);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{errors}");
+        assert_eq!(
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(printed)
+        );
+        assert_eq!(errors.contains("404 Not Found"), code == 1);
+    }
+    assert_eq!(echo.arrivals().len(), 3);
+
+    for (token, url, data, word) in [
+        (token.as_str(), url.as_str(), "no JSON", "not valid JSON"),
+        ("nonsense", url, "{}", "not a macaroon"),
+        (
+            &token,
+            "https://elsewhere.example/",
+            "{}",
+            "`destination` caveat",
+        ),
+    ] {
+        let output = export(&service, token, url, data.as_bytes());
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{errors}");
+        assert!(errors.contains(word), "{errors}");
+    }
+}
+
+#[test]
+fn the_shell_client_waits_longer_than_one_poll_and_reports_an_unreachable_destination() {
+    let refusing = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/in", refusing.local_addr().unwrap());
+    drop(refusing);
+    let service = Service::start(&[]);
+    let output = export(&service, &token(&url), &url, b"{}");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{errors}");
+    assert!(
+        errors.contains("502 Bad Gateway connection refused"),
+        "{errors}"
+    );
+
+    let slow = Destination::start(|_| {
+        // Longer than the client's one poll: it has to ask again.
+        std::thread::sleep(std::time::Duration::from_secs(11));
+        ok()
+    });
+    let output = export(&service, &token(&slow.url), &slow.url, b"{}");
+    assert_eq!(
+        (output.status.code(), &output.stdout[..]),
+        (Some(0), &b"ok"[..])
+    );
+}
