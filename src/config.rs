@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use log::LevelFilter;
 
@@ -136,7 +137,7 @@ pub struct ServeArgs {
     #[arg(long, env = "EXPORT_DATA_DIR", default_value = "./data")]
     data_dir: PathBuf,
     /// Keep exports in memory only: all are lost when the service ends
-    #[arg(long, env = "EXPORT_EPHEMERAL")]
+    #[arg(long, env = "EXPORT_EPHEMERAL", value_parser = BoolishValueParser::new())]
     ephemeral: bool,
     /// Threads that serve requests, 1 to 256
     #[arg(long, env = "EXPORT_THREADS", default_value_t = 8)]

@@ -19,6 +19,9 @@
 //! Beside the way: [`logging`] says what may be shown, [`threads`] makes a panic the end of the
 //! process, [`commands`] holds the small tools for a person at the keyboard.
 
+// A line printed in passing would bypass the log and its rules on what may be shown.
+#![warn(clippy::dbg_macro, clippy::print_stdout, clippy::print_stderr)]
+
 pub mod auth;
 pub mod commands;
 pub mod config;

@@ -362,7 +362,6 @@ fn idempotency_key(value: &str) -> Result<String, Refusal> {
 }
 
 /// A response, ready to be written.
-#[derive(Debug, PartialEq)]
 pub struct Response {
     /// The HTTP status.
     pub status: u16,

@@ -3,7 +3,6 @@
 //! Not here: whether a failed attempt is tried again, and what the app is told of it.
 
 use std::cell::Cell;
-use std::error::Error as _;
 use std::fmt;
 use std::io::{self, ErrorKind, Read};
 use std::net::{IpAddr, SocketAddr};
@@ -272,10 +271,9 @@ fn explain(error: &ureq::Error, destination: &Destination) -> Failure {
             format!("connection refused by {host}: nothing listens there"),
         ),
         // This is how rustls reports through a socket that a peer or its certificate is bad.
-        ureq::Error::Io(error) if error.kind() == ErrorKind::InvalidData => (
-            Kind::Tls,
-            format!("TLS with {host} failed: {}", innermost(error)),
-        ),
+        ureq::Error::Io(error) if error.kind() == ErrorKind::InvalidData => {
+            (Kind::Tls, format!("TLS with {host} failed: {}", error))
+        }
         ureq::Error::Io(error) => (Kind::Connect, format!("no connection to {host}: {error}")),
         ureq::Error::ConnectionFailed => (Kind::Connect, format!("no connection to {host}")),
         ureq::Error::Rustls(error) => (Kind::Tls, format!("TLS with {host} failed: {error}")),
@@ -290,12 +288,6 @@ fn explain(error: &ureq::Error, destination: &Destination) -> Failure {
         ),
     };
     Failure { kind, message }
-}
-
-fn innermost(error: &io::Error) -> String {
-    error
-        .source()
-        .map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 #[cfg(test)]

@@ -32,6 +32,7 @@ pub fn run(queue: &Receiver<Queued>, stop: &Receiver<()>, exports: &Exports, cli
 fn deliver(queued: &Queued, exports: &Exports, client: &Client) {
     let Queued { id, destination } = queued;
     let payload = exports.begin(*id);
+    log::trace!(id:%, destination = destination.origin(); "attempt");
     let started = Instant::now();
     let outcome = client.post(*id, destination, &payload);
     let ms = millis(started.elapsed());

@@ -26,7 +26,7 @@ use crate::delivery::addresses::Destination;
 use crate::logging::millis;
 pub use states::Reply;
 use states::{Poll, States};
-use store::{Change, Effect, IdempotencyKey, NewExport, Reader, Writer};
+use store::{Change, Effect, IdempotencyKey, NewExport, Reader, Unfinished, Writer};
 
 /// Submissions that may wait for the store thread; with more the disk is not keeping up.
 const WAITING: usize = 1024;
@@ -83,7 +83,7 @@ impl View {
 }
 
 /// The result of an export, as apps read it in `ext_response` and as the store keeps it.
-#[derive(Debug, Default, Serialize)]
+#[derive(Default, Serialize)]
 pub struct ExtResponse {
     /// Code and reason phrase, like `200 OK`.
     pub status: String,
@@ -114,7 +114,7 @@ impl ExtResponse {
 }
 
 /// Why an export has no response of its destination's.
-#[derive(Debug, Serialize)]
+#[derive(Serialize)]
 pub struct FailureReport {
     /// What went wrong, for programs.
     pub kind: &'static str,
@@ -235,7 +235,13 @@ impl Exports {
             payloads: Mutex::new(writer.reader()?),
         });
         writer.unfinished(|export| {
-            exports.enqueue(export.id, export.owner, export.destination, &queue);
+            let Unfinished {
+                id,
+                owner,
+                destination,
+            } = export;
+            exports.states.insert(id, owner, destination.clone());
+            enqueue(&queue, id, destination);
         })?;
         let thread = StoreThread {
             exports: exports.clone(),
@@ -363,12 +369,6 @@ impl Exports {
     /// Answers every parked poll with the state its export has now, and parks none from now on.
     pub fn close(&self) {
         self.states.close();
-    }
-
-    fn enqueue(&self, id: Uuid, owner: Vec<u8>, destination: Destination, queue: &Sender<Queued>) {
-        self.states.insert(id, owner, destination.clone());
-        // The worker's end goes away only when the process stops; the export then stays stored.
-        let _ = queue.send(Queued { id, destination });
     }
 }
 
@@ -502,32 +502,42 @@ impl StoreThread {
             payload,
             ..
         } = export;
-        let (id, response) = match effect {
+        let anyone = |_: &[u8], _: &str| true;
+        let answer = match effect {
             Effect::Written => {
                 log::info!(
                     id:%, destination = destination.origin(), bytes = payload.len(),
                     ms = millis(received.elapsed());
                     "accepted"
                 );
-                self.exports.enqueue(id, owner, destination, &self.queue);
-                (id, None)
+                let states = &self.exports.states;
+                states.insert(id, owner, destination.clone());
+                // Before the worker knows of it, so that the first answer is always Pending.
+                let poll = states.poll(id, anyone, deadline, reply);
+                enqueue(&self.queue, id, destination);
+                poll
             }
             Effect::Repeat { id, response } => {
                 log::info!(id:%, destination = destination.origin(); "accepted before");
-                (id, response)
+                match response {
+                    Some(response) => Poll::Now(reply, Ok(View::finished(id, response))),
+                    None => self.exports.states.poll(id, anyone, deadline, reply),
+                }
             }
-            Effect::Conflict => return reply(Err(Error::KeyReused)),
+            Effect::Conflict => Poll::Now(reply, Err(Error::KeyReused)),
         };
-        match response {
-            Some(response) => reply(Ok(View::finished(id, response))),
-            None => match self.exports.states.poll(id, |_, _| true, deadline, reply) {
-                Poll::Parked => {}
-                Poll::Now(reply, answer) => reply(answer),
-                // Not reached: an export without a result is among the states.
-                Poll::Elsewhere(reply) => reply(Ok(View::unfinished(id, State::Pending))),
-            },
+        match answer {
+            Poll::Parked => {}
+            Poll::Now(reply, answer) => reply(answer),
+            // Not reached: an export without a result is among the states.
+            Poll::Elsewhere(reply) => reply(Err(Error::NotFound)),
         }
     }
+}
+
+fn enqueue(queue: &Sender<Queued>, id: Uuid, destination: Destination) {
+    // The worker's end goes away only when the process stops; the export then stays stored.
+    let _ = queue.send(Queued { id, destination });
 }
 
 /// What the store thread does when there is time: deletes expired results in small steps, and
