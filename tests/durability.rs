@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 use serde_json::json;
-use support::{Destination, Gate, MARK, PATIENCE, SECRET, Service, command, ok, payload, token};
+use support::{Destination, MARK, PATIENCE, SECRET, Service, command, ok, payload, token};
 
 /// Tries to start a service on a folder and waits for it to give up.
 fn refused(folder: &Path) -> (Option<i32>, String) {
@@ -104,12 +104,7 @@ fn try_submit(address: std::net::SocketAddr, token: &str, body: &str) -> Option<
 
 #[test]
 fn unfinished_exports_are_delivered_after_a_restart_oldest_first() {
-    let gate = Gate::default();
-    let held = gate.clone();
-    let destination = Destination::start(move |_| {
-        held.pass();
-        ok()
-    });
+    let (destination, gate) = Destination::held();
     let url = &destination.url;
     let service = Service::start(&[]);
     let ids: Vec<_> = (0..5)
@@ -132,12 +127,7 @@ fn unfinished_exports_are_delivered_after_a_restart_oldest_first() {
 
 #[test]
 fn a_restart_does_not_read_all_payloads_into_memory() {
-    let gate = Gate::default();
-    let held = gate.clone();
-    let destination = Destination::start(move |_| {
-        held.pass();
-        ok()
-    });
+    let (destination, gate) = Destination::held();
     let service = Service::start(&[]);
     let large = json!({ "text": MARK, "more": "x".repeat(900_000) });
     for _ in 0..50 {

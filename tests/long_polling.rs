@@ -6,18 +6,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use support::{Destination, Gate, Response, Service, ok, payload, token};
-
-/// A destination that holds every export up until the gate is opened.
-fn held() -> (Destination, Gate) {
-    let gate = Gate::default();
-    let passing = gate.clone();
-    let destination = Destination::start(move |_| {
-        passing.pass();
-        ok()
-    });
-    (destination, gate)
-}
+use support::{Destination, Response, Service, ok, payload, token};
 
 fn long_poll(service: &Service, url: &str, id: &str, timeout: &str) -> TcpStream {
     let body = json!({"id": id}).to_string();
@@ -41,7 +30,7 @@ fn one_request_can_submit_and_bring_the_result() {
 
 #[test]
 fn a_long_poll_answers_with_the_state_of_then_when_its_time_is_over() {
-    let (destination, gate) = held();
+    let (destination, gate) = Destination::held();
     let service = Service::start(&[]);
     let url = &destination.url;
     let body = json!({"uri": url, "data": payload(1)});
@@ -63,7 +52,7 @@ fn a_long_poll_answers_with_the_state_of_then_when_its_time_is_over() {
 
 #[test]
 fn every_long_poll_on_an_export_gets_the_answer() {
-    let (destination, gate) = held();
+    let (destination, gate) = Destination::held();
     let service = Service::start(&[]);
     let url = &destination.url;
     let id = service.submit(url, &payload(1));
@@ -84,7 +73,7 @@ fn every_long_poll_on_an_export_gets_the_answer() {
 
 #[test]
 fn a_client_that_leaves_costs_nothing_once_its_time_is_over() {
-    let (destination, gate) = held();
+    let (destination, gate) = Destination::held();
     let service = Service::start(&[]);
     let url = &destination.url;
     let id = service.submit(url, &payload(1));
@@ -111,7 +100,7 @@ fn a_client_that_leaves_costs_nothing_once_its_time_is_over() {
 
 #[test]
 fn five_hundred_long_polls_leave_the_pool_free() {
-    let (destination, gate) = held();
+    let (destination, gate) = Destination::held();
     let service = Service::start(&[]);
     let url = &destination.url;
     let ids: Vec<_> = (0..500)

@@ -6,22 +6,12 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use serde_json::json;
-use support::{Destination, Gate, Response, Service, ok, payload, python, token};
-
-fn held() -> (Destination, Gate) {
-    let gate = Gate::default();
-    let passing = gate.clone();
-    let destination = Destination::start(move |_| {
-        passing.pass();
-        ok()
-    });
-    (destination, gate)
-}
+use support::{Destination, Response, Service, payload, python, token};
 
 #[test]
 fn a_signal_answers_parked_polls_and_lets_the_attempt_under_way_end() {
     for signal in ["TERM", "INT"] {
-        let (destination, gate) = held();
+        let (destination, gate) = Destination::held();
         let mut service = Service::start(&[]);
         let url = &destination.url;
         let first = service.submit(url, &payload(1));
@@ -55,7 +45,7 @@ fn a_signal_answers_parked_polls_and_lets_the_attempt_under_way_end() {
 
 #[test]
 fn an_attempt_that_hangs_does_not_hold_up_the_end_and_is_made_again() {
-    let (destination, gate) = held();
+    let (destination, gate) = Destination::held();
     let mut service = Service::start(&[]);
     let id = service.submit(&destination.url, &payload(1));
     destination.arrival();
@@ -68,7 +58,7 @@ fn an_attempt_that_hangs_does_not_hold_up_the_end_and_is_made_again() {
 
 #[test]
 fn a_second_signal_ends_it_at_once_and_loses_nothing() {
-    let (destination, gate) = held();
+    let (destination, gate) = Destination::held();
     let mut service = Service::start(&[]);
     let id = service.submit(&destination.url, &payload(1));
     destination.arrival();

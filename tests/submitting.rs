@@ -8,7 +8,7 @@ use std::process::Command;
 use std::thread;
 
 use serde_json::{Value, json};
-use support::{Destination, Gate, MARK, Reaction, Response, Service, ok, payload, token, token_of};
+use support::{Destination, MARK, Reaction, Response, Service, ok, payload, token, token_of};
 
 #[test]
 fn an_export_reaches_its_destination_and_the_answer_reaches_the_app() {
@@ -87,12 +87,7 @@ fn curl_with_its_form_content_type_and_basic_auth_can_submit() {
 
 #[test]
 fn the_state_goes_from_pending_over_processing_to_finished() {
-    let gate = Gate::default();
-    let held = gate.clone();
-    let destination = Destination::start(move |_| {
-        held.pass();
-        ok()
-    });
+    let (destination, gate) = Destination::held();
     let service = Service::start(&[]);
     let url = &destination.url;
     let first = service.submit(url, &payload(1));

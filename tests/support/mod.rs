@@ -474,6 +474,17 @@ impl Destination {
         }
     }
 
+    /// A destination that answers nothing until the gate is opened, then 200.
+    pub fn held() -> (Self, Gate) {
+        let gate = Gate::default();
+        let passing = gate.clone();
+        let destination = Self::start(move |_| {
+            passing.pass();
+            ok()
+        });
+        (destination, gate)
+    }
+
     /// Waits for the next request to arrive.
     pub fn arrival(&self) -> Arrival {
         self.arrivals
