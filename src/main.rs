@@ -115,10 +115,11 @@ fn serve(config: Config) -> Result<(), String> {
             process::exit(EXIT_SIGNAL + signal);
         }
     });
+    // First, so that it begins no other attempt meanwhile.
+    drop::<Sender<()>>(stop_worker);
     server.stop();
     exports.close();
     waiter.ends_within(LAST_ANSWERS);
-    drop::<Sender<()>>(stop_worker);
     worker.ends_within(LAST_ATTEMPT);
     drop::<Sender<()>>(stop_store);
     store.ends_within(LAST_COMMIT);

@@ -11,12 +11,9 @@ use support::{Destination, Response, Service, ok, payload, token};
 fn long_poll(service: &Service, url: &str, id: &str, timeout: &str) -> TcpStream {
     let body = json!({"id": id}).to_string();
     let path = format!("/lp/export?timeout={timeout}");
-    service.send(
-        "POST",
-        &path,
-        &[("X-Api-Key", &token(url))],
-        body.as_bytes(),
-    )
+    // As client libraries do, keeping the connection: tiny_http keeps a thread for it then.
+    let headers = [("X-Api-Key", &*token(url)), ("Connection", "keep-alive")];
+    service.send("POST", &path, &headers, body.as_bytes())
 }
 
 #[test]

@@ -244,7 +244,10 @@ impl Service {
     ) -> TcpStream {
         let mut stream = TcpStream::connect(self.address).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut head = format!("{method} {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n");
+        let mut head = format!("{method} {path} HTTP/1.1\r\nHost: test\r\n");
+        if headers.iter().all(|(name, _)| *name != "Connection") {
+            head += "Connection: close\r\n";
+        }
         for (name, value) in headers {
             head += &format!("{name}: {value}\r\n");
         }
@@ -325,32 +328,31 @@ pub struct Response {
 }
 
 impl Response {
-    /// Reads a response up to the end of the connection.
-    pub fn read(mut stream: TcpStream) -> Self {
-        let mut bytes = Vec::new();
-        stream.read_to_end(&mut bytes).unwrap();
-        let text = String::from_utf8(bytes).unwrap();
-        let (head, body) = text
-            .split_once("\r\n\r\n")
-            .unwrap_or_else(|| panic!("no HTTP: {text:?}"));
-        let mut lines = head.lines();
-        let status = lines
-            .next()
-            .unwrap()
-            .split(' ')
-            .nth(1)
-            .unwrap()
-            .parse()
-            .unwrap();
-        let headers = lines
-            .map(|line| line.split_once(": ").unwrap())
-            .map(|(name, value)| (name.to_ascii_lowercase(), value.to_owned()))
-            .collect();
-        Self {
+    /// Reads one response.
+    pub fn read(stream: TcpStream) -> Self {
+        let mut reader = BufReader::new(stream);
+        let mut line = || {
+            let mut line = String::new();
+            reader.read_line(&mut line).unwrap();
+            assert!(line.ends_with("\r\n"), "broken off at {line:?}");
+            line.trim_end().to_owned()
+        };
+        let status = line().split(' ').nth(1).unwrap().parse().unwrap();
+        let mut headers = Vec::new();
+        while let Some((name, value)) = line().split_once(": ") {
+            headers.push((name.to_ascii_lowercase(), value.to_owned()));
+        }
+        let mut response = Self {
             status,
             headers,
-            body: body.to_owned(),
-        }
+            body: String::new(),
+        };
+        let length = response.header("content-length").unwrap().parse().unwrap();
+        reader
+            .take(length)
+            .read_to_string(&mut response.body)
+            .unwrap();
+        response
     }
 
     pub fn json(&self) -> Value {
