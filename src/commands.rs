@@ -6,7 +6,7 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::auth::Macaroon;
 use crate::config::{SinkArgs, TokenArgs};
@@ -17,6 +17,8 @@ use crate::threads;
 const LARGEST: u64 = 64 * 1024 * 1024;
 /// Connections that a sink serves at once.
 const SINK_THREADS: usize = 8;
+/// From the Unix epoch to the beginning of the last year that RFC 3339 can write.
+const YEAR_9999: Duration = Duration::from_secs(253_370_764_800);
 /// How long a health check may take.
 const HEALTH: Duration = Duration::from_secs(3);
 
@@ -27,7 +29,8 @@ const HEALTH: Duration = Duration::from_secs(3);
 pub fn token(arguments: &TokenArgs, now: SystemTime) -> Result<String, String> {
     let (name, key) = arguments.signer().map_err(|error| error.to_string())?;
     let url = &arguments.destination;
-    Destination::parse(url).map_err(|error| format!("--destination {url}: {error}"))?;
+    Destination::parse(url)
+        .map_err(|error| format!("--destination {url}: {error}").replace("`uri`", "it"))?;
     let mut caveats = vec![
         format!("path = {}", arguments.path),
         format!("method = {}", arguments.method),
@@ -37,7 +40,8 @@ pub fn token(arguments: &TokenArgs, now: SystemTime) -> Result<String, String> {
     if let Some(expires) = arguments.expires {
         let end = now
             .checked_add(expires)
-            .ok_or("--expires lies too far ahead")?;
+            .filter(|end| *end < UNIX_EPOCH + YEAR_9999);
+        let end = end.ok_or("--expires lies beyond the year 9999, which RFC 3339 cannot write")?;
         caveats.push(format!("time < {}", humantime::format_rfc3339_seconds(end)));
     }
     Macaroon::mint(&key, &arguments.id, caveats)
@@ -118,7 +122,7 @@ pub fn healthcheck(address: SocketAddr) -> Result<(), String> {
         .get(&url)
         .call()
         .and_then(|mut response| response.body_mut().read_to_string())
-        .map_err(|error| format!("{url}: {error}"))?;
+        .map_err(|error| format!("{url}: {error}; is the service running, on this port?"))?;
     if body == "active" {
         Ok(())
     } else {

@@ -4,15 +4,22 @@
 //! Not here: whether the data folder can be used, which only opening it tells.
 
 use std::fmt;
+use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, Parser, Subcommand};
+use ipnet::IpNet;
 use log::LevelFilter;
 
 use crate::auth::Key;
+use crate::delivery::addresses::Rules;
+use crate::delivery::signature::SigningKey;
+use crate::delivery::tls::Trust;
+use crate::delivery::{attempt, worker};
+use crate::exports::Limits;
 use crate::exports::store::Place;
 use crate::logging::Format;
 
@@ -33,8 +40,12 @@ pub struct Config {
     pub retention: Duration,
     /// The largest request body in bytes.
     pub max_body: usize,
-    /// How many bytes are kept of a destination's response.
-    pub max_response: usize,
+    /// How much may wait or be kept.
+    pub limits: Limits,
+    /// How attempts are made.
+    pub attempts: attempt::Settings,
+    /// How often they are made, and how many at a time.
+    pub worker: worker::Settings,
     /// How log lines look.
     pub log_format: Format,
     /// Which log lines are shown.
@@ -77,6 +88,8 @@ pub enum Command {
     Token(TokenArgs),
     /// Be a small destination on 127.0.0.1: print what arrives and answer with it
     Sink(SinkArgs),
+    /// See whether an export could go to a URL now, without sending one
+    Check(CheckArgs),
     /// Ask the local service for /status; exit 0 if it is active, else 1
     Healthcheck(ListenArgs),
 }
@@ -126,6 +139,45 @@ impl SecretArgs {
     }
 }
 
+/// Where data may go.
+#[derive(Args)]
+pub struct DestinationArgs {
+    /// Private network that exports may go to, over plain HTTP too, like 192.168.1.7/32; repeatable
+    #[arg(
+        long,
+        env = "EXPORT_ALLOW_NETWORKS",
+        value_delimiter = ',',
+        value_name = "CIDR"
+    )]
+    allow_network: Vec<IpNet>,
+    /// PEM file with more CA certificates to trust, like that of a server at home
+    #[arg(long, env = "EXPORT_CA_FILE", value_name = "PEM")]
+    ca_file: Option<PathBuf>,
+}
+
+impl DestinationArgs {
+    /// Which addresses may be sent to by a service on this port.
+    pub fn rules(&self, own_port: u16) -> Rules {
+        Rules {
+            allowed: self.allow_network.clone(),
+            own_port,
+        }
+    }
+
+    /// Which certificates are trusted.
+    ///
+    /// # Errors
+    /// Where the CA file cannot be used.
+    pub fn trust(&self) -> Result<Trust, ConfigError> {
+        let Some(path) = &self.ca_file else {
+            return Trust::new(None).map_err(ConfigError);
+        };
+        let wrong = |what: String| ConfigError(format!("--ca-file {}: it {what}", path.display()));
+        let pem = fs::read(path).map_err(|error| wrong(format!("cannot be read: {error}")))?;
+        Trust::new(Some(&pem)).map_err(wrong)
+    }
+}
+
 /// The settings of `serve`.
 #[derive(Args)]
 pub struct ServeArgs {
@@ -148,6 +200,34 @@ pub struct ServeArgs {
     /// Largest request body in bytes
     #[arg(long, env = "EXPORT_MAX_BODY", default_value_t = 1024 * 1024)]
     max_body: usize,
+    /// Unfinished exports that one owner may have
+    #[arg(long, env = "EXPORT_MAX_PENDING", default_value_t = 10_000)]
+    max_pending: usize,
+    /// Bytes that all exports and results together may take on disk
+    #[arg(long, env = "EXPORT_MAX_STORE", default_value_t = 256 * 1024 * 1024)]
+    max_store: u64,
+    #[command(flatten)]
+    destinations: DestinationArgs,
+    /// Statuses that count as failed attempts, like 429,503
+    #[arg(
+        long,
+        env = "EXPORT_RETRY_ON",
+        value_delimiter = ',',
+        value_name = "STATUS,…"
+    )]
+    retry_on: Vec<u16>,
+    /// How long an export is tried again after it was accepted
+    #[arg(long, env = "EXPORT_GIVE_UP_AFTER", default_value = "24h", value_parser = humantime::parse_duration)]
+    give_up_after: Duration,
+    /// How long one attempt may take, the response's body included
+    #[arg(long, env = "EXPORT_ATTEMPT_TIMEOUT", default_value = "30s", value_parser = humantime::parse_duration)]
+    attempt_timeout: Duration,
+    /// Attempts that may hang while others go on; 0 for strictly one attempt at a time
+    #[arg(long, env = "EXPORT_MAX_RELIEVED", default_value_t = 64)]
+    max_relieved: usize,
+    /// Secret to sign exports with, whsec_ and base64, as Standard Webhooks has it
+    #[arg(long, env = "EXPORT_SIGNING_SECRET", hide_env_values = true)]
+    signing_secret: Option<String>,
     /// Bytes kept of a destination's response; the rest is cut off
     #[arg(long, env = "EXPORT_MAX_RESPONSE", default_value_t = 64 * 1024)]
     max_response: usize,
@@ -208,6 +288,21 @@ pub struct SinkArgs {
     pub delay: Duration,
 }
 
+/// The settings of `check`.
+#[derive(Args)]
+pub struct CheckArgs {
+    /// URL to check
+    pub url: String,
+    #[command(flatten)]
+    pub(crate) destinations: DestinationArgs,
+    /// Port of the service itself, which is never a destination
+    #[arg(long, env = "DATABOX_LOCAL_PORT", default_value_t = 8080)]
+    pub port: u16,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
 impl ServeArgs {
     /// Checks everything that can be checked without touching the disk or the network.
     ///
@@ -223,6 +318,35 @@ impl ServeArgs {
                     .into(),
             ));
         }
+        within("--max-relieved", self.max_relieved, 0, 1024)?;
+        if let Some(status) = self
+            .retry_on
+            .iter()
+            .find(|status| !(300..=599).contains(*status))
+        {
+            return Err(ConfigError(format!(
+                "--retry-on has {status}: only 300 to 599 can be failures"
+            )));
+        }
+        for (flag, value) in [
+            ("--give-up-after", self.give_up_after),
+            ("--attempt-timeout", self.attempt_timeout),
+        ] {
+            if value < Duration::from_millis(100) {
+                return Err(ConfigError(format!(
+                    "{flag} is too short for any attempt: give some time, like 30s"
+                )));
+            }
+        }
+        let signing_key = match self.signing_secret.as_deref().map(SigningKey::read) {
+            Some(None) => {
+                return Err(ConfigError(
+                    "--signing-secret is none: it must be whsec_ and base64 of 24 to 64 bytes"
+                        .into(),
+                ));
+            }
+            key => key.flatten(),
+        };
         if self.secret.name.trim().is_empty() {
             return Err(ConfigError(
                 "--name is empty: give the name that tokens have as target".into(),
@@ -241,7 +365,22 @@ impl ServeArgs {
             threads: self.threads,
             retention: self.retention,
             max_body: self.max_body,
-            max_response: self.max_response,
+            limits: Limits {
+                max_pending: self.max_pending,
+                max_store: self.max_store,
+            },
+            attempts: attempt::Settings {
+                timeout: self.attempt_timeout,
+                max_response: self.max_response,
+                rules: self.destinations.rules(self.listen.port),
+                trust: self.destinations.trust()?,
+                signing_key,
+            },
+            worker: worker::Settings {
+                give_up_after: self.give_up_after,
+                retry_on: self.retry_on,
+                max_relieved: self.max_relieved,
+            },
             log_format: self.log_format,
             log_level: match level {
                 ..=-2 => LevelFilter::Error,

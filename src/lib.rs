@@ -8,21 +8,23 @@
 //!    It asks [`auth`] what the request's macaroon allows.
 //! 4. [`exports`] carries the command out: it writes submissions to the store, parks long polls,
 //!    and answers when there is something to say.
-//! 5. [`delivery`] is the worker: it POSTs one export after the other to its destination and
-//!    hands each result back to [`exports`].
+//! 5. [`delivery`] is the worker: it decides whose turn it is, POSTs one export after the other to
+//!    its destination, and hands each result back to [`exports`].
 //!
 //! The nouns: an *export* is one payload on its way to one *destination*; its *owner* is the
 //! identifier of the *macaroon* it came with; a *caveat* limits what a macaroon is good for; a
 //! *long poll* is *parked* while it waits; an *attempt* is one POST, its *outcome* an answer or a
-//! failure; an export that has its *result* is *finished*, and *settled* once that is stored.
+//! failure; exports of one owner to one destination wait in one *queue*, which has a *backoff* after
+//! failures; an export that has its *result* is *finished*, and *settled* once that is stored.
 //!
 //! Beside the way: [`logging`] says what may be shown, [`threads`] makes a panic the end of the
-//! process, [`commands`] holds the small tools for a person at the keyboard.
+//! process, [`check`] and [`commands`] hold the small tools for a person at the keyboard.
 
 // A line printed in passing would bypass the log and its rules on what may be shown.
 #![warn(clippy::dbg_macro, clippy::print_stdout, clippy::print_stderr)]
 
 pub mod auth;
+pub mod check;
 pub mod commands;
 pub mod config;
 pub mod delivery;

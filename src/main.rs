@@ -6,7 +6,7 @@ use std::process::{self, ExitCode};
 use std::time::{Duration, SystemTime};
 
 use clap::Parser;
-use crossbeam_channel::{Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use export_service::config::{Cli, Command, Config};
 use export_service::delivery::attempt::Client;
 use export_service::delivery::worker;
@@ -14,7 +14,7 @@ use export_service::exports::Exports;
 use export_service::exports::store::Writer;
 use export_service::routes::Policy;
 use export_service::server::{Server, Service};
-use export_service::{commands, logging, threads};
+use export_service::{check, commands, logging, threads};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -44,8 +44,17 @@ fn main() -> ExitCode {
             Ok(token) => writeln!(io::stdout(), "{token}").map_err(|error| error.to_string()),
             Err(error) => return fail(&error, EXIT_USAGE),
         },
-        Command::Sink(arguments) => commands::sink(&arguments)
-            .map_err(|error| format!("cannot be a sink on port {}: {error}", arguments.port)),
+        Command::Sink(arguments) => commands::sink(&arguments).map_err(|error| {
+            format!(
+                "cannot be a sink on port {}: {error}; choose another with --port",
+                arguments.port
+            )
+        }),
+        Command::Check(arguments) => match check::check(&arguments) {
+            Ok(true) => Ok(()),
+            Ok(false) => return ExitCode::FAILURE,
+            Err(error) => return fail(&error, EXIT_USAGE),
+        },
         Command::Healthcheck(arguments) => commands::healthcheck(arguments.address()),
     };
     match done {
@@ -62,11 +71,10 @@ fn fail(message: &str, code: u8) -> ExitCode {
 
 /// Starts everything from the disk outwards, so that the first request finds all of it, and on a
 /// signal stops it from the network inwards, so that nothing taken is left unanswered.
-fn serve(config: Config) -> Result<(), String> {
+fn serve(mut config: Config) -> Result<(), String> {
     logging::start(config.log_format, config.log_level);
     threads::exit_on_panic();
-    let mut signals = Signals::new([SIGTERM, SIGINT])
-        .map_err(|error| format!("cannot listen for signals: {error}"))?;
+    let stop = signals().map_err(|error| format!("cannot listen for signals: {error}"))?;
     let listener = TcpListener::bind(config.address).map_err(|error| {
         format!(
             "cannot listen on {}: {error}; choose another --port or --bind, or stop what uses it",
@@ -77,7 +85,7 @@ fn serve(config: Config) -> Result<(), String> {
 
     let writer = Writer::open(&config.place).map_err(|error| error.to_string())?;
     let (queue, queued) = unbounded();
-    let (exports, store) = Exports::open(writer, config.retention, queue)
+    let (exports, store) = Exports::open(writer, config.retention, config.limits, queue)
         .map_err(|error| format!("cannot read the stored exports: {error}"))?;
     log::info!(
         version = env!("CARGO_PKG_VERSION"), name = config.name.as_str(),
@@ -87,14 +95,20 @@ fn serve(config: Config) -> Result<(), String> {
 
     // The store and the worker stop when these are dropped.
     let (stop_store, store_stopping) = bounded(0);
-    let (stop_worker, worker_stopping) = bounded(0);
+    let (stop_worker, worker_stopping) = bounded::<()>(0);
     let store = threads::spawn("store", move || store.run(&store_stopping));
     let waiting = exports.clone();
     let waiter = threads::spawn("waiter", move || waiting.answer_parked());
-    let (delivering, client) = (exports.clone(), Client::new(config.max_response));
-    let worker = threads::spawn("worker", move || {
-        worker::run(&queued, &worker_stopping, &delivering, &client);
-    });
+    // With --port 0 the port is known only now.
+    config.attempts.rules.own_port = address.port();
+    let client = Client::new(config.attempts);
+    let worker_ended = worker::start(
+        queued,
+        worker_stopping,
+        exports.clone(),
+        client,
+        config.worker,
+    );
     let service = Service {
         policy: Policy {
             name: config.name,
@@ -107,22 +121,35 @@ fn serve(config: Config) -> Result<(), String> {
         .map_err(|error| format!("cannot serve on {address}: {error}"))?;
     log::info!(address:% = address; "listening");
 
-    // The iterator ends only when its handle is closed, and there is none.
-    let signal = signals.forever().next().unwrap_or(SIGTERM);
+    // The thread that sends ends only with the process.
+    let signal = stop.recv().unwrap_or(SIGTERM);
     log::info!(signal; "stopping");
-    threads::spawn("signals", move || {
-        if let Some(signal) = signals.forever().next() {
-            process::exit(EXIT_SIGNAL + signal);
-        }
-    });
     // First, so that it begins no other attempt meanwhile.
-    drop::<Sender<()>>(stop_worker);
+    drop(stop_worker);
     server.stop();
     exports.close();
     waiter.ends_within(LAST_ANSWERS);
-    worker.ends_within(LAST_ATTEMPT);
+    // Nothing is ever sent: it is closed at the end of the last attempt.
+    let _ = worker_ended.recv_timeout(LAST_ATTEMPT);
     drop::<Sender<()>>(stop_store);
     store.ends_within(LAST_COMMIT);
     log::info!(unfinished = exports.unfinished(); "stopped");
     Ok(())
+}
+
+/// Sends the first signal that asks the process to stop, and ends it at the second.
+fn signals() -> io::Result<Receiver<i32>> {
+    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    let (sender, first) = bounded(1);
+    threads::spawn("signals", move || {
+        let mut signals = signals.forever();
+        if let Some(signal) = signals.next() {
+            // The other end is there for as long as the process runs.
+            let _ = sender.send(signal);
+        }
+        if let Some(signal) = signals.next() {
+            process::exit(EXIT_SIGNAL + signal);
+        }
+    });
+    Ok(first)
 }

@@ -25,7 +25,7 @@ const DEFAULT_WAIT: Duration = Duration::from_secs(5);
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// The deepest nesting of a payload that is passed on: parsers of destinations give up there.
 const DEEPEST: usize = 128;
-/// How soon a client may come back after a 503, in seconds.
+/// How soon a client may come back after a 429 or 503, in seconds.
 const RETRY_AFTER: u32 = 5;
 
 /// Credentials of Basic auth are standard base64 (RFC 7617).
@@ -129,6 +129,8 @@ impl Refusal {
             Self::Export(exports::Error::Overloaded) => (503, "overloaded"),
             Self::Export(exports::Error::DiskFull) => (503, "disk_full"),
             Self::Export(exports::Error::Storage) => (503, "storage_failed"),
+            Self::Export(exports::Error::TooMany(_)) => (429, "too_many_pending"),
+            Self::Export(exports::Error::StoreFull) => (503, "store_full"),
         }
     }
 }
@@ -155,6 +157,15 @@ impl fmt::Display for Refusal {
             }
             Self::Export(exports::Error::DiskFull) => f.write_str(
                 "the disk is full, so nothing new is accepted: try again later, or free some space",
+            ),
+            Self::Export(exports::Error::TooMany(pending)) => write!(
+                f,
+                "{pending} exports of this token's identifier are not finished yet: wait for some, \
+                 or raise --max-pending"
+            ),
+            Self::Export(exports::Error::StoreFull) => f.write_str(
+                "the store has reached --max-store: wait until exports are delivered and results \
+                 expire, or raise it",
             ),
             Self::Export(exports::Error::Storage) => f.write_str(
                 "the store cannot be used, the service's log says why: try again later",
@@ -387,6 +398,8 @@ pub fn view(view: &View) -> Response {
         id: String,
         state: State,
         ext_response: ExtResponse<'a>,
+        #[serde(flatten, skip_serializing_if = "Option::is_none")]
+        trouble: Option<Trouble<'a>>,
     }
     #[derive(Serialize)]
     #[serde(untagged)]
@@ -394,13 +407,26 @@ pub fn view(view: &View) -> Response {
         Result(&'a RawValue),
         None {},
     }
+    #[derive(Serialize)]
+    struct Trouble<'a> {
+        attempts: u32,
+        last_error: &'a RawValue,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        next_attempt_in: Option<f64>,
+    }
     let response = view.response.as_deref();
+    let seconds = |wait: Duration| (wait.as_secs_f64() * 10.0).ceil() / 10.0;
     json(
         200,
         &Body {
             id: view.id.to_string(),
             state: view.state,
             ext_response: response.map_or(ExtResponse::None {}, ExtResponse::Result),
+            trouble: view.last_error.as_deref().map(|last_error| Trouble {
+                attempts: view.attempts,
+                last_error,
+                next_attempt_in: view.next_attempt_in.map(seconds),
+            }),
         },
     )
 }
@@ -434,7 +460,7 @@ pub fn refusal(refusal: &Refusal) -> Response {
                 response.headers.push(("WWW-Authenticate", challenge));
             }
         }
-        _ if status == 503 => response
+        _ if matches!(status, 429 | 503) => response
             .headers
             .push(("Retry-After", RETRY_AFTER.to_string())),
         _ => {}

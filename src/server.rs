@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::{Sender, bounded};
-use tiny_http::{Header, StatusCode};
+use tiny_http::{Header, Method, StatusCode};
 
 use crate::exports::{Exports, Reply, View};
 use crate::routes::{self, Command, Policy, Refusal, Request, Response};
@@ -215,16 +215,16 @@ fn respond(request: tiny_http::Request, response: Response) {
         .collect();
     let length = response.body.len();
     let body = response.body.as_bytes();
-    let response = tiny_http::Response::new(
-        StatusCode(response.status),
-        headers,
-        body,
-        Some(length),
-        None,
-    )
-    // Always with Content-Length: a length is what a simple client can rely on.
-    .with_chunked_threshold(usize::MAX);
-    if let Err(error) = request.respond(response) {
+    let status = StatusCode(response.status);
+    let response = tiny_http::Response::new(status, headers, body, Some(length), None)
+        // Always with Content-Length: a length is what a simple client can rely on.
+        .with_chunked_threshold(usize::MAX);
+    let version = request.http_version().clone();
+    let head_only = *request.method() == Method::Head;
+    let mut writer = request.into_writer();
+    // Not `Request::respond`: it sorts the client's TE header, and panics at a weight of NaN.
+    let written = response.raw_print(&mut writer, version, &[], head_only, None);
+    if let Err(error) = written.and_then(|()| writer.flush()) {
         log::debug!(reason:% = error; "cannot answer");
     }
 }

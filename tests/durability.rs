@@ -143,26 +143,63 @@ fn a_restart_does_not_read_all_payloads_into_memory() {
     gate.open();
 }
 
+/// Whether a file in the data folder holds some text.
+fn on_disk(service: &Service, text: &str) -> bool {
+    fs::read_dir(service.folder()).unwrap().any(|file| {
+        let bytes = fs::read(file.unwrap().path()).unwrap();
+        bytes
+            .windows(text.len())
+            .any(|part| part == text.as_bytes())
+    })
+}
+
 #[test]
 fn a_payload_is_erased_from_disk_once_its_export_is_finished() {
     let destination = Destination::start(|_| ok());
     let service = Service::start(&[]);
-    let id = service.submit(&destination.url, &payload(1));
-    service.result(&destination.url, &id);
-    let holds_payload = || {
-        fs::read_dir(service.folder()).unwrap().any(|file| {
-            let bytes = fs::read(file.unwrap().path()).unwrap();
-            bytes
-                .windows(MARK.len())
-                .any(|part| part == MARK.as_bytes())
-        })
-    };
+    let url = &destination.url;
+    let id = service.submit(url, &json!({ "text": MARK, "first": "MARK-first" }));
+    service.result(url, &id);
+    // Somebody looks at the store meanwhile, and more exports keep coming.
+    let reader = Connection::open(service.folder().join("exports.db")).unwrap();
+    reader
+        .execute_batch("BEGIN; SELECT count(*) FROM exports")
+        .unwrap();
     let deadline = Instant::now() + PATIENCE;
-    while holds_payload() {
+    let mut reading = 0;
+    while on_disk(&service, "MARK-first") {
         assert!(Instant::now() < deadline, "the payload is still there");
+        let more = service.submit(url, &payload(1));
+        service.result(url, &more);
         thread::sleep(Duration::from_millis(20));
+        reading += 1;
+        if reading == 20 {
+            reader.execute_batch("COMMIT").unwrap();
+        }
     }
-    assert_eq!(service.result(&destination.url, &id)["body"], "ok");
+    assert_eq!(service.result(url, &id)["body"], "ok");
+}
+
+#[test]
+fn an_export_whose_payload_somebody_removed_ends_and_holds_up_no_other() {
+    let (destination, gate) = Destination::held();
+    let url = &destination.url;
+    let mut service = Service::start(&[]);
+    let ids: Vec<_> = (0..2)
+        .map(|number| service.submit(url, &payload(number)))
+        .collect();
+    destination.arrival();
+    service.signal("KILL");
+    service.ended();
+    let store = Connection::open(service.folder().join("exports.db")).unwrap();
+    store
+        .execute("UPDATE exports SET payload = NULL WHERE id = ?", [&ids[0]])
+        .unwrap();
+    drop(store);
+    gate.open();
+    let service = service.kill_and_restart();
+    assert_eq!(service.result(url, &ids[0])["error"]["kind"], "lost");
+    assert_eq!(service.result(url, &ids[1])["status_code"], 200);
 }
 
 #[test]
@@ -190,6 +227,14 @@ fn a_result_and_its_idempotency_key_expire_after_the_retention() {
         thread::sleep(Duration::from_millis(50));
     }
     assert_ne!(submit(), first);
+    let first = first.as_str().unwrap();
+    while on_disk(&service, first) {
+        assert!(
+            Instant::now() < deadline,
+            "the expired result is still on disk"
+        );
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 #[test]

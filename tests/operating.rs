@@ -329,7 +329,7 @@ fn the_shell_client_waits_longer_than_one_poll_and_reports_an_unreachable_destin
     let refusing = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/in", refusing.local_addr().unwrap());
     drop(refusing);
-    let service = Service::start(&[]);
+    let service = Service::start(&["--give-up-after", "200ms"]);
     let output = export(&service, &token(&url), &url, b"{}");
     let errors = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{errors}");

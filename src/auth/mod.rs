@@ -33,7 +33,7 @@ pub fn authorize(
     caveats::check(&macaroon, request, now)
 }
 
-/// One of the four caveats without which no token is accepted, or the optional expiry.
+/// One of the four caveats without which no token is accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need {
     /// `target = NAME`: which service the token is for.

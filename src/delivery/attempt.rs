@@ -1,27 +1,31 @@
 //! One attempt: one POST over ureq, every timeout and limit set, and what came of it.
 //!
-//! Not here: whether a failed attempt is tried again, and what the app is told of it.
+//! The addresses of a destination are judged where ureq asks for them, so that what was judged is
+//! what is dialled: no second look-up can give another answer.
+//!
+//! Not here: whether a failed attempt is tried again ([`super::schedule`]), and what the app is
+//! told of it.
 
 use std::cell::Cell;
 use std::fmt;
 use std::io::{self, ErrorKind, Read};
-use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ureq::http::{Uri, header};
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
-use ureq::unversioned::transport::{ConnectionDetails, Connector, DefaultConnector, NextTimeout};
+use ureq::unversioned::transport::{ConnectionDetails, Connector, NextTimeout, TcpConnector};
 use ureq::{Agent, Timeout};
 use uuid::Uuid;
 
-use super::addresses::Destination;
+use super::addresses::{Destination, Forbidden, Rules};
+use super::signature::SigningKey;
+use super::tls::{self, TlsConnector, Trust};
 
 /// Looking a name up may take this long.
-const RESOLVE: Duration = Duration::from_secs(5);
+pub const RESOLVE: Duration = Duration::from_secs(5);
 /// Connecting, TLS handshake included, may take this long.
-const CONNECT: Duration = Duration::from_secs(5);
-/// A whole attempt, the response's body included, may take this long.
-const ATTEMPT: Duration = Duration::from_secs(30);
+pub const CONNECT: Duration = Duration::from_secs(5);
 /// ureq's own buffers are eight times as large, for downloads that this program never makes.
 const BUFFER: usize = 16 * 1024;
 /// A response head larger than this is an error, not a reason to use memory.
@@ -46,6 +50,8 @@ pub struct Answer {
     pub body: Vec<u8>,
     /// Whether the body went on past the limit, or broke off before its end.
     pub truncated: bool,
+    /// The header `Retry-After`, as it was sent.
+    pub retry_after: Option<String>,
 }
 
 impl fmt::Debug for Answer {
@@ -62,6 +68,8 @@ pub struct Failure {
     pub kind: Kind,
     /// What went wrong, for people: which host, why. Holds no path, query, payload or token.
     pub message: String,
+    /// Whether a connection stood, so that the export itself may be the cause.
+    pub connected: bool,
 }
 
 /// The step at which an attempt failed.
@@ -79,6 +87,12 @@ pub enum Kind {
     Closed,
     /// What came back was not HTTP/1.
     Protocol,
+    /// The name stands for an address that nothing may be sent to.
+    ForbiddenAddress,
+    /// The URL is plain `http`, and the address is not in an allowed network.
+    ForbiddenHttp,
+    /// There is nothing to send: the payload is no longer in the store.
+    Lost,
 }
 
 impl Kind {
@@ -91,26 +105,57 @@ impl Kind {
             Self::Timeout => "timeout",
             Self::Closed => "closed",
             Self::Protocol => "protocol",
+            Self::ForbiddenAddress => "forbidden_address",
+            Self::ForbiddenHttp => "forbidden_http",
+            Self::Lost => "lost",
         }
     }
+}
+
+/// What every attempt is made with.
+#[derive(Debug)]
+pub struct Settings {
+    /// How long a whole attempt may take, the response's body included.
+    pub timeout: Duration,
+    /// How many bytes are kept of a response's body.
+    pub max_response: usize,
+    /// Which addresses may be sent to.
+    pub rules: Rules,
+    /// Which certificates are trusted.
+    pub trust: Trust,
+    /// What exports are signed with, if they are.
+    pub signing_key: Option<SigningKey>,
 }
 
 /// Makes attempts, and keeps connections to destinations open between them for a while.
 #[derive(Clone)]
 pub struct Client {
     agent: Agent,
+    timeout: Duration,
     max_response: usize,
+    signing_key: Option<SigningKey>,
 }
 
 impl Client {
-    /// A client that keeps at most `max_response` bytes of each response's body.
-    pub fn new(max_response: usize) -> Self {
+    /// A client that looks names up as the system does.
+    pub fn new(settings: Settings) -> Self {
+        Self::with_names(settings, DefaultResolver::default())
+    }
+
+    /// A client that has `names` look names up.
+    pub fn with_names(settings: Settings, names: impl Resolver) -> Self {
+        let Settings {
+            timeout,
+            max_response,
+            rules,
+            trust,
+            signing_key,
+        } = settings;
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
             .proxy(None)
             .user_agent(USER_AGENT)
-            .timeout_global(Some(ATTEMPT))
             .timeout_resolve(Some(RESOLVE))
             .timeout_connect(Some(CONNECT))
             .input_buffer_size(BUFFER)
@@ -119,25 +164,34 @@ impl Client {
             .max_idle_connections(4)
             .max_idle_connections_per_host(1)
             .build();
-        let connector = MarkFresh.chain(DefaultConnector::default());
+        let connector = Begin
+            .chain(TcpConnector::default())
+            .chain(TlsConnector::new(trust));
+        let resolver = JudgingResolver { names, rules };
+        let agent = Agent::with_parts(config, connector, resolver);
         Self {
-            agent: Agent::with_parts(config, connector, AddressResolver::default()),
+            agent,
+            timeout,
             max_response,
+            signing_key,
         }
     }
 
-    /// POSTs `payload` once and reads the response. Blocks, for half a minute at the most.
+    /// POSTs `payload` once and reads the response. Blocks, for the attempt's timeout at most.
     ///
     /// A kept connection that the destination has closed in the meantime says nothing about the
     /// destination, so such a failure leads to another try on the next connection, until one is
     /// new. The export's id goes along as `webhook-id`, by which a receiver can drop a repeat.
     pub fn post(&self, id: Uuid, destination: &Destination, payload: &[u8]) -> Outcome {
+        let started = Instant::now();
         loop {
-            FRESH.set(false);
-            match self.post_once(id, destination, payload) {
+            STEP.set(Step::Begun);
+            let left = self.timeout.saturating_sub(started.elapsed());
+            match self.post_once(id, destination, payload, left) {
                 Ok(answer) => return Outcome::Answered(answer),
-                Err(ureq::Error::Io(error)) if !FRESH.get() && is_closed(&error) => {}
-                Err(error) => return Outcome::Failed(explain(&error, destination)),
+                Err(ureq::Error::Io(error))
+                    if STEP.get() == Step::Resolved && is_closed(&error) => {}
+                Err(error) => return Outcome::Failed(self.explain(&error, destination)),
             }
         }
     }
@@ -147,14 +201,31 @@ impl Client {
         id: Uuid,
         destination: &Destination,
         payload: &[u8],
+        timeout: Duration,
     ) -> Result<Answer, ureq::Error> {
-        let response = self
+        let id = id.to_string();
+        let mut request = self
             .agent
             .post(destination.as_str())
+            .config()
+            .timeout_global(Some(timeout))
+            .build()
             .header(header::CONTENT_TYPE, "application/json")
-            .header("webhook-id", id.to_string())
-            .send(payload)?;
+            .header("webhook-id", &id);
+        if let Some(key) = &self.signing_key {
+            let since = SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .unwrap_or_default();
+            request = request
+                .header("webhook-timestamp", since.as_secs())
+                .header("webhook-signature", key.sign(&id, since.as_secs(), payload));
+        }
+        let response = request.send(payload)?;
         let status = response.status().as_u16();
+        let retry_after = response.headers().get(header::RETRY_AFTER);
+        let retry_after = retry_after
+            .and_then(|value| value.to_str().ok())
+            .map(str::to_owned);
         let mut body = Vec::new();
         // One byte more than is kept tells a body of exactly the limit from a longer one. The
         // status has arrived by now, so a body that breaks off is an answer cut short.
@@ -169,20 +240,120 @@ impl Client {
             status,
             body,
             truncated,
+            retry_after,
         })
+    }
+
+    /// Puts a failed attempt into words.
+    fn explain(&self, error: &ureq::Error, destination: &Destination) -> Failure {
+        let host = destination.authority();
+        let step = STEP.get();
+        let whole = format!("{} s", self.timeout.as_secs_f64());
+        let (kind, message) = match error {
+            ureq::Error::HostNotFound => (
+                Kind::Dns,
+                format!("no address found for {host}: check the name, and this box's connection"),
+            ),
+            ureq::Error::Other(other) => match other.downcast_ref::<Forbidden>() {
+                Some(forbidden) => {
+                    let kind = match forbidden {
+                        Forbidden::Plain(_) => Kind::ForbiddenHttp,
+                        Forbidden::Network(..) | Forbidden::Itself(_) => Kind::ForbiddenAddress,
+                    };
+                    (kind, format!("nothing is sent to {host}: {forbidden}"))
+                }
+                None => (
+                    Kind::Protocol,
+                    format!("the attempt at {host} failed: {other}"),
+                ),
+            },
+            ureq::Error::Timeout(Timeout::Resolve) => (
+                Kind::Timeout,
+                format!("looking up {host} took over {} s", RESOLVE.as_secs()),
+            ),
+            ureq::Error::Timeout(Timeout::Connect) if step == Step::Connected => (
+                Kind::Timeout,
+                format!(
+                    "{host} did not finish the TLS handshake within {} s",
+                    CONNECT.as_secs()
+                ),
+            ),
+            ureq::Error::Timeout(Timeout::Connect) => (
+                Kind::Timeout,
+                format!("connecting to {host} took over {} s", CONNECT.as_secs()),
+            ),
+            ureq::Error::Timeout(_) => (
+                Kind::Timeout,
+                format!("{host} did not answer within {whole}"),
+            ),
+            ureq::Error::Rustls(error) => (Kind::Tls, tls::explain(error, host)),
+            ureq::Error::Tls(reason) => (Kind::Tls, format!("TLS with {host} failed: {reason}")),
+            ureq::Error::Io(error) => match tls::cause(error) {
+                Some(error) => (Kind::Tls, tls::explain(error, host)),
+                None if step == Step::Connecting => (Kind::Connect, refusal(error, host)),
+                None if is_closed(error) => (
+                    Kind::Closed,
+                    format!("{host} closed the connection before it answered"),
+                ),
+                None => (
+                    Kind::Closed,
+                    format!("the connection to {host} broke: {error}"),
+                ),
+            },
+            ureq::Error::ConnectionFailed => (Kind::Connect, format!("no connection to {host}")),
+            ureq::Error::LargeResponseHeader(..) => (
+                Kind::Protocol,
+                format!("{host} answered with a head over {RESPONSE_HEAD} bytes"),
+            ),
+            _ => (
+                Kind::Protocol,
+                format!("what {host} answered is not HTTP/1.1"),
+            ),
+        };
+        let connected = matches!(step, Step::Resolved | Step::Connected);
+        Failure {
+            kind,
+            message,
+            connected,
+        }
     }
 }
 
+fn refusal(error: &io::Error, host: &str) -> String {
+    match error.kind() {
+        ErrorKind::ConnectionRefused => {
+            format!("connection refused by {host}: nothing listens there")
+        }
+        ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => {
+            format!("{host} cannot be reached from here: {error}")
+        }
+        _ => format!("no connection to {host}: {error}"),
+    }
+}
+
+/// How far an attempt has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// It has begun: the name is looked up and judged.
+    Begun,
+    /// The addresses are judged. Nothing more is noted of an attempt on a kept connection.
+    Resolved,
+    /// A new connection is being made.
+    Connecting,
+    /// The new connection stands; TLS, if any, comes next.
+    Connected,
+}
+
 thread_local! {
-    /// Whether the attempt under way on this thread opened a connection of its own.
-    static FRESH: Cell<bool> = const { Cell::new(false) };
+    /// How far the attempt of this thread has come; ureq makes all of it on the caller's thread.
+    pub static STEP: Cell<Step> = const { Cell::new(Step::Begun) };
 }
 
 /// The start of the connector chain, which ureq runs only when no kept connection will do.
 #[derive(Debug)]
-struct MarkFresh;
+struct Begin;
 
-impl Connector for MarkFresh {
+impl Connector for Begin {
     type Out = ();
 
     fn connect(
@@ -190,45 +361,69 @@ impl Connector for MarkFresh {
         _: &ConnectionDetails<'_>,
         chained: Option<()>,
     ) -> Result<Option<()>, ureq::Error> {
-        FRESH.set(true);
+        STEP.set(Step::Connecting);
         Ok(chained)
     }
 }
 
-/// Takes literal addresses as they are; ureq's own resolver starts a thread per look-up, which
-/// is what it takes to time a look-up, but four times the cost of a whole local POST.
-#[derive(Debug, Default)]
-struct AddressResolver {
-    names: DefaultResolver,
+/// Looks a destination up and lets its addresses pass only if all of them may be sent to.
+#[derive(Debug)]
+pub struct JudgingResolver<R> {
+    names: R,
+    rules: Rules,
 }
 
-impl Resolver for AddressResolver {
+impl<R: Resolver> Resolver for JudgingResolver<R> {
     fn resolve(
         &self,
         uri: &Uri,
         config: &ureq::config::Config,
         timeout: NextTimeout,
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        let host = uri.host().unwrap_or_default();
-        let literal = host
-            .strip_prefix('[')
-            .and_then(|host| host.strip_suffix(']'));
-        if let Ok(address) = literal.unwrap_or(host).parse::<IpAddr>() {
-            let default = if uri.scheme_str() == Some("https") {
-                443
-            } else {
-                80
-            };
-            let mut found = self.empty();
-            found.push(SocketAddr::new(address, uri.port_u16().unwrap_or(default)));
-            return Ok(found);
+        let found = match literal(uri) {
+            // ureq's resolver starts a thread per look-up, which is what it takes to time one,
+            // but four times the cost of a whole local POST.
+            Some(address) => {
+                let mut found = self.empty();
+                found.push(address);
+                found
+            }
+            None => match self.names.resolve(uri, config, timeout) {
+                // The system's look-up reports a missing name as an I/O error like any other.
+                Err(ureq::Error::Io(_)) => return Err(ureq::Error::HostNotFound),
+                found => found?,
+            },
+        };
+        let encrypted = uri.scheme_str() == Some("https");
+        for address in found.iter() {
+            self.rules
+                .judge(*address, encrypted, is_own)
+                .map_err(|forbidden| ureq::Error::Other(forbidden.into()))?;
         }
-        match self.names.resolve(uri, config, timeout) {
-            // The system's look-up reports a missing name as an I/O error like any other.
-            Err(ureq::Error::Io(_)) => Err(ureq::Error::HostNotFound),
-            other => other,
-        }
+        STEP.set(Step::Resolved);
+        Ok(found)
     }
+}
+
+/// The address that a URL names by itself, without a look-up.
+fn literal(uri: &Uri) -> Option<SocketAddr> {
+    let host = uri.host()?;
+    let bare = host
+        .strip_prefix('[')
+        .and_then(|host| host.strip_suffix(']'))
+        .unwrap_or(host);
+    let ip: IpAddr = bare.parse().ok()?;
+    let default = if uri.scheme_str() == Some("https") {
+        443
+    } else {
+        80
+    };
+    Some(SocketAddr::new(ip, uri.port_u16().unwrap_or(default)))
+}
+
+/// Whether an address is one of this machine's: only those can be bound to.
+pub fn is_own(ip: IpAddr) -> bool {
+    UdpSocket::bind((ip, 0)).is_ok()
 }
 
 fn is_closed(error: &io::Error) -> bool {
@@ -242,54 +437,6 @@ fn is_closed(error: &io::Error) -> bool {
     )
 }
 
-/// Puts a failed attempt into words.
-fn explain(error: &ureq::Error, destination: &Destination) -> Failure {
-    let host = destination.authority();
-    let (kind, message) = match error {
-        ureq::Error::HostNotFound => (
-            Kind::Dns,
-            format!("no address found for {host}: check the name and this box's DNS"),
-        ),
-        ureq::Error::Timeout(Timeout::Resolve) => (
-            Kind::Timeout,
-            format!("looking up {host} took over {} s", RESOLVE.as_secs()),
-        ),
-        ureq::Error::Timeout(Timeout::Connect) => (
-            Kind::Timeout,
-            format!("connecting to {host} took over {} s", CONNECT.as_secs()),
-        ),
-        ureq::Error::Timeout(_) => (
-            Kind::Timeout,
-            format!("{host} did not answer within {} s", ATTEMPT.as_secs()),
-        ),
-        ureq::Error::Io(error) if is_closed(error) => (
-            Kind::Closed,
-            format!("{host} closed the connection before it answered"),
-        ),
-        ureq::Error::Io(error) if error.kind() == ErrorKind::ConnectionRefused => (
-            Kind::Connect,
-            format!("connection refused by {host}: nothing listens there"),
-        ),
-        // This is how rustls reports through a socket that a peer or its certificate is bad.
-        ureq::Error::Io(error) if error.kind() == ErrorKind::InvalidData => {
-            (Kind::Tls, format!("TLS with {host} failed: {}", error))
-        }
-        ureq::Error::Io(error) => (Kind::Connect, format!("no connection to {host}: {error}")),
-        ureq::Error::ConnectionFailed => (Kind::Connect, format!("no connection to {host}")),
-        ureq::Error::Rustls(error) => (Kind::Tls, format!("TLS with {host} failed: {error}")),
-        ureq::Error::Tls(reason) => (Kind::Tls, format!("TLS with {host} failed: {reason}")),
-        ureq::Error::LargeResponseHeader(..) => (
-            Kind::Protocol,
-            format!("{host} answered with a head over {RESPONSE_HEAD} bytes"),
-        ),
-        _ => (
-            Kind::Protocol,
-            format!("what {host} answered is not HTTP/1.1"),
-        ),
-    };
-    Failure { kind, message }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -300,6 +447,7 @@ mod tests {
             status: 200,
             body: b"private".to_vec(),
             truncated: false,
+            retry_after: None,
         };
         assert_eq!(
             format!("{:?}", Outcome::Answered(answer)),

@@ -4,4 +4,7 @@
 
 pub mod addresses;
 pub mod attempt;
+pub mod schedule;
+pub mod signature;
+pub mod tls;
 pub mod worker;

@@ -1,59 +1,438 @@
-//! The worker: takes an export, makes one attempt, hands over what came of it, and repeats.
+//! The worker: takes what is due, makes one attempt, hands over what came of it, and repeats.
 //!
-//! Exactly one thread runs this. Results go to the store without waiting for their commit.
+//! Exactly one thread decides at any time: the one that holds the [`Desk`], which is the schedule
+//! with all that feeds it. Before an attempt it lays the desk down. If the attempt is over soon,
+//! it takes the desk up again; if not, the worker is *relieved*: a thread that stands by takes the
+//! desk up and goes on, and the stuck one reports to it and leaves. So the usual case costs one
+//! thread (and one that stands by for a while), a distant destination does not slow the others
+//! down, and a hanging one holds up nobody.
 //!
-//! Not here: how a POST is made ([`super::attempt`]) and how a result is kept (`exports`).
+//! Not here: whose turn it is ([`super::schedule`]), how a POST is made ([`super::attempt`]) and
+//! how a result is kept (`exports`).
 
-use std::time::Instant;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use crossbeam_channel::{Receiver, select_biased};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, select, unbounded};
+use parking_lot::{Condvar, Mutex};
 use ureq::http::StatusCode;
 
 use super::attempt::{Answer, Client, Failure, Kind, Outcome};
-use crate::exports::{Exports, ExtResponse, FailureReport, Queued};
+use super::schedule::{Export, Millis, Next, Retry, Schedule, retry};
+use crate::exports::{Exports, ExtResponse, FailureReport, LastError, Queued};
 use crate::logging::millis;
+use crate::threads;
 
-/// Delivers what comes through `queue`, oldest first, until `stop` is dropped. The attempt under
-/// way then is still finished.
-pub fn run(queue: &Receiver<Queued>, stop: &Receiver<()>, exports: &Exports, client: &Client) {
-    loop {
-        select_biased! {
-            recv(stop) -> _ => return,
-            recv(queue) -> queued => match queued {
-                Ok(queued) => deliver(&queued, exports, client),
-                Err(_) => return,
-            },
+/// An attempt that takes longer has its thread relieved.
+const PATIENCE: Duration = Duration::from_millis(100);
+/// A thread that was not needed for so long stands by no more.
+const STANDING_BY: Duration = Duration::from_secs(10);
+
+/// How the worker goes about its work.
+#[derive(Debug)]
+pub struct Settings {
+    /// How long after its acceptance an export is given up.
+    pub give_up_after: Duration,
+    /// Statuses that count as failed attempts.
+    pub retry_on: Vec<u16>,
+    /// How many threads may be stuck in an attempt while another goes on; 0 means that one
+    /// thread makes all attempts, one after another.
+    pub max_relieved: usize,
+}
+
+/// Starts the worker. It delivers what comes through `queue` until `stop` is dropped; attempts
+/// under way then are still finished. What is returned is closed after the last of them.
+pub fn start(
+    queue: Receiver<Queued>,
+    stop: Receiver<()>,
+    exports: Arc<Exports>,
+    client: Client,
+    settings: Settings,
+) -> Receiver<()> {
+    let (running, ended) = bounded(0);
+    let (reports, reported) = unbounded();
+    let desk = Desk {
+        schedule: Schedule::new(settings.give_up_after),
+        queue,
+        reported,
+        stop,
+        under_way: 0,
+        failing_under_way: 0,
+        _running: running,
+    };
+    let crew = Arc::new(Crew {
+        exports,
+        client,
+        clock: Clock::new(),
+        settings,
+        reports,
+        post: Mutex::default(),
+        changed: Condvar::new(),
+    });
+    threads::spawn("worker", move || crew.run(Some(Box::new(desk))));
+    ended
+}
+
+/// What only the thread that decides may touch.
+struct Desk {
+    schedule: Schedule,
+    queue: Receiver<Queued>,
+    /// From threads that were relieved.
+    reported: Receiver<Report>,
+    stop: Receiver<()>,
+    under_way: usize,
+    /// Those of them whose queue's attempt before has failed.
+    failing_under_way: usize,
+    /// Dropped with the desk, to say that all is over.
+    _running: Sender<()>,
+}
+
+/// What came of an attempt.
+struct Report {
+    export: Export,
+    failing: bool,
+    bytes: usize,
+    took: Duration,
+    outcome: Outcome,
+}
+
+/// What all threads of the worker share.
+struct Crew {
+    exports: Arc<Exports>,
+    client: Client,
+    clock: Clock,
+    settings: Settings,
+    reports: Sender<Report>,
+    /// Held for moments only, never during an attempt or while deciding.
+    post: Mutex<Post>,
+    changed: Condvar,
+}
+
+/// Where the desk is while the thread that decided makes an attempt.
+#[derive(Default)]
+struct Post {
+    desk: Option<Box<Desk>>,
+    /// From when on it may be taken up by another thread; set exactly while it is there.
+    relief_at: Option<Instant>,
+    standing_by: bool,
+    /// Threads that were relieved and are still in their attempt.
+    relieved: usize,
+    closed: bool,
+}
+
+impl Crew {
+    /// What each thread of the worker does, beginning with the desk or standing by for it.
+    fn run(self: Arc<Self>, mut desk: Option<Box<Desk>>) {
+        while let Some(taken) = desk.take().or_else(|| self.relieve()) {
+            if !self.work(taken) {
+                return;
+            }
+        }
+    }
+
+    /// Decides and makes attempts for as long as this thread has the desk. True where it was
+    /// relieved and is to stand by now; false where it is needed no more.
+    fn work(self: &Arc<Self>, mut desk: Box<Desk>) -> bool {
+        while let Some((export, failing, slow)) = desk.next(self) {
+            desk.under_way += 1;
+            desk.failing_under_way += usize::from(failing);
+            let alone = self.post.lock().relieved >= self.settings.max_relieved;
+            if alone {
+                let report = self.attempt(export, failing);
+                desk.book(report, self);
+                continue;
+            }
+            self.lay_down(desk, slow);
+            let report = self.attempt(export, failing);
+            match self.take_up() {
+                Some(taken) => {
+                    desk = taken;
+                    desk.book(report, self);
+                }
+                None => {
+                    // The thread with the desk has the other end, and waits for all reports
+                    // before it ends.
+                    let _ = self.reports.send(report);
+                    let mut post = self.post.lock();
+                    return !std::mem::replace(&mut post.standing_by, true);
+                }
+            }
+        }
+        self.post.lock().closed = true;
+        self.changed.notify_all();
+        false
+    }
+
+    /// Leaves the desk to whoever stands by, at once or when patience is over.
+    fn lay_down(self: &Arc<Self>, desk: Box<Desk>, slow: bool) {
+        let mut post = self.post.lock();
+        post.desk = Some(desk);
+        let now = Instant::now();
+        post.relief_at = Some(if slow { now } else { now + PATIENCE });
+        if post.standing_by {
+            self.changed.notify_one();
+        } else {
+            post.standing_by = true;
+            let crew = self.clone();
+            threads::spawn("worker", move || crew.run(None));
+        }
+    }
+
+    /// Takes the desk up again after an attempt. `None` where this thread was relieved meanwhile.
+    fn take_up(&self) -> Option<Box<Desk>> {
+        let mut post = self.post.lock();
+        let desk = post.desk.take();
+        match desk {
+            Some(_) => post.relief_at = None,
+            None => post.relieved -= 1,
+        }
+        desk
+    }
+
+    /// Stands by until the desk may be taken up. `None` when nobody needs to stand by any more.
+    fn relieve(&self) -> Option<Box<Desk>> {
+        let mut post = self.post.lock();
+        loop {
+            if post.closed {
+                return None;
+            }
+            match post.relief_at {
+                Some(at) if at <= Instant::now() => {
+                    post.relief_at = None;
+                    post.relieved += 1;
+                    post.standing_by = false;
+                    return post.desk.take();
+                }
+                Some(at) => {
+                    self.changed.wait_until(&mut post, at);
+                }
+                None => {
+                    let wait = self.changed.wait_for(&mut post, STANDING_BY);
+                    if wait.timed_out() && post.relief_at.is_none() {
+                        post.standing_by = false;
+                        return None;
+                    }
+                }
+            }
+        }
+    }
+
+    fn attempt(&self, export: Export, failing: bool) -> Report {
+        let payload = self.exports.begin(export.id);
+        log::trace!(id:% = export.id, destination = export.destination.origin(); "attempt");
+        let started = Instant::now();
+        let outcome = match &payload {
+            Some(payload) => self.client.post(export.id, &export.destination, payload),
+            None => Outcome::Failed(Failure {
+                kind: Kind::Lost,
+                message: "the payload was removed from the store by somebody else".into(),
+                connected: false,
+            }),
+        };
+        let bytes = payload.map_or(0, |payload| payload.len());
+        Report {
+            export,
+            failing,
+            bytes,
+            took: started.elapsed(),
+            outcome,
         }
     }
 }
 
-fn deliver(queued: &Queued, exports: &Exports, client: &Client) {
-    let Queued { id, destination } = queued;
-    let payload = exports.begin(*id);
-    log::trace!(id:%, destination = destination.origin(); "attempt");
-    let started = Instant::now();
-    let outcome = client.post(*id, destination, &payload);
-    let ms = millis(started.elapsed());
-    let sent = payload.len();
-    let response = match outcome {
-        Outcome::Answered(answer) => {
-            log::info!(
-                id:%, destination = destination.origin(), bytes = sent, status = answer.status,
-                response_bytes = answer.body.len(), ms; "delivered"
-            );
-            answered(answer)
+impl Desk {
+    /// Waits for the next export to try, and books what is reported meanwhile. `None` when it is
+    /// time to stop and nothing is under way any more.
+    fn next(&mut self, crew: &Crew) -> Option<(Export, bool, bool)> {
+        loop {
+            while let Ok(Queued { export, resume }) = self.queue.try_recv() {
+                self.schedule.add(export, resume, crew.clock.now());
+            }
+            while let Ok(report) = self.reported.try_recv() {
+                self.book(report, crew);
+            }
+            if self.stop.try_recv() == Err(TryRecvError::Disconnected) {
+                while self.under_way > 0 {
+                    let report = self.reported.recv().ok()?;
+                    self.book(report, crew);
+                }
+                return None;
+            }
+            let now = crew.clock.now();
+            match self.schedule.next(now, self.may_try_failing(crew)) {
+                Next::Attempt {
+                    export,
+                    failing,
+                    slow,
+                } => return Some((export, failing, slow)),
+                Next::GiveUp(export) => give_up(&export, crew),
+                Next::Wait(until) => {
+                    let wait = until.map_or(Duration::MAX, |until| {
+                        Duration::from_millis(until.saturating_sub(now).max(0).unsigned_abs())
+                    });
+                    self.wait(wait, crew);
+                }
+            }
         }
-        Outcome::Failed(failure) => {
-            log::warn!(
-                id:%, destination = destination.origin(), bytes = sent, kind = failure.kind.name(),
-                reason = failure.message.as_str(), ms; "failed"
-            );
-            failed(failure)
+    }
+
+    /// Queues whose last attempt failed are likely to hang again: they may take no more than half
+    /// of the threads, and not the last one.
+    fn may_try_failing(&self, crew: &Crew) -> bool {
+        let most = crew.settings.max_relieved;
+        most == 0 || self.failing_under_way < most.div_ceil(2) && crew.post.lock().relieved < most
+    }
+
+    fn wait(&mut self, wait: Duration, crew: &Crew) {
+        let at = Instant::now().checked_add(wait);
+        let timer = at.map_or_else(crossbeam_channel::never, crossbeam_channel::at);
+        select! {
+            recv(self.queue) -> queued => if let Ok(Queued { export, resume }) = queued {
+                self.schedule.add(export, resume, crew.clock.now());
+            },
+            recv(self.reported) -> report => if let Ok(report) = report {
+                self.book(report, crew);
+            },
+            recv(self.stop) -> _ => {}
+            recv(timer) -> _ => {}
         }
+    }
+
+    /// Decides what an attempt's outcome means, and tells the exports.
+    fn book(&mut self, report: Report, crew: &Crew) {
+        let Report {
+            export,
+            failing,
+            bytes,
+            took,
+            outcome,
+        } = report;
+        self.under_way -= 1;
+        self.failing_under_way -= usize::from(failing);
+        log_attempt(&export, bytes, took, &outcome);
+        let now = crew.clock.now();
+        let Some(again) = retry(&outcome, &crew.settings.retry_on, SystemTime::now()) else {
+            self.schedule.finished(&export.key, took, now);
+            let response = response(outcome, export.attempts + 1);
+            return crew.exports.settle(export.id, &response, true);
+        };
+        let Retry { to_end, .. } = again;
+        let (id, mut tried) = (export.id, export.clone());
+        match self.schedule.failed(export, again, took, chance(), now) {
+            Ok(backoff) => {
+                tried.attempts += 1;
+                let wait = Duration::from_millis((backoff.not_before - now).unsigned_abs());
+                let (kind, message) = words(&outcome, &tried);
+                let error = LastError {
+                    kind,
+                    message: &message,
+                };
+                crew.exports.postpone(&tried, &error, backoff, wait, to_end);
+            }
+            Err(export) => {
+                log::warn!(id:%, attempts = export.attempts; "given up");
+                crew.exports
+                    .settle(id, &response(outcome, export.attempts), false);
+            }
+        }
+    }
+}
+
+/// Finishes an export whose time is over while it waits.
+fn give_up(export: &Export, crew: &Crew) {
+    log::warn!(id:% = export.id, attempts = export.attempts; "given up");
+    let (kind, message) = crew.exports.trouble(export.id).unwrap_or_else(|| {
+        let host = export.destination.authority();
+        (
+            "timeout".into(),
+            format!("there was no turn for {host} in time"),
+        )
+    });
+    let error = FailureReport {
+        kind,
+        message,
+        attempts: export.attempts,
     };
-    exports.settle(*id, &response);
+    let status = if error.kind == Kind::Timeout.name() {
+        504
+    } else {
+        502
+    };
+    crew.exports
+        .settle(export.id, &gateway(status, error), false);
+}
+
+fn log_attempt(export: &Export, bytes: usize, took: Duration, outcome: &Outcome) {
+    let (id, destination, ms) = (export.id, export.destination.origin(), millis(took));
+    let attempt = export.attempts + 1;
+    match outcome {
+        Outcome::Answered(answer) => log::info!(
+            id:%, destination, bytes, attempt, status = answer.status,
+            response_bytes = answer.body.len(), ms;
+            "delivered"
+        ),
+        Outcome::Failed(failure) => log::warn!(
+            id:%, destination, bytes, attempt, kind = failure.kind.name(),
+            reason = failure.message.as_str(), ms;
+            "failed"
+        ),
+    }
+}
+
+/// Kind and message of an attempt that counts as failed.
+fn words(outcome: &Outcome, export: &Export) -> (&'static str, String) {
+    match outcome {
+        Outcome::Failed(failure) => (failure.kind.name(), failure.message.clone()),
+        Outcome::Answered(answer) => {
+            let host = export.destination.authority();
+            let (status, reason) = (answer.status, reason(answer.status));
+            ("status", format!("{host} answered {status} {reason}"))
+        }
+    }
+}
+
+/// A number evenly spread from 0 to 1. std seeds its hash maps from the system's randomness, and
+/// waits need no better.
+fn chance() -> f64 {
+    RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64
+}
+
+/// Unix milliseconds that go on evenly from the start of the process: a clock that is set right
+/// meanwhile, as at the boot of a box without one of its own, must not end or prolong a wait.
+struct Clock {
+    started: Instant,
+    wall: Millis,
+}
+
+impl Clock {
+    fn new() -> Self {
+        let since = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        Self {
+            started: Instant::now(),
+            wall: as_millis(since),
+        }
+    }
+
+    fn now(&self) -> Millis {
+        self.wall.saturating_add(as_millis(self.started.elapsed()))
+    }
+}
+
+fn as_millis(duration: Duration) -> Millis {
+    Millis::try_from(duration.as_millis()).unwrap_or(Millis::MAX)
+}
+
+/// The result of an export whose attempt was its last.
+fn response(outcome: Outcome, attempts: u32) -> ExtResponse {
+    match outcome {
+        Outcome::Answered(answer) => answered(answer),
+        Outcome::Failed(failure) => failed(failure, attempts),
+    }
 }
 
 fn answered(answer: Answer) -> ExtResponse {
@@ -80,17 +459,27 @@ fn cut_text(error: std::string::FromUtf8Error) -> (String, Option<String>) {
     }
 }
 
-fn failed(failure: Failure) -> ExtResponse {
+fn failed(failure: Failure, attempts: u32) -> ExtResponse {
     let status = match failure.kind {
         Kind::Timeout => 504,
-        Kind::Dns | Kind::Connect | Kind::Tls | Kind::Closed | Kind::Protocol => 502,
+        Kind::Dns | Kind::Connect | Kind::Tls | Kind::Closed | Kind::Protocol | Kind::Lost => 502,
+        Kind::ForbiddenAddress | Kind::ForbiddenHttp => 403,
     };
-    ExtResponse {
-        error: Some(FailureReport {
-            kind: failure.kind.name(),
+    let kind = failure.kind.name().into();
+    gateway(
+        status,
+        FailureReport {
+            kind,
             message: failure.message,
-            attempts: 1,
-        }),
+            attempts,
+        },
+    )
+}
+
+/// A result of this service's own, where there was no response.
+fn gateway(status: u16, error: FailureReport) -> ExtResponse {
+    ExtResponse {
+        error: Some(error),
         ..ExtResponse::with_status(status, reason(status))
     }
 }
@@ -112,6 +501,7 @@ mod tests {
             status: 200,
             body: body.to_vec(),
             truncated,
+            retry_after: None,
         });
         (response.body, response.body_base64)
     }
@@ -136,15 +526,17 @@ mod tests {
     }
 
     #[test]
-    fn timeouts_are_504_and_other_failures_502() {
-        let response = |kind| {
-            failed(Failure {
+    fn timeouts_are_504_forbidden_addresses_403_and_other_failures_502() {
+        let status = |kind| {
+            let failure = Failure {
                 kind,
                 message: String::new(),
-            })
-            .status_code
+                connected: false,
+            };
+            failed(failure, 1).status_code
         };
-        assert_eq!(response(Kind::Timeout), 504);
-        assert_eq!(response(Kind::Connect), 502);
+        assert_eq!(status(Kind::Timeout), 504);
+        assert_eq!(status(Kind::Connect), 502);
+        assert_eq!(status(Kind::ForbiddenAddress), 403);
     }
 }

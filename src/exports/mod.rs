@@ -10,36 +10,44 @@
 pub mod states;
 pub mod store;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, never, select};
 use parking_lot::Mutex;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::auth::Grant;
 use crate::delivery::addresses::Destination;
+use crate::delivery::schedule::{Backoff, Export, LONGEST_RETRY_AFTER, QueueKey};
 use crate::logging::millis;
 pub use states::Reply;
-use states::{Poll, States};
-use store::{Change, Effect, IdempotencyKey, NewExport, Reader, Unfinished, Writer};
+use states::{Poll, Progress, States, Trouble};
+use store::{
+    Change, Effect, IdempotencyKey, NewExport, News, Reader, Report, Stored, Unfinished, Writer,
+};
 
 /// Submissions that may wait for the store thread; with more the disk is not keeping up.
 const WAITING: usize = 1024;
 /// Bytes of payload that may wait for the store thread.
 const WAITING_BYTES: usize = 16 * 1024 * 1024;
-/// Results that may wait for the store thread, before the worker waits for it too.
-const UNWRITTEN_RESULTS: usize = 64;
+/// Reports that may wait for the store thread, before the worker waits for it too.
+const UNWRITTEN_REPORTS: usize = 64;
+/// What an export takes in the store beside its payload, with its part of the indexes, in bytes.
+const ROW: usize = 512;
 /// Changes that go into one transaction.
 const BATCH: usize = 512;
 /// How long the store thread waits after a failed write before it tries again.
 const RETRY: Duration = Duration::from_secs(1);
-/// The log is emptied once nothing was written for so long.
-const QUIET: Duration = Duration::from_secs(1);
+/// The log is emptied so long after the first write to it.
+const LOG_AGE: Duration = Duration::from_secs(5);
+/// How long until it is tried again, where somebody who reads the store was in the way.
+const LOG_BUSY: Duration = Duration::from_secs(5);
 /// The longest the store thread sleeps, so that a corrected clock is noticed.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 
@@ -62,22 +70,23 @@ pub struct View {
     pub state: State,
     /// The `ext_response` object as JSON, once finished.
     pub response: Option<Arc<RawValue>>,
+    /// How many attempts have failed.
+    pub attempts: u32,
+    /// Why the last one failed, as JSON.
+    pub last_error: Option<Arc<RawValue>>,
+    /// How long until there can be another.
+    pub next_attempt_in: Option<Duration>,
 }
 
 impl View {
-    fn unfinished(id: Uuid, state: State) -> Self {
-        Self {
-            id,
-            state,
-            response: None,
-        }
-    }
-
     fn finished(id: Uuid, response: Arc<RawValue>) -> Self {
         Self {
             id,
             state: State::Finished,
             response: Some(response),
+            attempts: 0,
+            last_error: None,
+            next_attempt_in: None,
         }
     }
 }
@@ -113,11 +122,20 @@ impl ExtResponse {
     }
 }
 
+/// Why an attempt failed, as apps read it in `last_error`.
+#[derive(Serialize)]
+pub struct LastError<'a> {
+    /// What went wrong, for programs.
+    pub kind: &'static str,
+    /// What went wrong, for people.
+    pub message: &'a str,
+}
+
 /// Why an export has no response of its destination's.
 #[derive(Serialize)]
 pub struct FailureReport {
     /// What went wrong, for programs.
-    pub kind: &'static str,
+    pub kind: String,
     /// What went wrong, for people.
     pub message: String,
     /// How often it was tried.
@@ -137,6 +155,10 @@ pub enum Error {
     DiskFull,
     /// The store cannot be read or written; the log says why.
     Storage,
+    /// The owner has this many unfinished exports, and may not have more.
+    TooMany(usize),
+    /// The store has reached the size that it may have.
+    StoreFull,
 }
 
 impl From<store::Error> for Error {
@@ -184,9 +206,18 @@ impl Query {
 /// An export on its way to the worker. Its payload is still in the store.
 pub struct Queued {
     /// Which export.
-    pub id: Uuid,
-    /// Where it goes.
-    pub destination: Destination,
+    pub export: Export,
+    /// The backoff that was stored with it, where a restart found it waiting.
+    pub resume: Option<Backoff>,
+}
+
+/// How much may wait or be kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Unfinished exports of one owner.
+    pub max_pending: usize,
+    /// Bytes that all exports and results together take in the store.
+    pub max_store: u64,
 }
 
 /// See the module's own text. Shared by the pool, the worker, the waiter and the store thread.
@@ -194,7 +225,7 @@ pub struct Exports {
     states: States,
     accepts: Sender<Accept>,
     waiting_bytes: AtomicUsize,
-    results: Sender<Settle>,
+    reports: Sender<Report>,
     /// For polls of finished exports.
     finished: Mutex<Reader>,
     /// For the worker, so that a large payload does not hold up polls.
@@ -208,11 +239,6 @@ struct Accept {
     reply: Reply,
 }
 
-struct Settle {
-    id: Uuid,
-    response: Arc<RawValue>,
-}
-
 impl Exports {
     /// Takes over an opened store and queues every unfinished export in it, oldest first.
     /// The second half is for the thread that runs [`StoreThread::run`].
@@ -222,36 +248,33 @@ impl Exports {
     pub fn open(
         writer: Writer,
         retention: Duration,
+        limits: Limits,
         queue: Sender<Queued>,
     ) -> Result<(Arc<Self>, StoreThread), store::Error> {
         let (accepts, incoming) = bounded(WAITING);
-        let (results, settled) = bounded(UNWRITTEN_RESULTS);
+        let (reports, reported) = bounded(UNWRITTEN_REPORTS);
         let exports = Arc::new(Self {
             states: States::default(),
             accepts,
             waiting_bytes: AtomicUsize::new(0),
-            results,
+            reports,
             finished: Mutex::new(writer.reader()?),
             payloads: Mutex::new(writer.reader()?),
         });
         writer.unfinished(|export| {
-            let Unfinished {
-                id,
-                owner,
-                destination,
-            } = export;
-            exports.states.insert(id, owner, destination.clone());
-            enqueue(&queue, id, destination);
+            exports.resume(export, &queue);
         })?;
         let thread = StoreThread {
             exports: exports.clone(),
             writer,
             retention,
+            limits,
             queue,
             incoming,
-            settled,
+            reported,
             accepts: Vec::new(),
-            results: Vec::new(),
+            reports: Vec::new(),
+            disk_full: false,
         };
         Ok((exports, thread))
     }
@@ -318,14 +341,13 @@ impl Exports {
             Poll::Elsewhere(reply) => {
                 let found = self.finished.lock().find(query.id);
                 reply(match found {
-                    Ok(Some(stored)) if may_see(&stored.owner, &stored.destination) => {
-                        // Only finished exports are missing from the states, but for the moment
-                        // between a submission's commit and its reply, when nobody knows its id.
-                        match stored.response {
-                            Some(response) => Ok(View::finished(query.id, response)),
-                            None => Ok(View::unfinished(query.id, State::Pending)),
-                        }
-                    }
+                    // Without a result it would be among the states, but for the moment between
+                    // a submission's commit and its reply, when nobody knows its id.
+                    Ok(Some(Stored {
+                        owner,
+                        destination,
+                        response: Some(response),
+                    })) if may_see(&owner, &destination) => Ok(View::finished(query.id, response)),
                     Ok(_) => Err(Error::NotFound),
                     Err(error) => {
                         log::error!(reason:% = error; "cannot read the store");
@@ -336,12 +358,13 @@ impl Exports {
         }
     }
 
-    /// Marks an export as on the wire and gets its payload from the store. For the worker.
+    /// Marks an export as on the wire and gets its payload from the store; `None` where somebody
+    /// took it away. For the worker.
     ///
     /// # Panics
     /// Where the store cannot be read: without it there is nothing left to deliver, and after a
     /// restart the export is queued again.
-    pub fn begin(&self, id: Uuid) -> Vec<u8> {
+    pub fn begin(&self, id: Uuid) -> Option<Vec<u8>> {
         self.states.begin(id);
         match self.payloads.lock().payload(id) {
             Ok(payload) => payload,
@@ -353,12 +376,129 @@ impl Exports {
     }
 
     /// Hands over an export's result. It is shown to nobody before it is in the store. Blocks
-    /// only while the store is far behind. For the worker.
-    pub fn settle(&self, id: Uuid, response: &ExtResponse) {
-        // A struct of strings and numbers has no way not to become JSON.
-        let response = to_raw_value(response).expect("a result serialises").into();
+    /// only while the store is far behind. `recovered` says that its destination was reached, so
+    /// that its queue waits no longer. For the worker.
+    pub fn settle(&self, id: Uuid, response: &ExtResponse, recovered: bool) {
+        let response = raw(response);
+        self.report(Report {
+            id,
+            news: News::Finished {
+                response,
+                recovered,
+            },
+        });
+    }
+
+    /// Hands over that an export was tried `attempts` times, the last time in vain, and is queued
+    /// again. Blocks only while the store is far behind. For the worker.
+    pub fn postpone(
+        &self,
+        export: &Export,
+        error: &LastError<'_>,
+        backoff: Backoff,
+        wait: Duration,
+        to_end: bool,
+    ) {
+        let error = raw(error);
+        let attempts = export.attempts;
+        let progress = Progress {
+            attempts,
+            last_error: Some(error.clone()),
+        };
+        let trouble = Trouble {
+            error: error.clone(),
+            next_attempt: Instant::now() + wait,
+        };
+        self.states.postpone(export.id, progress, trouble);
+        let news = News::Postponed {
+            attempts,
+            error,
+            backoff,
+            to_end,
+        };
+        self.report(Report {
+            id: export.id,
+            news,
+        });
+    }
+
+    /// Kind and message of why an export waits, if that is known.
+    pub fn trouble(&self, id: Uuid) -> Option<(String, String)> {
+        #[derive(Deserialize)]
+        struct Words {
+            kind: String,
+            message: String,
+        }
+        let error = self.states.last_error(id)?;
+        let Words { kind, message } = serde_json::from_str(error.get()).ok()?;
+        Some((kind, message))
+    }
+
+    /// Shows what a report says, now that it is in the store.
+    fn written(&self, Report { id, news }: Report) {
+        if let News::Finished {
+            response,
+            recovered,
+        } = news
+        {
+            self.states.finish(id, &response, recovered);
+        }
+    }
+
+    fn report(&self, report: Report) {
         // The store thread ends after the worker, unless the process is being left in a hurry.
-        let _ = self.results.send(Settle { id, response });
+        let _ = self.reports.send(report);
+    }
+
+    /// Queues an export that was found in the store.
+    fn resume(&self, found: Unfinished, queue: &Sender<Queued>) {
+        let Unfinished {
+            id,
+            owner,
+            destination,
+            accepted_at,
+            attempts,
+            last_error,
+            backoff,
+        } = found;
+        let key = QueueKey {
+            owner: owner.into(),
+            destination: destination.shared(),
+        };
+        self.states.insert(
+            id,
+            key.clone(),
+            Progress {
+                attempts,
+                last_error: last_error.clone(),
+            },
+        );
+        if let (Some(error), Some(backoff)) = (last_error, backoff) {
+            let wait = backoff.not_before - unix_millis(SystemTime::now());
+            // The clock may have been wrong: the schedule waits no longer than this either.
+            let wait = Duration::from_millis(wait.clamp(0, LONGEST_RETRY_AFTER).unsigned_abs());
+            self.states.delay(
+                &key,
+                Trouble {
+                    error,
+                    next_attempt: Instant::now() + wait,
+                },
+            );
+        }
+        let export = Export {
+            id,
+            key,
+            destination,
+            accepted_at,
+            attempts,
+        };
+        enqueue(
+            queue,
+            Queued {
+                export,
+                resume: backoff,
+            },
+        );
     }
 
     /// What the waiter thread runs, until [`Exports::close`].
@@ -377,14 +517,17 @@ pub struct StoreThread {
     exports: Arc<Exports>,
     writer: Writer,
     retention: Duration,
+    limits: Limits,
     queue: Sender<Queued>,
     incoming: Receiver<Accept>,
-    settled: Receiver<Settle>,
+    reported: Receiver<Report>,
     /// Submissions taken and not yet written.
     accepts: Vec<Accept>,
-    /// Results taken and not yet written. Those that could not be written stay here, and until
+    /// Reports taken and not yet written. Those that could not be written stay here, and until
     /// they could be, no more are taken: so the worker waits too, and memory stays bounded.
-    results: Vec<Settle>,
+    reports: Vec<Report>,
+    /// Whether there was no room at the last try.
+    disk_full: bool,
 }
 
 impl StoreThread {
@@ -410,14 +553,14 @@ impl StoreThread {
 
     /// Waits for something to do; true when it is time to stop.
     fn sleep(&mut self, stop: &Receiver<()>, housekeeping: &Housekeeping) -> bool {
-        let (settled, timeout) = if self.results.is_empty() {
-            (&self.settled, housekeeping.sleep())
+        let (reported, timeout) = if self.reports.is_empty() {
+            (&self.reported, housekeeping.sleep())
         } else {
             (&never(), RETRY)
         };
         select! {
             recv(self.incoming) -> accept => self.accepts.extend(accept),
-            recv(settled) -> result => self.results.extend(result),
+            recv(reported) -> report => self.reports.extend(report),
             recv(stop) -> _ => return true,
             default(timeout) => {}
         }
@@ -428,22 +571,36 @@ impl StoreThread {
     fn take_waiting(&mut self) -> bool {
         let room = BATCH - self.accepts.len();
         self.accepts.extend(self.incoming.try_iter().take(room));
-        let room = UNWRITTEN_RESULTS.saturating_sub(self.results.len());
-        self.results.extend(self.settled.try_iter().take(room));
-        !(self.accepts.is_empty() && self.results.is_empty())
+        let room = UNWRITTEN_REPORTS.saturating_sub(self.reports.len());
+        self.reports.extend(self.reported.try_iter().take(room));
+        !(self.accepts.is_empty() && self.reports.is_empty())
     }
 
-    /// Writes what was taken, and answers; false where the results could not be written.
+    /// Writes what was taken, and answers; false where the reports could not be written.
     fn write(&mut self) -> bool {
         let accepts = std::mem::take(&mut self.accepts);
         let bytes = accepts
             .iter()
             .map(|accept| accept.export.payload.len())
             .sum();
-        match self.commit(&accepts) {
+        let started = Instant::now();
+        // After a full disk the log goes first: what is in it takes its room twice until then.
+        let room = !self.disk_full || self.writer.empty_log().is_ok();
+        let committed = if room {
+            self.commit(&accepts)
+        } else {
+            Err(store::Error::Full)
+        };
+        self.disk_full = matches!(committed, Err(store::Error::Full));
+        match committed {
             Ok(effects) => {
-                for Settle { id, response } in self.results.drain(..) {
-                    self.exports.states.finish(id, &response);
+                log::trace!(
+                    submissions = accepts.len(), reports = self.reports.len(),
+                    ms = millis(started.elapsed());
+                    "committed"
+                );
+                for report in self.reports.drain(..) {
+                    self.exports.written(report);
                 }
                 for (accept, effect) in accepts.into_iter().zip(effects) {
                     self.accepted(accept, effect);
@@ -451,41 +608,57 @@ impl StoreThread {
             }
             Err(error) => {
                 log::error!(
-                    reason:% = error, refused = accepts.len(), results_waiting = self.results.len();
+                    reason:% = error, refused = accepts.len(), reports_waiting = self.reports.len();
                     "cannot write to the store"
                 );
-                let refused = !accepts.is_empty();
                 let reason = Error::from(error);
                 for accept in accepts {
                     (accept.reply)(Err(reason));
                 }
-                // It may be the submissions that did not fit: the results get a try alone.
-                if refused && !self.results.is_empty() {
-                    self.write();
-                }
+                self.write_reports_one_by_one();
             }
         }
         self.exports
             .waiting_bytes
             .fetch_sub(bytes, Ordering::Relaxed);
-        self.results.is_empty()
+        self.reports.is_empty()
     }
 
-    /// Writes the waiting results first, so that a repeated submission sees them.
+    /// Gets as far with the reports as a disk that is almost full lets it: to erase a payload
+    /// takes as much room as the payload does, until the log is emptied.
+    fn write_reports_one_by_one(&mut self) {
+        while let Some(report) = self.reports.first() {
+            let now = unix_millis(SystemTime::now());
+            let written = self.writer.commit(&[Change::Report(report)], now);
+            if written.is_err() || self.writer.empty_log().is_err() {
+                return;
+            }
+            self.exports.written(self.reports.remove(0));
+        }
+    }
+
+    /// Writes the waiting reports first, so that a repeated submission sees them.
     fn commit(&mut self, accepts: &[Accept]) -> Result<Vec<Effect>, store::Error> {
-        let changes: Vec<_> = self
-            .results
-            .iter()
-            .map(|result| Change::Settle {
-                id: result.id,
-                response: &result.response,
-            })
-            .chain(accepts.iter().map(|accept| Change::Accept(&accept.export)))
-            .collect();
+        let mut size = self.writer.size()?;
+        let mut pending = HashMap::new();
+        let mut changes: Vec<_> = self.reports.iter().map(Change::Report).collect();
+        for Accept { export, .. } in accepts {
+            let owner = export.owner.as_slice();
+            let count = pending
+                .entry(owner)
+                .or_insert_with(|| self.exports.states.count_of(owner));
+            let bytes = (export.payload.len() + ROW) as u64;
+            let room = *count < self.limits.max_pending && size + bytes <= self.limits.max_store;
+            if room {
+                *count += 1;
+                size += bytes;
+            }
+            changes.push(Change::Accept { export, room });
+        }
         let mut effects = self
             .writer
             .commit(&changes, unix_millis(SystemTime::now()))?;
-        Ok(effects.split_off(self.results.len()))
+        Ok(effects.split_off(self.reports.len()))
     }
 
     fn accepted(&self, accept: Accept, effect: Effect) {
@@ -500,8 +673,10 @@ impl StoreThread {
             owner,
             destination,
             payload,
+            accepted_at,
             ..
         } = export;
+        let states = &self.exports.states;
         let anyone = |_: &[u8], _: &str| true;
         let answer = match effect {
             Effect::Written => {
@@ -510,21 +685,47 @@ impl StoreThread {
                     ms = millis(received.elapsed());
                     "accepted"
                 );
-                let states = &self.exports.states;
-                states.insert(id, owner, destination.clone());
+                let key = QueueKey {
+                    owner: owner.into(),
+                    destination: destination.shared(),
+                };
+                states.insert(id, key.clone(), Progress::default());
                 // Before the worker knows of it, so that the first answer is always Pending.
                 let poll = states.poll(id, anyone, deadline, reply);
-                enqueue(&self.queue, id, destination);
+                let export = Export {
+                    id,
+                    key,
+                    destination,
+                    accepted_at,
+                    attempts: 0,
+                };
+                enqueue(
+                    &self.queue,
+                    Queued {
+                        export,
+                        resume: None,
+                    },
+                );
                 poll
             }
             Effect::Repeat { id, response } => {
                 log::info!(id:%, destination = destination.origin(); "accepted before");
                 match response {
                     Some(response) => Poll::Now(reply, Ok(View::finished(id, response))),
-                    None => self.exports.states.poll(id, anyone, deadline, reply),
+                    None => states.poll(id, anyone, deadline, reply),
                 }
             }
             Effect::Conflict => Poll::Now(reply, Err(Error::KeyReused)),
+            Effect::NoRoom => {
+                let pending = states.count_of(&owner);
+                let too_many = pending >= self.limits.max_pending;
+                let error = if too_many {
+                    Error::TooMany(pending)
+                } else {
+                    Error::StoreFull
+                };
+                Poll::Now(reply, Err(error))
+            }
         };
         match answer {
             Poll::Parked => {}
@@ -535,9 +736,14 @@ impl StoreThread {
     }
 }
 
-fn enqueue(queue: &Sender<Queued>, id: Uuid, destination: Destination) {
+fn enqueue(queue: &Sender<Queued>, queued: Queued) {
     // The worker's end goes away only when the process stops; the export then stays stored.
-    let _ = queue.send(Queued { id, destination });
+    let _ = queue.send(queued);
+}
+
+fn raw(value: &impl Serialize) -> Arc<RawValue> {
+    // Structs of strings and numbers have no way not to become JSON.
+    to_raw_value(value).expect("a struct serialises").into()
 }
 
 /// What the store thread does when there is time: deletes expired results in small steps, and
@@ -557,7 +763,8 @@ impl Housekeeping {
     }
 
     fn wrote(&mut self) {
-        self.empty_log_at = Some(Instant::now() + QUIET);
+        // From the first write on, not the last: under steady traffic it has to be emptied too.
+        self.empty_log_at.get_or_insert(Instant::now() + LOG_AGE);
     }
 
     fn sleep(&self) -> Duration {
@@ -568,39 +775,48 @@ impl Housekeeping {
     }
 
     fn run(&mut self, writer: &mut Writer, retention: Duration) {
-        let now = Instant::now();
-        if self.expire_at <= now {
-            self.expire_at = now + Self::expire(writer, retention);
+        if self.expire_at <= Instant::now() {
+            self.expire(writer, retention);
         }
-        if self.empty_log_at.is_some_and(|at| at <= now) {
+        if self.empty_log_at.is_some_and(|at| at <= Instant::now()) {
             self.empty_log(writer);
         }
     }
 
     fn empty_log(&mut self, writer: &mut Writer) {
-        self.empty_log_at = None;
-        if let Err(error) = writer.empty_log() {
-            log::warn!(reason:% = error; "cannot empty the store's log");
-            self.empty_log_at = Some(Instant::now() + LONGEST_SLEEP);
-        }
+        self.empty_log_at = match writer.empty_log() {
+            Ok(true) => None,
+            Ok(false) => {
+                log::debug!("somebody reads the store, its log is emptied later");
+                Some(Instant::now() + LOG_BUSY)
+            }
+            Err(error) => {
+                log::warn!(reason:% = error; "cannot empty the store's log");
+                Some(Instant::now() + LONGEST_SLEEP)
+            }
+        };
     }
 
-    /// Deletes a few results and returns how long until the next.
-    fn expire(writer: &mut Writer, retention: Duration) -> Duration {
+    /// Deletes a few results, and notes when the next are due.
+    fn expire(&mut self, writer: &mut Writer, retention: Duration) {
         let retention = i64::try_from(retention.as_millis()).unwrap_or(i64::MAX);
         let now = unix_millis(SystemTime::now());
-        match writer.expire(now.saturating_sub(retention)) {
-            Ok(Some(oldest)) => {
+        let wait = match writer.expire(now.saturating_sub(retention)) {
+            Ok((deleted, oldest)) => {
+                if deleted > 0 {
+                    self.wrote();
+                }
+                // What finishes from now on expires no sooner.
+                let oldest = oldest.unwrap_or(now);
                 let left = oldest.saturating_add(retention).saturating_sub(now);
-                Duration::from_millis(u64::try_from(left).unwrap_or(0)).min(LONGEST_SLEEP)
+                Duration::from_millis(left.max(0).unsigned_abs())
             }
-            // What finishes from now on expires no sooner.
-            Ok(None) => Duration::from_millis(retention.unsigned_abs()).min(LONGEST_SLEEP),
             Err(error) => {
                 log::warn!(reason:% = error; "cannot delete expired results");
                 LONGEST_SLEEP
             }
-        }
+        };
+        self.expire_at = Instant::now() + wait.min(LONGEST_SLEEP);
     }
 }
 

@@ -16,10 +16,11 @@ use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::{Error, State, View};
-use crate::delivery::addresses::Destination;
+use crate::delivery::schedule::QueueKey;
 
 /// Answers one request, exactly once. It may write to a socket, so it is never called with the
-/// mutex held.
+/// mutex held. It must not wait for the answer of another request: tiny_http makes it do so when
+/// a client pipelines, so whatever stands before tiny_http must pass on one request at a time.
 pub type Reply = Box<dyn FnOnce(Result<View, Error>) + Send>;
 
 /// See the module's own text.
@@ -32,6 +33,10 @@ pub struct States {
 #[derive(Default)]
 struct Inner {
     unfinished: HashMap<Uuid, Entry>,
+    /// What the exports of a queue have in common; an entry for as long as there are any.
+    queues: HashMap<QueueKey, Queue>,
+    /// How many unfinished exports each owner has.
+    owners: HashMap<Arc<[u8]>, usize>,
     /// Whose time is over when; the number tells apart what is due at the same moment.
     deadlines: BTreeMap<(Instant, u64), Uuid>,
     parked: u64,
@@ -39,11 +44,35 @@ struct Inner {
     closing: bool,
 }
 
+#[derive(Default)]
+struct Queue {
+    exports: usize,
+    trouble: Option<Trouble>,
+}
+
 struct Entry {
-    owner: Vec<u8>,
-    destination: Destination,
+    key: QueueKey,
     state: State,
+    progress: Progress,
     parked: Vec<Parked>,
+}
+
+/// How far an export has come by its own attempts.
+#[derive(Clone, Default)]
+pub struct Progress {
+    /// How many have failed.
+    pub attempts: u32,
+    /// Why the last one failed: `kind` and `message` as JSON.
+    pub last_error: Option<Arc<RawValue>>,
+}
+
+/// Why a queue waits.
+#[derive(Clone)]
+pub struct Trouble {
+    /// Why its last attempt failed, whichever export that was.
+    pub error: Arc<RawValue>,
+    /// Before when there will be no other.
+    pub next_attempt: Instant,
 }
 
 struct Parked {
@@ -63,14 +92,17 @@ pub enum Poll {
 
 impl States {
     /// Adds an export as Pending.
-    pub fn insert(&self, id: Uuid, owner: Vec<u8>, destination: Destination) {
+    pub fn insert(&self, id: Uuid, key: QueueKey, progress: Progress) {
+        let mut inner = self.inner.lock();
+        inner.queues.entry(key.clone()).or_default().exports += 1;
+        *inner.owners.entry(key.owner.clone()).or_default() += 1;
         let entry = Entry {
-            owner,
-            destination,
+            key,
             state: State::Pending,
+            progress,
             parked: Vec::new(),
         };
-        self.inner.lock().unfinished.insert(id, entry);
+        inner.unfinished.insert(id, entry);
     }
 
     /// How many exports are not finished.
@@ -78,11 +110,46 @@ impl States {
         self.inner.lock().unfinished.len()
     }
 
+    /// How many exports of this owner are not finished.
+    pub fn count_of(&self, owner: &[u8]) -> usize {
+        self.inner.lock().owners.get(owner).copied().unwrap_or(0)
+    }
+
+    /// The queue waits, for this reason.
+    pub fn delay(&self, key: &QueueKey, trouble: Trouble) {
+        if let Some(queue) = self.inner.lock().queues.get_mut(key) {
+            queue.trouble = Some(trouble);
+        }
+    }
+
+    /// The export's attempt failed, and it is queued again.
+    pub fn postpone(&self, id: Uuid, progress: Progress, trouble: Trouble) {
+        let mut inner = self.inner.lock();
+        let inner = &mut *inner;
+        if let Some(entry) = inner.unfinished.get_mut(&id) {
+            entry.state = State::Pending;
+            entry.progress = progress;
+            if let Some(queue) = inner.queues.get_mut(&entry.key) {
+                queue.trouble = Some(trouble);
+            }
+        }
+    }
+
     /// The export is on the wire from now on.
     pub fn begin(&self, id: Uuid) {
         if let Some(entry) = self.inner.lock().unfinished.get_mut(&id) {
             entry.state = State::Processing;
         }
+    }
+
+    /// Why an export waits, by its own last attempt or its queue's.
+    pub fn last_error(&self, id: Uuid) -> Option<Arc<RawValue>> {
+        let inner = self.inner.lock();
+        inner
+            .unfinished
+            .get(&id)?
+            .view(id, &inner.queues)
+            .last_error
     }
 
     /// Parks a poll until the export is finished or `deadline` arrives. `may_see` decides from
@@ -99,11 +166,12 @@ impl States {
         let Some(entry) = inner.unfinished.get_mut(&id) else {
             return Poll::Elsewhere(reply);
         };
-        if !may_see(&entry.owner, entry.destination.as_str()) {
+        if !may_see(&entry.key.owner, &entry.key.destination) {
             return Poll::Now(reply, Err(Error::NotFound));
         }
         if inner.closing || deadline <= Instant::now() {
-            return Poll::Now(reply, Ok(View::unfinished(id, entry.state)));
+            let view = entry.view(id, &inner.queues);
+            return Poll::Now(reply, Ok(view));
         }
         inner.parked += 1;
         let due = (deadline, inner.parked);
@@ -121,13 +189,14 @@ impl States {
     }
 
     /// Takes an export out, now that its result is in the store, and has the waiter answer every
-    /// poll that was parked on it.
-    pub fn finish(&self, id: Uuid, response: &Arc<RawValue>) {
+    /// poll that was parked on it. `recovered` says that its queue waits no longer.
+    pub fn finish(&self, id: Uuid, response: &Arc<RawValue>, recovered: bool) {
         let mut inner = self.inner.lock();
         let inner = &mut *inner;
         let Some(entry) = inner.unfinished.remove(&id) else {
             return;
         };
+        inner.leave(&entry.key, recovered);
         for Parked { due, reply } in entry.parked {
             inner.deadlines.remove(&due);
             inner
@@ -170,7 +239,53 @@ impl States {
     }
 }
 
+impl Entry {
+    /// What may be seen of it: while it is Pending, why, and when something will happen. Where
+    /// it was not tried itself, that is its queue's reason.
+    fn view(&self, id: Uuid, queues: &HashMap<QueueKey, Queue>) -> View {
+        let trouble = queues
+            .get(&self.key)
+            .and_then(|queue| queue.trouble.as_ref());
+        let trouble = trouble.filter(|_| self.state == State::Pending);
+        let Progress {
+            attempts,
+            last_error,
+        } = self.progress.clone();
+        View {
+            id,
+            state: self.state,
+            response: None,
+            attempts,
+            last_error: last_error.or_else(|| trouble.map(|trouble| trouble.error.clone())),
+            next_attempt_in: trouble.map(|trouble| {
+                trouble
+                    .next_attempt
+                    .saturating_duration_since(Instant::now())
+            }),
+        }
+    }
+}
+
 impl Inner {
+    /// One export of a queue and its owner less.
+    fn leave(&mut self, key: &QueueKey, recovered: bool) {
+        if let Some(queue) = self.queues.get_mut(key) {
+            queue.exports -= 1;
+            if recovered {
+                queue.trouble = None;
+            }
+            if queue.exports == 0 {
+                self.queues.remove(key);
+            }
+        }
+        if let Some(count) = self.owners.get_mut(&key.owner) {
+            *count -= 1;
+            if *count == 0 {
+                self.owners.remove(&key.owner);
+            }
+        }
+    }
+
     /// Moves every parked poll whose time is over to `due`; all of them once closing.
     fn take_due(&mut self, now: Instant) {
         while let Some(first) = self.deadlines.first_entry()
@@ -185,7 +300,8 @@ impl Inner {
                 continue;
             };
             let Parked { reply, .. } = entry.parked.swap_remove(at);
-            self.due.push((reply, View::unfinished(id, entry.state)));
+            let view = entry.view(id, &self.queues);
+            self.due.push((reply, view));
         }
     }
 }
@@ -205,8 +321,11 @@ mod tests {
     fn states_with_one() -> (States, Uuid) {
         let states = States::default();
         let id = Uuid::now_v7();
-        let destination = Destination::parse("https://a.example/").unwrap();
-        states.insert(id, b"me".to_vec(), destination);
+        let key = QueueKey {
+            owner: b"me".as_slice().into(),
+            destination: "https://a.example/".into(),
+        };
+        states.insert(id, key, Progress::default());
         (states, id)
     }
 
@@ -229,7 +348,11 @@ mod tests {
                     answer
                 })
                 .collect();
-            states.finish(id, &RawValue::from_string("{}".into()).unwrap().into());
+            states.finish(
+                id,
+                &RawValue::from_string("{}".into()).unwrap().into(),
+                true,
+            );
             for answer in answers {
                 assert_eq!(answer.recv().unwrap().state, State::Finished);
             }
@@ -237,6 +360,7 @@ mod tests {
         });
         let inner = states.inner.lock();
         assert!(inner.unfinished.is_empty() && inner.deadlines.is_empty());
+        assert!(inner.queues.is_empty() && inner.owners.is_empty());
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! The store on disk: every export from its acceptance until its result expires. All SQL is here.
 //!
 //! SQLite in WAL mode with `synchronous=FULL`: a commit that returned survives loss of power.
-//! One [`Writer`] owns the only writing connection; [`Reader`]s see committed rows only and are
-//! never held up by the writer. Payloads are overwritten with zeros once an export is finished.
+//! One [`Writer`] owns the only writing connection; [`Reader`]s see committed rows only and, in a
+//! file, are never held up by the writer. Payloads are overwritten with zeros once an export is finished.
 //!
 //! Not here: which thread writes when, and what is kept in memory (`exports`).
 
@@ -13,11 +13,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rusqlite::{Connection, ErrorCode, OpenFlags, Transaction, params};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Transaction, params};
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use crate::delivery::addresses::Destination;
+use crate::delivery::schedule::Backoff;
 
 /// The file's name in the data folder.
 pub const FILE: &str = "exports.db";
@@ -30,8 +31,11 @@ const APPLICATION_ID: i32 = 0x4558_5053;
 const SCHEMA_VERSION: i32 = 1;
 
 /// `payload` is null once finished, `finished_at` and `response` are null before. Times are Unix
-/// milliseconds. `fingerprint` tells a repeat of the same submission from another one under the
-/// same idempotency key, when the payload itself is gone already.
+/// milliseconds. `attempts` and `last_error` are the export's own; `failures` and
+/// `next_attempt_at` are its queue's backoff as it was after the export's last attempt. `turn`
+/// stands for `seq` in the order of delivery once the export was moved to the end of its queue.
+/// `fingerprint` tells a repeat of the same submission from another one under the same
+/// idempotency key, when the payload itself is gone already.
 const SCHEMA: &str = "
     CREATE TABLE exports (
         seq             INTEGER PRIMARY KEY,
@@ -42,11 +46,18 @@ const SCHEMA: &str = "
         accepted_at     INTEGER NOT NULL,
         finished_at     INTEGER,
         response        TEXT,
+        attempts        INTEGER NOT NULL DEFAULT 0,
+        last_error      TEXT,
+        tried_at        INTEGER,
+        failures        INTEGER NOT NULL DEFAULT 0,
+        next_attempt_at INTEGER,
+        turn            INTEGER,
         idempotency_key TEXT,
         fingerprint     BLOB
     ) STRICT;
     CREATE INDEX unfinished ON exports (seq) WHERE finished_at IS NULL;
     CREATE INDEX finished ON exports (finished_at) WHERE finished_at IS NOT NULL;
+    CREATE INDEX delayed ON exports (owner, destination) WHERE failures > 0;
     CREATE UNIQUE INDEX repeats ON exports (owner, idempotency_key)
         WHERE idempotency_key IS NOT NULL;
 ";
@@ -60,6 +71,9 @@ const BUSY: Duration = Duration::from_secs(10);
 
 /// How the writer opens the store; a file exists by then, a database in memory does not.
 const WRITING: OpenFlags = OpenFlags::SQLITE_OPEN_READ_WRITE.union(OpenFlags::SQLITE_OPEN_CREATE);
+
+/// How the URI of a database in memory begins; paths of files are absolute, so none begins so.
+const MEMORY: &str = "file:";
 
 /// Where the exports are kept.
 #[derive(Clone, Debug)]
@@ -137,13 +151,43 @@ pub struct IdempotencyKey {
 /// One thing for [`Writer::commit`] to write down.
 pub enum Change<'a> {
     /// A new export.
-    Accept(&'a NewExport),
-    /// An export is finished: its result as JSON.
-    Settle {
-        /// Which export.
-        id: Uuid,
+    Accept {
+        /// What is to be written.
+        export: &'a NewExport,
+        /// Whether there is room for it; a repeat of an earlier submission needs none.
+        room: bool,
+    },
+    /// News of an export that was accepted before.
+    Report(&'a Report),
+}
+
+/// What became of an export, to be written down.
+pub struct Report {
+    /// Which export.
+    pub id: Uuid,
+    /// Its result, or when it is tried again.
+    pub news: News,
+}
+
+/// See [`Report`].
+pub enum News {
+    /// It is finished.
+    Finished {
         /// The `ext_response` object.
-        response: &'a RawValue,
+        response: Arc<RawValue>,
+        /// Whether its destination was reached, so that its queue waits no longer.
+        recovered: bool,
+    },
+    /// An attempt failed, and there will be another.
+    Postponed {
+        /// How often it was tried.
+        attempts: u32,
+        /// Why the last attempt failed: `kind` and `message`.
+        error: Arc<RawValue>,
+        /// The backoff of its queue.
+        backoff: Backoff,
+        /// Whether it went to the end of its queue.
+        to_end: bool,
     },
 }
 
@@ -160,6 +204,8 @@ pub enum Effect {
     },
     /// The idempotency key was used before for another submission. Nothing was written.
     Conflict,
+    /// There is no room for it. Nothing was written.
+    NoRoom,
 }
 
 /// An export as it is found in the store.
@@ -180,12 +226,21 @@ pub struct Unfinished {
     pub owner: Vec<u8>,
     /// Where it goes.
     pub destination: Destination,
+    /// Unix milliseconds.
+    pub accepted_at: i64,
+    /// How often it was tried.
+    pub attempts: u32,
+    /// Why its last attempt failed.
+    pub last_error: Option<Arc<RawValue>>,
+    /// The backoff of its queue after its last attempt, if that failed.
+    pub backoff: Option<Backoff>,
 }
 
 /// The one connection that writes. Dropping it gives the folder free for another process.
 pub struct Writer {
     connection: Connection,
-    uri: String,
+    /// The file, or a URI for a database in memory.
+    path: PathBuf,
     /// Held for as long as the folder is in use; the operating system lets go of it in any case.
     _lock: Option<File>,
 }
@@ -200,15 +255,16 @@ impl Writer {
             Place::Folder(folder) => Self::open_folder(folder),
             Place::Memory => {
                 // A name of its own, so that two stores in one process (as in tests) stay apart.
-                let uri = format!("file:/{}?vfs=memdb", Uuid::now_v7());
-                let connection = connect(&uri, WRITING)
+                let uri = format!("{MEMORY}/{}?vfs=memdb", Uuid::now_v7());
+                let path = PathBuf::from(uri);
+                let connection = connect(&path, WRITING)
                     .and_then(|connection| prepare(&connection).map(|()| connection))
                     .map_err(|error| {
                         OpenError(format!("cannot keep exports in memory: {error}"))
                     })?;
                 Ok(Self {
                     connection,
-                    uri,
+                    path,
                     _lock: None,
                 })
             }
@@ -218,12 +274,15 @@ impl Writer {
     fn open_folder(folder: &Path) -> Result<Self, OpenError> {
         let unusable = |what: &str, error: &dyn std::fmt::Display| {
             OpenError(format!(
-                "cannot {what} the data folder {}: {error}; make it writable for this user, \
-                 choose another with --data-dir, or give --ephemeral to keep nothing",
+                "cannot {what} the data folder {}: {error}; make it a folder that this user can \
+                 write, choose another with --data-dir, or give --ephemeral to keep nothing",
                 folder.display()
             ))
         };
         create(folder).map_err(|error| unusable("create", &error))?;
+        let folder = &folder
+            .canonicalize()
+            .map_err(|error| unusable("use", &error))?;
         let lock = private_file(&folder.join("lock")).map_err(|error| unusable("use", &error))?;
         match lock.try_lock() {
             Ok(()) => {}
@@ -238,13 +297,12 @@ impl Writer {
         }
         let path = folder.join(FILE);
         private_file(&path).map_err(|error| unusable("use", &error))?;
-        let uri = file_uri(&path);
-        let connection = connect(&uri, WRITING).map_err(|error| unusable("use", &error))?;
+        let connection = connect(&path, WRITING).map_err(|error| unusable("use", &error))?;
         migrate(&connection, &path)?;
         prepare_folder(&connection).map_err(|error| unusable("use", &error))?;
         Ok(Self {
             connection,
-            uri,
+            path,
             _lock: Some(lock),
         })
     }
@@ -254,7 +312,7 @@ impl Writer {
     /// # Errors
     /// Where the file cannot be opened a second time.
     pub fn reader(&self) -> Result<Reader, Error> {
-        let connection = connect(&self.uri, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+        let connection = connect(&self.path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
         connection.pragma_update(None, "cache_size", -128)?;
         Ok(Reader { connection })
     }
@@ -265,7 +323,9 @@ impl Writer {
     /// Where the store cannot be read, or holds a row that no version of this program wrote.
     pub fn unfinished(&self, mut each: impl FnMut(Unfinished)) -> Result<(), Error> {
         let mut statement = self.connection.prepare(
-            "SELECT id, owner, destination FROM exports WHERE finished_at IS NULL ORDER BY seq",
+            "SELECT id, owner, destination, accepted_at, attempts, last_error,
+                    failures, next_attempt_at
+             FROM exports WHERE finished_at IS NULL ORDER BY coalesce(turn, seq), tried_at",
         )?;
         let mut rows = statement.query([])?;
         while let Some(row) = rows.next()? {
@@ -273,13 +333,37 @@ impl Writer {
             let (Ok(id), Ok(destination)) = (id.parse(), Destination::parse(&destination)) else {
                 return Err(Error::Damaged);
             };
+            let failures = row.get(6)?;
+            let not_before: Option<i64> = row.get(7)?;
             each(Unfinished {
                 id,
                 owner: row.get(1)?,
                 destination,
+                accepted_at: row.get(3)?,
+                attempts: row.get(4)?,
+                last_error: json(row.get(5)?)?,
+                backoff: not_before.map(|not_before| Backoff {
+                    failures,
+                    not_before,
+                }),
             });
         }
         Ok(())
+    }
+
+    /// How many bytes of the disk hold exports and results; free pages of the file do not count.
+    ///
+    /// # Errors
+    /// Where the store cannot be read.
+    pub fn size(&self) -> Result<u64, Error> {
+        let pages = self
+            .connection
+            .prepare_cached(
+                "SELECT (page_count - freelist_count) * page_size
+                 FROM pragma_page_count, pragma_freelist_count, pragma_page_size",
+            )?
+            .query_row([], |row| row.get::<_, i64>(0))?;
+        Ok(pages.unsigned_abs())
     }
 
     /// Writes all of `changes` in one transaction and returns what became of each, in order.
@@ -292,8 +376,8 @@ impl Writer {
         let mut effects = Vec::with_capacity(changes.len());
         for change in changes {
             effects.push(match change {
-                Change::Accept(export) => accept(&transaction, export)?,
-                Change::Settle { id, response } => settle(&transaction, *id, response, now)?,
+                Change::Accept { export, room } => accept(&transaction, export, *room)?,
+                Change::Report(report) => write_report(&transaction, report, now)?,
             });
         }
         transaction.commit()?;
@@ -301,36 +385,48 @@ impl Writer {
     }
 
     /// Deletes some results that were finished at or before `limit` (Unix milliseconds), and says
-    /// when the oldest one left was finished.
+    /// how many, and when the oldest one left was finished.
     ///
     /// # Errors
     /// Where the store cannot be written.
-    pub fn expire(&mut self, limit: i64) -> Result<Option<i64>, Error> {
+    pub fn expire(&mut self, limit: i64) -> Result<(usize, Option<i64>), Error> {
+        let mut deleted = 0;
         let oldest = |connection: &Connection| {
             connection
                 .prepare_cached("SELECT min(finished_at) FROM exports WHERE finished_at NOT NULL")?
                 .query_row([], |row| row.get::<_, Option<i64>>(0))
         };
         if oldest(&self.connection)?.is_some_and(|finished| finished <= limit) {
-            self.connection
+            deleted = self
+                .connection
                 .prepare_cached(
                     "DELETE FROM exports WHERE seq IN
                      (SELECT seq FROM exports WHERE finished_at <= ? LIMIT ?)",
                 )?
                 .execute(params![limit, EXPIRY_STEP])?;
         }
-        Ok(oldest(&self.connection)?)
+        Ok((deleted, oldest(&self.connection)?))
     }
 
     /// Moves what the write-ahead log holds into the database and empties the log, which until
-    /// then still has every payload in it.
+    /// then still has every payload in it. False where somebody who reads the file is in the way;
+    /// it is not waited for.
     ///
     /// # Errors
     /// Where the store cannot be written; nothing is lost by that.
-    pub fn empty_log(&mut self) -> Result<(), Error> {
-        self.connection
-            .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
-        Ok(())
+    pub fn empty_log(&mut self) -> Result<bool, Error> {
+        self.connection.busy_timeout(Duration::ZERO)?;
+        let busy = self
+            .connection
+            .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| {
+                row.get::<_, bool>(0)
+            });
+        self.connection.busy_timeout(BUSY)?;
+        match busy {
+            Ok(busy) => Ok(!busy),
+            Err(error) if error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
     }
 }
 
@@ -355,34 +451,38 @@ impl Reader {
         Ok(Some(Stored {
             owner: row.get(0)?,
             destination: row.get(1)?,
-            response: result(row.get(2)?)?,
+            response: json(row.get(2)?)?,
         }))
     }
 
-    /// The payload of an export that is not finished.
+    /// The payload of an export that is not finished; `None` where somebody took it away.
     ///
     /// # Errors
-    /// Where the store cannot be read, or holds no payload under this id.
-    pub fn payload(&self, id: Uuid) -> Result<Vec<u8>, Error> {
+    /// Where the store cannot be read.
+    pub fn payload(&self, id: Uuid) -> Result<Option<Vec<u8>>, Error> {
         let payload = self
             .connection
             .prepare_cached("SELECT payload FROM exports WHERE id = ?")?
-            .query_row([id.to_string()], |row| row.get(0))?;
-        Ok(payload)
+            .query_row([id.to_string()], |row| row.get(0))
+            .optional()?;
+        Ok(payload.flatten())
     }
 }
 
-/// A result as it stands in a row.
-fn result(text: Option<String>) -> Result<Option<Arc<RawValue>>, Error> {
+/// JSON as it stands in a row.
+fn json(text: Option<String>) -> Result<Option<Arc<RawValue>>, Error> {
     let parsed = text.map(RawValue::from_string).transpose();
     Ok(parsed.map_err(|_| Error::Damaged)?.map(Arc::from))
 }
 
-fn accept(transaction: &Transaction<'_>, export: &NewExport) -> Result<Effect, Error> {
+fn accept(transaction: &Transaction<'_>, export: &NewExport, room: bool) -> Result<Effect, Error> {
     if let Some(key) = &export.key
         && let Some(earlier) = earlier(transaction, &export.owner, key)?
     {
         return Ok(earlier);
+    }
+    if !room {
+        return Ok(Effect::NoRoom);
     }
     transaction
         .prepare_cached(
@@ -424,28 +524,67 @@ fn earlier(
         .map_err(|_| Error::Damaged)?;
     Ok(Some(Effect::Repeat {
         id,
-        response: result(row.get(2)?)?,
+        response: json(row.get(2)?)?,
     }))
 }
 
-fn settle(
-    transaction: &Transaction<'_>,
-    id: Uuid,
-    response: &RawValue,
-    now: i64,
-) -> Result<Effect, Error> {
-    transaction
-        .prepare_cached(
-            "UPDATE exports SET payload = NULL, finished_at = ?, response = ? WHERE id = ?",
-        )?
-        .execute(params![now, response.get(), id.to_string()])?;
+fn write_report(transaction: &Transaction<'_>, report: &Report, now: i64) -> Result<Effect, Error> {
+    let id = report.id.to_string();
+    match &report.news {
+        News::Finished {
+            response,
+            recovered,
+        } => {
+            transaction
+                .prepare_cached(
+                    "UPDATE exports SET payload = NULL, finished_at = ?, response = ?, failures = 0
+                     WHERE id = ?",
+                )?
+                .execute(params![now, response.get(), id])?;
+            if *recovered {
+                transaction
+                    .prepare_cached(
+                        "UPDATE exports SET failures = 0, next_attempt_at = NULL
+                         WHERE failures > 0 AND (owner, destination) =
+                             (SELECT owner, destination FROM exports WHERE id = ?)",
+                    )?
+                    .execute([id])?;
+            }
+        }
+        News::Postponed {
+            attempts,
+            error,
+            backoff,
+            to_end,
+        } => {
+            transaction
+                .prepare_cached(
+                    "UPDATE exports SET attempts = ?, last_error = ?, tried_at = ?, failures = ?,
+                         next_attempt_at = ?,
+                         turn = iif(?, (SELECT max(seq) FROM exports), turn)
+                     WHERE id = ?",
+                )?
+                .execute(params![
+                    attempts,
+                    error.get(),
+                    now,
+                    backoff.failures,
+                    backoff.not_before,
+                    to_end,
+                    id
+                ])?;
+        }
+    }
     Ok(Effect::Written)
 }
 
-fn connect(uri: &str, access: OpenFlags) -> Result<Connection, rusqlite::Error> {
+fn connect(path: &Path, access: OpenFlags) -> Result<Connection, rusqlite::Error> {
     // NO_MUTEX: each connection is used by one thread at a time, which Rust sees to.
-    let flags = access | OpenFlags::SQLITE_OPEN_URI | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let connection = Connection::open_with_flags(uri, flags)?;
+    let mut flags = access | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    if path.starts_with(MEMORY) {
+        flags |= OpenFlags::SQLITE_OPEN_URI;
+    }
+    let connection = Connection::open_with_flags(path, flags)?;
     connection.busy_timeout(BUSY)?;
     Ok(connection)
 }
@@ -505,8 +644,13 @@ fn migrate(connection: &Connection, path: &Path) -> Result<(), OpenError> {
 }
 
 /// Creates a folder that only its owner may look into, and makes sure that it outlives a power
-/// cut: SQLite syncs what is in it, not its own entry in the folder above.
+/// cut: SQLite syncs what is in it, not the entries of new folders in those above.
 fn create(folder: &Path) -> io::Result<()> {
+    let above: Vec<_> = folder
+        .ancestors()
+        .skip(1)
+        .take_while(|path| !path.is_dir())
+        .collect();
     if folder.is_dir() {
         return Ok(());
     }
@@ -514,10 +658,13 @@ fn create(folder: &Path) -> io::Result<()> {
         .recursive(true)
         .mode(0o700)
         .create(folder)?;
-    match folder.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => File::open(parent)?.sync_all(),
-        _ => File::open(".")?.sync_all(),
+    for path in [folder].into_iter().chain(above) {
+        match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => File::open(parent)?.sync_all()?,
+            _ => File::open(".")?.sync_all()?,
+        }
     }
+    Ok(())
 }
 
 /// Opens a file that only its owner may read, and creates it where it does not exist. SQLite
@@ -532,12 +679,24 @@ fn private_file(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
-/// A path as SQLite's URI syntax wants it, where `%`, `?` and `#` mean something else.
-fn file_uri(path: &Path) -> String {
-    let path = path.to_string_lossy();
-    let escaped = path
-        .replace('%', "%25")
-        .replace('?', "%3f")
-        .replace('#', "%23");
-    format!("file:{escaped}")
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commits_reach_the_disk_and_what_is_deleted_is_overwritten() {
+        let folder = tempfile::tempdir().unwrap();
+        let writer = Writer::open(&Place::Folder(folder.path().join("new"))).unwrap();
+        let pragma = |name: &str| {
+            let value = |row: &rusqlite::Row<'_>| row.get::<_, rusqlite::types::Value>(0);
+            writer
+                .connection
+                .pragma_query_value(None, name, value)
+                .unwrap()
+        };
+        // 2 is FULL: the log is synced at every commit.
+        assert_eq!(pragma("synchronous"), 2.into());
+        assert_eq!(pragma("journal_mode"), "wal".to_owned().into());
+        assert_eq!(pragma("secure_delete"), 1.into());
+    }
 }

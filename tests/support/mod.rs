@@ -27,6 +27,9 @@ pub const MARK: &str = "MARK-payload";
 /// How every v1 token begins; it must not be in any log either.
 const TOKEN: &str = "MDAwZWxvY2F0aW9u";
 
+/// The file that takes half of a small disk.
+const BALLAST: &str = "ballast";
+
 /// Long enough for anything that is going to happen on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -82,8 +85,55 @@ impl Service {
         Self::start_in(Arc::new(tempfile::tempdir().unwrap()), arguments)
     }
 
+    /// A service that may not send to this machine, as the others here may.
+    pub fn start_bare(arguments: &[&str]) -> Self {
+        Self::launch(Arc::new(tempfile::tempdir().unwrap()), command(), arguments)
+    }
+
+    /// A service whose data folder is a disk of so many bytes, half of them taken by a file of
+    /// somebody else's.
+    pub fn start_on_small_disk(bytes: u64) -> Self {
+        let folder = Arc::new(tempfile::tempdir().unwrap());
+        let data = folder.path().join("data");
+        std::fs::create_dir(&data).unwrap();
+        let script = format!(
+            "mount -t tmpfs -o size={bytes} tmpfs {data} &&
+             head -c {} /dev/zero >{data}/{BALLAST} && exec {} \"$@\"",
+            bytes / 2,
+            program().display(),
+            data = data.display(),
+        );
+        // A mount that nobody else sees, and that ends with the process.
+        let mut command = Command::new("unshare");
+        command.args([
+            "--map-root-user",
+            "--mount",
+            "sh",
+            "-c",
+            &script,
+            "export-service",
+        ]);
+        Self::launch(folder, command, &["--allow-network", "127.0.0.0/8"])
+    }
+
+    /// Removes the file of somebody else's; see [`Service::start_on_small_disk`].
+    pub fn remove_ballast(&self) {
+        let seen_by_it = self.folder().strip_prefix("/").unwrap().join(BALLAST);
+        std::fs::remove_file(format!(
+            "/proc/{}/root/{}",
+            self.pid(),
+            seen_by_it.display()
+        ))
+        .unwrap();
+    }
+
     fn start_in(folder: Arc<TempDir>, arguments: &[&str]) -> Self {
-        let mut child = command()
+        let arguments = [&["--allow-network", "127.0.0.0/8"], arguments].concat();
+        Self::launch(folder, command(), &arguments)
+    }
+
+    fn launch(folder: Arc<TempDir>, mut command: Command, arguments: &[&str]) -> Self {
+        let mut child = command
             .args([
                 "serve",
                 "--port",
@@ -151,6 +201,16 @@ impl Service {
         }
     }
 
+    /// Waits until there are so many log lines with this event.
+    pub fn events(&self, event: &str, count: usize) {
+        let mark = format!("\"event\":\"{event}\"");
+        let mut lines = self.log.lines.lock().unwrap();
+        while lines.0.iter().filter(|line| line.contains(&mark)).count() < count {
+            assert!(!lines.1, "no {count} {event:?} in {:#?}", lines.0);
+            lines = self.log.changed.wait_timeout(lines, PATIENCE).unwrap().0;
+        }
+    }
+
     /// All log lines so far; all there will ever be, once the service has ended.
     pub fn log(&self) -> Vec<String> {
         self.log.lines.lock().unwrap().0.clone()
@@ -189,10 +249,7 @@ impl Service {
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
-                let mut lines = self.log.lines.lock().unwrap();
-                while !lines.1 {
-                    lines = self.log.changed.wait(lines).unwrap();
-                }
+                self.log_ends();
                 return status;
             }
             assert!(Instant::now() < deadline, "still running");
@@ -200,10 +257,22 @@ impl Service {
         }
     }
 
-    /// Ends the process at once, as a power cut would, and starts it again on the same folder.
+    fn log_ends(&self) {
+        let mut lines = self.log.lines.lock().unwrap();
+        while !lines.1 {
+            lines = self.log.changed.wait(lines).unwrap();
+        }
+    }
+
+    /// Ends the process at once and starts it again on the same folder.
     pub fn kill_and_restart(self) -> Self {
-        let arguments = self.arguments.clone();
-        self.kill_and_restart_with(&arguments.iter().map(String::as_str).collect::<Vec<_>>())
+        let (folder, arguments) = (self.folder.clone(), self.arguments.clone());
+        drop(self);
+        Self::launch(
+            folder,
+            command(),
+            &arguments.iter().map(String::as_str).collect::<Vec<_>>(),
+        )
     }
 
     /// The same, with other arguments.
@@ -288,6 +357,7 @@ impl Drop for Service {
             eprintln!("{}", self.log().join("\n"));
             return;
         }
+        self.log_ends();
         for line in self.log() {
             for secret in [SECRET, MARK, TOKEN, "X-Api-Key: "] {
                 assert!(!line.contains(secret), "the log holds {secret:?}: {line}");
@@ -414,7 +484,15 @@ pub struct Destination {
 impl Destination {
     /// A destination whose every request is answered by `script`, which may block.
     pub fn start(script: impl Fn(&Arrival) -> Reaction + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0)), script)
+    }
+
+    /// The same at an address of the test's choice.
+    pub fn start_at(
+        address: SocketAddr,
+        script: impl Fn(&Arrival) -> Reaction + Send + Sync + 'static,
+    ) -> Self {
+        let listener = TcpListener::bind(address).unwrap();
         let url = format!("http://{}/in", listener.local_addr().unwrap());
         let (sender, arrivals) = channel();
         let script = Arc::new(script);

@@ -1,0 +1,172 @@
+//! `check URL`: a dry run for the person at the keyboard. It goes the way of an attempt step by
+//! step, by the same rules and with the same certificates, and sends no request.
+//!
+//! Not here: attempts themselves ([`crate::delivery::attempt`]).
+
+use std::io::{self, Write};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::time::Duration;
+
+use rustls::ClientConnection;
+use rustls::pki_types::ServerName;
+use serde::Serialize;
+
+use crate::config::CheckArgs;
+use crate::delivery::addresses::{Destination, Rules};
+use crate::delivery::attempt::{CONNECT, is_own};
+use crate::delivery::tls::{self, Trust};
+
+/// One step of the way and how it went.
+#[derive(Serialize)]
+struct Finding {
+    step: &'static str,
+    ok: bool,
+    message: String,
+}
+
+/// Checks a destination and prints one line for each step. Blocks for the look-up, and for ten
+/// seconds at most after it. True where an export could go there now.
+///
+/// # Errors
+/// Where nobody reads what is printed, or the CA file cannot be used.
+pub fn check(arguments: &CheckArgs) -> Result<bool, String> {
+    let trust = arguments
+        .destinations
+        .trust()
+        .map_err(|error| error.to_string())?;
+    let rules = arguments.destinations.rules(arguments.port);
+    let findings = follow(&arguments.url, &rules, &trust);
+    let ok = findings.iter().all(|finding| finding.ok);
+    print(&arguments.url, &findings, ok, arguments.json).map_err(|error| error.to_string())?;
+    Ok(ok)
+}
+
+fn print(url: &str, findings: &[Finding], ok: bool, json: bool) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    if json {
+        #[derive(Serialize)]
+        struct Report<'a> {
+            url: &'a str,
+            ok: bool,
+            steps: &'a [Finding],
+        }
+        serde_json::to_writer(
+            &mut out,
+            &Report {
+                url,
+                ok,
+                steps: findings,
+            },
+        )?;
+        return writeln!(out);
+    }
+    for Finding { step, ok, message } in findings {
+        writeln!(
+            out,
+            "{:<4}  {step:<11}  {message}",
+            if *ok { "ok" } else { "FAIL" }
+        )?;
+    }
+    Ok(())
+}
+
+/// Goes as far as it gets.
+fn follow(url: &str, rules: &Rules, trust: &Trust) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let mut note = |step, result: Result<String, String>| {
+        let ok = result.is_ok();
+        let message = result.unwrap_or_else(|error| error);
+        findings.push(Finding { step, ok, message });
+        ok
+    };
+    let destination = match Destination::parse(url) {
+        Ok(destination) => destination,
+        Err(error) => {
+            note("url", Err(error.to_string()));
+            return findings;
+        }
+    };
+    note(
+        "url",
+        Ok(format!("{} is well formed", destination.origin())),
+    );
+    let (host, port) = destination.host_and_port();
+    let encrypted = destination.is_encrypted();
+    let addresses: Vec<SocketAddr> = match (host, port).to_socket_addrs() {
+        Ok(found) => found.collect(),
+        Err(error) => {
+            note(
+                "look-up",
+                Err(format!("no address found for {host}: {error}")),
+            );
+            return findings;
+        }
+    };
+    note(
+        "look-up",
+        Ok(format!("{host} has {} address(es)", addresses.len())),
+    );
+    let mut permitted = true;
+    for address in &addresses {
+        let verdict = rules.judge(*address, encrypted, is_own);
+        permitted &= note(
+            "address",
+            verdict
+                .map(|()| format!("{} may be sent to", address.ip()))
+                .map_err(|error| error.to_string()),
+        );
+    }
+    if !permitted {
+        return findings;
+    }
+    let (stream, address) = match connect(&addresses) {
+        Ok(connected) => connected,
+        Err(error) => {
+            note(
+                "connection",
+                Err(format!("no connection to {host}: {error}")),
+            );
+            return findings;
+        }
+    };
+    note("connection", Ok(format!("{address} answers")));
+    if encrypted {
+        note("certificate", handshake(stream, host, trust));
+    }
+    findings
+}
+
+fn connect(addresses: &[SocketAddr]) -> io::Result<(TcpStream, SocketAddr)> {
+    // Five seconds for all of them together, as an attempt has.
+    let each = CONNECT / u32::try_from(addresses.len().max(1)).unwrap_or(u32::MAX);
+    let mut last = io::Error::other("there is no address");
+    for address in addresses {
+        match TcpStream::connect_timeout(address, each.max(Duration::from_millis(10))) {
+            Ok(stream) => return Ok((stream, *address)),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+fn handshake(mut stream: TcpStream, host: &str, trust: &Trust) -> Result<String, String> {
+    let name = ServerName::try_from(host.trim_end_matches('.').to_owned())
+        .map_err(|_| format!("{host} is no name that a certificate could have"))?;
+    let mut connection =
+        ClientConnection::new(trust.config(), name.clone()).map_err(|error| error.to_string())?;
+    let timed = stream
+        .set_read_timeout(Some(CONNECT))
+        .and(stream.set_write_timeout(Some(CONNECT)));
+    timed.map_err(|error| error.to_string())?;
+    connection
+        .complete_io(&mut stream)
+        .map_err(|error| match tls::cause(&error) {
+            Some(cause) => tls::explain(cause, host),
+            None => format!("the TLS handshake with {host} failed: {error}"),
+        })?;
+    let until = tls::expiry(trust, &connection, &name).map(tls::date);
+    Ok(match until {
+        Some(day) => format!("certificate of {host} is good until {day}"),
+        None => format!("certificate of {host} is good"),
+    })
+}

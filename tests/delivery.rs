@@ -1,0 +1,763 @@
+//! Delivery over a bad internet: contract section 4, "When an attempt fails" and "Where a POST
+//! may go".
+
+mod support;
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use export_service::delivery::addresses::{self, Rules};
+use export_service::delivery::attempt::{Client, Kind, Outcome, Settings};
+use export_service::delivery::tls::Trust;
+use serde_json::{Value, json};
+use support::{
+    Destination, PATIENCE, Reaction, Service, ok, payload, python, root, token, token_of,
+};
+use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
+use ureq::unversioned::transport::NextTimeout;
+
+/// A URL where nothing listens, and the address to listen on to change that.
+fn nowhere() -> (String, SocketAddr) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    (format!("http://{address}/in"), address)
+}
+
+/// A destination that takes connections and requests and never answers.
+fn hanging() -> Destination {
+    Destination::start(|_| {
+        loop {
+            thread::park();
+        }
+    })
+}
+
+fn poll(service: &Service, url: &str, id: &str) -> Value {
+    service
+        .post("/export", &token(url), &json!({ "id": id }))
+        .json()
+}
+
+#[test]
+fn a_destination_that_is_down_gets_its_exports_in_order_once_it_is_up() {
+    let (url, address) = nowhere();
+    let service = Service::start(&[]);
+    let ids: Vec<_> = (0..20)
+        .map(|number| service.submit(&url, &payload(number)))
+        .collect();
+    service.event("failed", |line| {
+        line["id"] == ids[0].as_str() && line["attempt"] == 2
+    });
+    let destination = Destination::start_at(address, |_| ok());
+    for id in &ids {
+        assert_eq!(service.result(&url, id)["status_code"], 200);
+        assert_eq!(
+            destination.arrival().header("webhook-id"),
+            Some(id.as_str())
+        );
+    }
+}
+
+#[test]
+fn a_pending_export_says_why_it_waits_and_for_how_long() {
+    let (url, _) = nowhere();
+    let service = Service::start(&[]);
+    let first = service.submit(&url, &payload(1));
+    let second = service.submit(&url, &payload(2));
+    service.event("failed", |line| line["attempt"] == 2);
+    let waiting = poll(&service, &url, &first);
+    assert_eq!(waiting["state"], "Pending");
+    assert_eq!(waiting["ext_response"], json!({}));
+    assert_eq!(waiting["attempts"], 2);
+    assert_eq!(waiting["last_error"]["kind"], "connect");
+    let message = waiting["last_error"]["message"].as_str().unwrap();
+    assert!(
+        message.starts_with("connection refused by 127.0.0.1:"),
+        "{message}"
+    );
+    let wait = waiting["next_attempt_in"].as_f64().unwrap();
+    assert!(wait <= 2.4, "{wait}");
+    // The one behind it was not tried, and has the same reason to wait.
+    let behind = poll(&service, &url, &second);
+    assert_eq!(
+        (&behind["attempts"], &behind["last_error"]),
+        (&json!(0), &waiting["last_error"])
+    );
+}
+
+#[test]
+fn five_thousand_exports_to_a_dead_destination_cost_a_handful_of_attempts() {
+    let (url, address) = nowhere();
+    let service = Service::start(&[]);
+    let ids: Vec<_> = (0..5_000)
+        .map(|number| service.submit(&url, &payload(number)))
+        .collect();
+    service.event("failed", |line| line["attempt"] == 4);
+    let attempts = service
+        .log()
+        .iter()
+        .filter(|line| line.contains("\"event\":\"failed\""))
+        .count();
+    assert!(attempts <= 6, "{attempts}");
+    let destination = Destination::start_at(address, |_| ok());
+    assert_eq!(
+        service.result(&url, ids.last().unwrap())["status_code"],
+        200
+    );
+    let arrivals = destination.arrivals();
+    let arrived: Vec<_> = arrivals
+        .iter()
+        .map(|arrival| arrival.header("webhook-id").unwrap())
+        .collect();
+    assert!(arrived == ids, "in order, each once");
+}
+
+#[test]
+fn an_export_is_given_up_in_time_with_the_reason_and_all_its_attempts() {
+    let (url, _) = nowhere();
+    let service = Service::start(&["--give-up-after", "5s"]);
+    let first = service.submit(&url, &payload(1));
+    // The submission and two failed attempts are on disk.
+    service.events("committed", 3);
+    let service = service.kill_and_restart();
+    // Neither at once nor from the beginning: the wait goes on, and so does the count.
+    let again = service.event("failed", |_| true);
+    assert_eq!(again["attempt"], 3);
+    let second = service.submit(&url, &payload(2));
+    let result = service.result(&url, &first);
+    assert_eq!(result["status"], "502 Bad Gateway");
+    assert_eq!(result["error"]["kind"], "connect");
+    assert!(
+        result["error"]["attempts"].as_u64().unwrap() >= 3,
+        "{result}"
+    );
+    // Accepted later, it is given up later, without ever having had its turn or after one.
+    let result = service.result(&url, &second);
+    assert_eq!(result["error"]["kind"], "connect");
+}
+
+#[test]
+fn a_restart_does_not_fire_what_waits() {
+    let (url, _) = nowhere();
+    let service = Service::start(&[]);
+    let id = service.submit(&url, &payload(1));
+    service.events("committed", 4);
+    let service = service.kill_and_restart();
+    let waiting = poll(&service, &url, &id);
+    assert_eq!(waiting["attempts"], 3);
+    assert!(
+        waiting["next_attempt_in"].as_f64().unwrap() > 1.0,
+        "{waiting}"
+    );
+    assert_eq!(
+        service
+            .log()
+            .iter()
+            .filter(|line| line.contains("\"attempt\""))
+            .count(),
+        0
+    );
+}
+
+#[test]
+fn an_export_that_breaks_its_connection_goes_behind_the_others_of_its_queue() {
+    let destination = Destination::start(|arrival| match arrival.text() {
+        r#"{"bad":1}"# => Reaction::Raw(Vec::new()),
+        _ => ok(),
+    });
+    let service = Service::start(&["--give-up-after", "4s"]);
+    let url = &destination.url;
+    let bad = service.submit(url, &json!({"bad": 1}));
+    let good = service.submit(url, &json!({"good": 1}));
+    assert_eq!(service.result(url, &good)["status_code"], 200);
+    let result = service.result(url, &bad);
+    assert_eq!(
+        (&result["status_code"], &result["error"]["kind"]),
+        (&json!(502), &json!("closed"))
+    );
+}
+
+#[test]
+fn statuses_to_retry_are_tried_again_after_the_wait_they_ask_for() {
+    let answers = AtomicUsize::new(0);
+    let destination = Destination::start(move |_| match answers.fetch_add(1, Ordering::Relaxed) {
+        0 => Reaction::Raw(
+            b"HTTP/1.1 503 No\r\nRetry-After: 2\r\nContent-Length: 0\r\n\r\n".to_vec(),
+        ),
+        1 => Reaction::Answer(429, b"slower".to_vec()),
+        _ => ok(),
+    });
+    let service = Service::start(&["--retry-on", "429,503"]);
+    let url = &destination.url;
+    let id = service.submit(url, &payload(1));
+    destination.arrival();
+    let first = Instant::now();
+    service.events("delivered", 1);
+    let waiting = loop {
+        let waiting = poll(&service, url, &id);
+        if waiting["state"] == "Pending" {
+            break waiting;
+        }
+    };
+    assert_eq!(waiting["last_error"]["kind"], "status");
+    assert!(
+        waiting["last_error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("503 Service Unavailable")
+    );
+    destination.arrival();
+    assert!(
+        first.elapsed() >= Duration::from_millis(1_900),
+        "Retry-After was not respected"
+    );
+    assert_eq!(service.result(url, &id)["status_code"], 200);
+
+    // Where nothing says otherwise, a 503 is an answer like any other.
+    let destination = Destination::start(|_| Reaction::Answer(503, b"no".to_vec()));
+    let service = Service::start(&[]);
+    let id = service.submit(&destination.url, &payload(1));
+    assert_eq!(service.result(&destination.url, &id)["status_code"], 503);
+}
+
+#[test]
+fn a_hanging_destination_with_a_long_backlog_holds_up_no_other_app() {
+    let hanging = hanging();
+    let healthy = Destination::start(|_| ok());
+    let service = Service::start(&["--attempt-timeout", "3s"]);
+    for number in 0..5_000 {
+        service.submit(&hanging.url, &payload(number));
+    }
+    hanging.arrival();
+    for number in 0..5 {
+        let started = Instant::now();
+        let id = service.submit(&healthy.url, &payload(number));
+        assert_eq!(service.result(&healthy.url, &id)["status_code"], 200);
+        assert!(
+            started.elapsed() < Duration::from_secs(2),
+            "{:?}",
+            started.elapsed()
+        );
+    }
+    eprintln!(
+        "5,000 exports to a hanging destination: {} threads, {} kB resident",
+        service.figure("Threads"),
+        service.figure("VmRSS"),
+    );
+}
+
+#[test]
+fn thirty_hanging_apps_do_not_hold_up_the_thirty_first_and_cost_one_thread_each_at_most() {
+    let healthy = Destination::start(|_| ok());
+    let service = Service::start(&["--attempt-timeout", "6s", "--give-up-after", "5s"]);
+    let idle = service.figure("Threads");
+    let hanging: Vec<_> = (0..30).map(|_| hanging()).collect();
+    let ids: Vec<_> = hanging
+        .iter()
+        .map(|one| service.submit(&one.url, &payload(1)))
+        .collect();
+    let started = Instant::now();
+    let id = service.submit(&healthy.url, &payload(2));
+    assert_eq!(service.result(&healthy.url, &id)["status_code"], 200);
+    eprintln!("the 31st app's export took {:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(5));
+    eprintln!(
+        "meanwhile {} threads ({idle} idle), {} kB resident",
+        service.figure("Threads"),
+        service.figure("VmRSS")
+    );
+    for (one, id) in hanging.iter().zip(&ids) {
+        let result = service.result(&one.url, id);
+        assert_eq!(
+            (&result["status_code"], &result["error"]["kind"]),
+            (&json!(504), &json!("timeout"))
+        );
+    }
+    // Back to one worker: the one that stands by leaves after ten seconds.
+    let deadline = Instant::now() + PATIENCE;
+    while service.figure("Threads") > idle {
+        assert!(
+            Instant::now() < deadline,
+            "{} threads",
+            service.figure("Threads")
+        );
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn without_relief_each_hanging_queue_costs_one_attempt() {
+    let hanging: Vec<_> = (0..2).map(|_| hanging()).collect();
+    let healthy = Destination::start(|_| ok());
+    let service = Service::start(&["--attempt-timeout", "1s", "--max-relieved", "0"]);
+    let threads = service.figure("Threads");
+    for one in &hanging {
+        service.submit(&one.url, &payload(1));
+    }
+    let started = Instant::now();
+    let id = service.submit(&healthy.url, &payload(2));
+    assert_eq!(service.result(&healthy.url, &id)["status_code"], 200);
+    assert!(
+        started.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        started.elapsed()
+    );
+    assert!(
+        started.elapsed() > Duration::from_secs(1),
+        "one after another"
+    );
+    assert!(service.figure("Threads") <= threads + 3);
+}
+
+#[test]
+fn distant_destinations_are_served_side_by_side_and_each_in_order() {
+    let destinations: Vec<_> = (0..20)
+        .map(|_| {
+            Destination::start(|_| {
+                thread::sleep(Duration::from_millis(200));
+                ok()
+            })
+        })
+        .collect();
+    let service = Service::start(&[]);
+    let started = Instant::now();
+    let mut submitted: HashMap<&str, Vec<String>> = HashMap::new();
+    for number in 0..500 {
+        let url = destinations[number % 20].url.as_str();
+        submitted
+            .entry(url)
+            .or_default()
+            .push(service.submit(url, &payload(number)));
+    }
+    for one in &destinations {
+        let ids = &submitted[one.url.as_str()];
+        assert_eq!(
+            service.result(&one.url, ids.last().unwrap())["status_code"],
+            200
+        );
+        let arrivals = one.arrivals();
+        let arrived: Vec<_> = arrivals
+            .iter()
+            .map(|arrival| arrival.header("webhook-id").unwrap())
+            .collect();
+        assert!(arrived == *ids, "in order, each once");
+    }
+    eprintln!(
+        "500 exports of 200 ms each to 20 destinations: {:?}",
+        started.elapsed()
+    );
+    assert!(started.elapsed() < Duration::from_secs(8));
+}
+
+#[test]
+fn hostile_answers_cost_no_memory_and_the_next_export_works() {
+    let repeat = |head: &'static str, piece: Vec<u8>, times: usize, pause: Duration| {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/in", listener.local_addr().unwrap());
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let piece = piece.clone();
+                thread::spawn(move || {
+                    let mut sent = stream.write_all(head.as_bytes());
+                    for _ in 0..times {
+                        sent = sent.and_then(|()| stream.write_all(&piece));
+                        if sent.is_err() {
+                            return;
+                        }
+                        thread::sleep(pause);
+                    }
+                });
+            }
+        });
+        url
+    };
+    let megabyte = vec![b'x'; 1024 * 1024];
+    let none = Duration::ZERO;
+    let close = "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n";
+    let gzip = "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nConnection: close\r\n\r\n";
+    let cases = [
+        ("50 MB", repeat(close, megabyte.clone(), 50, none), "200 OK"),
+        (
+            "gzip bomb",
+            repeat(gzip, megabyte.clone(), 50, none),
+            "200 OK",
+        ),
+        (
+            "endless header",
+            repeat("HTTP/1.1 200 OK\r\nX: ", megabyte.clone(), 50, none),
+            "502 Bad Gateway",
+        ),
+        (
+            "endless headers",
+            repeat("HTTP/1.1 200 OK\r\n", b"X: y\r\n".repeat(20_000), 50, none),
+            "502 Bad Gateway",
+        ),
+        (
+            "one byte a second",
+            repeat(
+                "HTTP/1.1 200 OK\r\nX: ",
+                b"y".to_vec(),
+                60,
+                Duration::from_secs(1),
+            ),
+            "504 Gateway Timeout",
+        ),
+        (
+            "a body of one byte a second",
+            repeat(close, b"x".to_vec(), 60, Duration::from_secs(1)),
+            "200 OK",
+        ),
+        (
+            "garbage",
+            repeat("\u{1}\u{2}garbage\r\n\r\n", megabyte, 50, none),
+            "502 Bad Gateway",
+        ),
+        (
+            "closed before the request",
+            closing(false),
+            "502 Bad Gateway",
+        ),
+        ("closed after the request", closing(true), "502 Bad Gateway"),
+    ];
+    let service = Service::start(&["--attempt-timeout", "2s", "--give-up-after", "1s"]);
+    let healthy = Destination::start(|_| ok());
+    for (what, url, status) in cases {
+        let id = service.submit(&url, &payload(1));
+        let result = service.result(&url, &id);
+        assert_eq!(result["status"], status, "{what}: {result:.300}");
+        let id = service.submit(&healthy.url, &payload(2));
+        assert_eq!(
+            service.result(&healthy.url, &id)["status_code"],
+            200,
+            "after {what}"
+        );
+    }
+    let peak = service.figure("VmHWM");
+    eprintln!("hostile answers: {peak} kB resident at the most");
+    assert!(peak < 30_000, "{peak} kB");
+}
+
+/// A destination that closes each connection at once, or when it has read something.
+fn closing(after_reading: bool) -> String {
+    use std::io::Read;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/in", listener.local_addr().unwrap());
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            if after_reading {
+                let _ = stream.unwrap().read(&mut [0; 10]);
+            }
+        }
+    });
+    url
+}
+
+#[test]
+fn private_addresses_are_refused_in_every_spelling_and_nothing_is_sent() {
+    let inside = Destination::start(|_| ok());
+    let port = inside.url.split([':', '/']).nth(4).unwrap().to_owned();
+    // The usual arguments allow 127.0.0.0/8; later ones add to them.
+    let service = Service::start_bare(&["--give-up-after", "200ms"]);
+    for host in [
+        "127.0.0.1",
+        "127.1",
+        "127.0.1",
+        "2130706433",
+        "0x7f000001",
+        "0x7f.1",
+        "0177.0.0.1",
+        "017700000001",
+        "localhost",
+        "LOCALHOST",
+        "[::1]",
+        "[::ffff:127.0.0.1]",
+        "[::ffff:7f00:1]",
+        "[0:0:0:0:0:ffff:7f00:0001]",
+        "[::127.0.0.1]",
+        "[64:ff9b::127.0.0.1]",
+        "0.0.0.0",
+        "0",
+        "[::]",
+        "10.0.0.5",
+        "192.168.1.1",
+        "169.254.169.254",
+        "[fe80::1]",
+        "[fd00::1]",
+    ] {
+        for scheme in ["http", "https"] {
+            let url = format!("{scheme}://{host}:{port}/in");
+            let id = service.submit(&url, &payload(1));
+            let result = service.result(&url, &id);
+            assert_eq!(result["status"], "403 Forbidden", "{url}: {result}");
+            assert_eq!(result["error"]["kind"], "forbidden_address", "{url}");
+        }
+    }
+    // What these stand for is up to the system's look-up; where they lead here, nothing is sent.
+    for host in ["localhost.", "127.0.0.1.", "xn--lcalhost-1ya"] {
+        let url = format!("http://{host}:{port}/in");
+        let id = service.submit(&url, &payload(1));
+        let status = service.result(&url, &id)["status_code"].clone();
+        assert!(status == 403 || status == 502, "{url}: {status}");
+    }
+    let url = "http://10.0.0.5/in";
+    let id = service.submit(url, &payload(1));
+    let message = service.result(url, &id)["error"]["message"].clone();
+    assert_eq!(
+        message,
+        "nothing is sent to 10.0.0.5: 10.0.0.5 is in your home network; start with \
+         --allow-network 10.0.0.5/32 to permit it"
+    );
+    // Plain http to a public address is refused before anything is dialled.
+    let id = service.submit("http://93.184.215.14/in", &payload(1));
+    let result = service.result("http://93.184.215.14/in", &id);
+    assert_eq!(
+        (&result["status_code"], &result["error"]["kind"]),
+        (&json!(403), &json!("forbidden_http"))
+    );
+    assert!(inside.arrivals().is_empty());
+}
+
+#[test]
+fn the_service_is_no_destination_even_in_an_allowed_network() {
+    let service = Service::start(&[]);
+    for host in ["127.0.0.1", "localhost", "127.0.0.2"] {
+        let url = format!("http://{host}:{}/status", service.address.port());
+        let id = service.submit(&url, &payload(1));
+        let result = service.result(&url, &id);
+        assert_eq!(result["error"]["kind"], "forbidden_address", "{result}");
+        assert!(
+            result["error"]["message"]
+                .as_str()
+                .unwrap()
+                .contains("this service itself")
+        );
+    }
+}
+
+/// Gives one address at the first look-up and another ever after.
+#[derive(Debug)]
+struct Rebinding {
+    first: SocketAddr,
+    then: SocketAddr,
+    lookups: AtomicUsize,
+}
+
+impl Resolver for Rebinding {
+    fn resolve(
+        &self,
+        _: &ureq::http::Uri,
+        _: &ureq::config::Config,
+        _: NextTimeout,
+    ) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        let first = self.lookups.fetch_add(1, Ordering::Relaxed) == 0;
+        let mut found = self.empty();
+        found.push(if first { self.first } else { self.then });
+        Ok(found)
+    }
+}
+
+#[test]
+fn a_name_that_changes_its_address_is_judged_anew_and_what_was_judged_is_dialled() {
+    // 127.0.0.2 stands for a public address here, and 127.0.0.1 for one at home.
+    let listener = TcpListener::bind("127.0.0.2:0").unwrap();
+    let public = listener.local_addr().unwrap();
+    drop(listener);
+    let outside = Destination::start_at(public, |_| {
+        Reaction::Raw(
+            b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok".to_vec(),
+        )
+    });
+    let home = SocketAddr::from(([127, 0, 0, 1], public.port()));
+    let inside = Destination::start_at(home, |_| ok());
+    let settings = Settings {
+        timeout: Duration::from_secs(5),
+        max_response: 100,
+        rules: Rules {
+            allowed: vec!["127.0.0.2/32".parse().unwrap()],
+            own_port: 1,
+        },
+        trust: Trust::new(None).unwrap(),
+        signing_key: None,
+    };
+    let names = Rebinding {
+        first: public,
+        then: home,
+        lookups: AtomicUsize::new(0),
+    };
+    let client = Client::with_names(settings, names);
+    let url = format!("http://rebinding.example:{}/in", public.port());
+    let destination = addresses::Destination::parse(&url).unwrap();
+    let id = "01890a5d-ac96-774b-bcce-b302099a8057".parse().unwrap();
+    assert!(
+        matches!(client.post(id, &destination, b"{}"), Outcome::Answered(answer) if answer.status == 200)
+    );
+    let Outcome::Failed(failure) = client.post(id, &destination, b"{}") else {
+        panic!("it was sent")
+    };
+    assert_eq!(failure.kind, Kind::ForbiddenAddress);
+    assert_eq!((outside.arrivals().len(), inside.arrivals().len()), (1, 0));
+}
+
+#[test]
+fn signed_exports_verify_with_the_standards_own_library() {
+    let secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSwMARK";
+    let attempts = AtomicUsize::new(0);
+    let seen = std::sync::Arc::new(Mutex::new(Vec::new()));
+    let heard = seen.clone();
+    let destination = Destination::start(move |arrival| {
+        heard.lock().unwrap().push(arrival.clone());
+        match attempts.fetch_add(1, Ordering::Relaxed) {
+            0 => Reaction::Answer(503, Vec::new()),
+            _ => ok(),
+        }
+    });
+    let service = Service::start(&["--signing-secret", secret, "--retry-on", "503"]);
+    let id = service.submit(&destination.url, &json!({"text": "grün", "n": 1.0}));
+    assert_eq!(service.result(&destination.url, &id)["status_code"], 200);
+    let seen = seen.lock().unwrap();
+    assert_eq!(seen.len(), 2);
+    for arrival in seen.iter() {
+        let headers: Value = ["webhook-id", "webhook-timestamp", "webhook-signature"]
+            .map(|name| (name.to_owned(), json!(arrival.header(name).unwrap())))
+            .into_iter()
+            .collect::<serde_json::Map<_, _>>()
+            .into();
+        let verify = |payload: &str| {
+            python()
+                .arg(root().join("tests/peers/webhook.py"))
+                .args([secret, &headers.to_string(), payload])
+                .output()
+                .unwrap()
+        };
+        let output = verify(arrival.text());
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        assert!(
+            !verify(&arrival.text().replace("1.0", "2.0"))
+                .status
+                .success()
+        );
+    }
+    assert!(service.log().iter().all(|line| !line.contains("MfKQ9r8")));
+}
+
+#[test]
+fn an_owner_with_too_many_unfinished_exports_gets_429_and_others_go_on() {
+    let (destination, gate) = Destination::held();
+    let service = Service::start(&["--max-pending", "3"]);
+    let url = &destination.url;
+    let submit = |owner: &str, key: &str| {
+        let body = json!({"uri": url, "data": payload(1)}).to_string();
+        let token = token_of(owner, url);
+        let headers = [("X-Api-Key", token.as_str()), ("Idempotency-Key", key)];
+        service.request("POST", "/export", &headers, body.as_bytes())
+    };
+    let first = submit("me", "1").json();
+    assert_eq!(submit("me", "2").status, 200);
+    assert_eq!(submit("me", "3").status, 200);
+    let refused = submit("me", "4");
+    assert_eq!(
+        (refused.status, refused.code().as_str()),
+        (429, "too_many_pending")
+    );
+    assert!(refused.header("retry-after").is_some());
+    assert_eq!(
+        submit("me", "1").json()["id"],
+        first["id"],
+        "a repeat takes no room"
+    );
+    assert_eq!(submit("you", "1").status, 200);
+    gate.open();
+    let id = first["id"].as_str().unwrap();
+    let done = || {
+        let response = service.post("/lp/export", &token_of("me", url), &json!({ "id": id }));
+        response.json()["state"] == "Finished"
+    };
+    while !done() {}
+    assert_eq!(submit("me", "5").status, 200);
+}
+
+#[test]
+fn a_full_store_gets_503_and_stores_nothing_of_it() {
+    let (destination, gate) = Destination::held();
+    let service = Service::start(&["--max-store", "1000000"]);
+    let url = &destination.url;
+    let large = json!({ "text": support::MARK, "more": "x".repeat(200_000) });
+    let submit = || service.post("/export", &token(url), &json!({"uri": url, "data": large}));
+    let mut accepted = Vec::new();
+    let refused = loop {
+        let response = submit();
+        if response.status != 200 {
+            break response;
+        }
+        accepted.push(response.json()["id"].as_str().unwrap().to_owned());
+    };
+    assert_eq!(
+        (refused.status, refused.code().as_str()),
+        (503, "store_full")
+    );
+    assert!(refused.header("retry-after").is_some());
+    assert!(matches!(accepted.len(), 3 | 4), "{}", accepted.len());
+    gate.open();
+    for id in &accepted {
+        assert_eq!(service.result(url, id)["status_code"], 200);
+    }
+    assert_eq!(submit().status, 200, "there is room again");
+    assert_eq!(
+        service.kill_and_restart().event("starting", |_| true)["event"],
+        "starting"
+    );
+}
+
+#[test]
+fn a_full_disk_gets_503_loses_nothing_and_recovers_when_there_is_space() {
+    let (destination, gate) = Destination::held();
+    let url = &destination.url;
+    let mut service = Service::start_on_small_disk(8 * 1024 * 1024);
+    let large = json!({ "text": support::MARK, "more": "x".repeat(200_000) });
+    let submit = |service: &Service| {
+        service.post("/export", &token(url), &json!({"uri": url, "data": large}))
+    };
+    let mut accepted = Vec::new();
+    let refused = loop {
+        let response = submit(&service);
+        if response.status != 200 {
+            break response;
+        }
+        accepted.push(response.json()["id"].as_str().unwrap().to_owned());
+        assert!(accepted.len() < 50, "the disk does not get full");
+    };
+    assert_eq!(
+        (refused.status, refused.code().as_str()),
+        (503, "disk_full")
+    );
+    assert!(refused.header("retry-after").is_some());
+    assert!(!accepted.is_empty());
+    // The ballast is what somebody else had on the disk.
+    service.remove_ballast();
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let response = submit(&service);
+        if response.status == 200 {
+            accepted.push(response.json()["id"].as_str().unwrap().to_owned());
+            break;
+        }
+        assert!(Instant::now() < deadline, "{}", response.body);
+        thread::sleep(Duration::from_millis(50));
+    }
+    gate.open();
+    for id in &accepted {
+        assert_eq!(service.result(url, id)["status_code"], 200);
+    }
+    service.signal("TERM");
+    assert_eq!(service.ended().code(), Some(0));
+}
