@@ -113,8 +113,8 @@ pub fn explain(error: &rustls::Error, host: &str) -> String {
             }
             CertificateError::NotValidForName => format!("{certificate} is for another name"),
             CertificateError::UnknownIssuer => format!(
-                "{certificate} is signed by nobody that is trusted here: if it is your own server, \
-                 give its CA certificate with --ca-file"
+                "{certificate} is self-signed, or of a CA that is not trusted here: if the server is \
+                 your own, give its CA's certificate with --ca-file"
             ),
             // What rustls says of a self-signed certificate that may sign others.
             CertificateError::Other(_) | CertificateError::InvalidPurpose => format!(
