@@ -443,6 +443,31 @@ fn hostile_answers_cost_no_memory_and_the_next_export_works() {
     assert!(peak < 30_000, "{peak} kB");
 }
 
+#[test]
+fn an_answer_that_comes_before_the_whole_request_was_read_is_an_answer() {
+    use std::io::Read;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/in", listener.local_addr().unwrap());
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let _ = stream.read(&mut [0; 1000]);
+            let _ = stream.write_all(b"HTTP/1.1 413 X\r\nContent-Length: 3\r\n\r\nbig");
+            // Closed with most of the request unread, which resets the connection.
+        }
+    });
+    let service = Service::start(&["--give-up-after", "1s"]);
+    let large = json!({ "text": support::MARK, "more": "x".repeat(900_000) });
+    for _ in 0..20 {
+        let id = service.submit(&url, &large);
+        let result = service.result(&url, &id);
+        assert_eq!(
+            (&result["status_code"], &result["body"]),
+            (&json!(413), &json!("big"))
+        );
+    }
+}
+
 /// A destination that closes each connection at once, or when it has read something.
 fn closing(after_reading: bool) -> String {
     use std::io::Read;

@@ -14,7 +14,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ureq::http::{Uri, header};
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
-use ureq::unversioned::transport::{ConnectionDetails, Connector, NextTimeout, TcpConnector};
+use ureq::unversioned::transport::{
+    Buffers, ConnectionDetails, Connector, NextTimeout, TcpConnector, Transport,
+};
 use ureq::{Agent, Timeout};
 use uuid::Uuid;
 
@@ -166,7 +168,8 @@ impl Client {
             .build();
         let connector = Begin
             .chain(TcpConnector::default())
-            .chain(TlsConnector::new(trust));
+            .chain(TlsConnector::new(trust))
+            .chain(ListenOn);
         let resolver = JudgingResolver { names, rules };
         let agent = Agent::with_parts(config, connector, resolver);
         Self {
@@ -363,6 +366,63 @@ impl Connector for Begin {
     ) -> Result<Option<()>, ureq::Error> {
         STEP.set(Step::Connecting);
         Ok(chained)
+    }
+}
+
+/// The end of the connector chain. A destination may answer before it has read all of a request,
+/// and close: too large, say. ureq gives up at the write that fails then; this lets it go on to
+/// the answer, if there is one.
+#[derive(Debug)]
+struct ListenOn;
+
+impl<In: Transport> Connector<In> for ListenOn {
+    type Out = Listening<In>;
+
+    fn connect(
+        &self,
+        _: &ConnectionDetails<'_>,
+        chained: Option<In>,
+    ) -> Result<Option<Self::Out>, ureq::Error> {
+        Ok(chained.map(|inner| Listening { inner, deaf: false }))
+    }
+}
+
+/// See [`ListenOn`].
+#[derive(Debug)]
+struct Listening<T> {
+    inner: T,
+    /// Whether the peer takes nothing more.
+    deaf: bool,
+}
+
+impl<T: Transport> Transport for Listening<T> {
+    fn buffers(&mut self) -> &mut dyn Buffers {
+        self.inner.buffers()
+    }
+
+    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
+        if self.deaf {
+            return Ok(());
+        }
+        match self.inner.transmit_output(amount, timeout) {
+            Err(ureq::Error::Io(error)) if is_closed(&error) => {
+                self.deaf = true;
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
+        self.inner.await_input(timeout)
+    }
+
+    fn is_open(&mut self) -> bool {
+        !self.deaf && self.inner.is_open()
+    }
+
+    fn is_tls(&self) -> bool {
+        self.inner.is_tls()
     }
 }
 
