@@ -688,6 +688,12 @@ mod tests {
             prop_assert!(wait >= middle * 8 / 10 - 1 && wait <= middle * 12 / 10 + 1);
         }
 
+        #[test]
+        fn no_retry_after_makes_the_reader_panic(text in ".{0,40}") {
+            let wait = retry_after(&text, SystemTime::UNIX_EPOCH);
+            prop_assert!(wait.is_none_or(|wait| wait >= 0));
+        }
+
         /// Against a plain model: one attempt at a time in each queue, none before its time,
         /// order kept, no queue twice while another that was ready first waits, nothing lost.
         #[test]
