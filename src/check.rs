@@ -3,9 +3,9 @@
 //!
 //! Not here: attempts themselves ([`crate::delivery::attempt`]).
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustls::ClientConnection;
 use rustls::pki_types::ServerName;
@@ -34,7 +34,10 @@ pub fn check(arguments: &CheckArgs) -> Result<bool, String> {
         .destinations
         .trust()
         .map_err(|error| error.to_string())?;
-    let rules = arguments.destinations.rules(arguments.port);
+    let rules = arguments
+        .destinations
+        .rules(arguments.port)
+        .map_err(|error| error.to_string())?;
     let findings = follow(&arguments.url, &rules, &trust);
     let ok = findings.iter().all(|finding| finding.ok);
     print(&arguments.url, &findings, ok, arguments.json).map_err(|error| error.to_string())?;
@@ -149,15 +152,50 @@ fn connect(addresses: &[SocketAddr]) -> io::Result<(TcpStream, SocketAddr)> {
     Err(last)
 }
 
-fn handshake(mut stream: TcpStream, host: &str, trust: &Trust) -> Result<String, String> {
+/// A connection with one deadline for all that is read and written.
+struct Timed {
+    stream: TcpStream,
+    until: Instant,
+}
+
+impl Timed {
+    fn left(&self) -> io::Result<Option<Duration>> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            Err(io::ErrorKind::TimedOut.into())
+        } else {
+            Ok(Some(left))
+        }
+    }
+}
+
+impl Read for Timed {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(self.left()?)?;
+        self.stream.read(bytes)
+    }
+}
+
+impl Write for Timed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(self.left()?)?;
+        self.stream.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+}
+
+fn handshake(stream: TcpStream, host: &str, trust: &Trust) -> Result<String, String> {
     let name = ServerName::try_from(host.trim_end_matches('.').to_owned())
         .map_err(|_| format!("{host} is no name that a certificate could have"))?;
     let mut connection =
         ClientConnection::new(trust.config(), name.clone()).map_err(|error| error.to_string())?;
-    let timed = stream
-        .set_read_timeout(Some(CONNECT))
-        .and(stream.set_write_timeout(Some(CONNECT)));
-    timed.map_err(|error| error.to_string())?;
+    let mut stream = Timed {
+        stream,
+        until: Instant::now() + CONNECT,
+    };
     connection
         .complete_io(&mut stream)
         .map_err(|error| match tls::cause(&error) {

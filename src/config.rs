@@ -3,10 +3,11 @@
 //!
 //! Not here: whether the data folder can be used, which only opening it tells.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::builder::BoolishValueParser;
@@ -149,19 +150,29 @@ pub struct DestinationArgs {
         value_delimiter = ',',
         value_name = "CIDR"
     )]
-    allow_network: Vec<IpNet>,
+    allow_network: Vec<String>,
     /// PEM file with more CA certificates to trust, like that of a server at home
     #[arg(long, env = "EXPORT_CA_FILE", value_name = "PEM")]
-    ca_file: Option<PathBuf>,
+    ca_file: Option<OsString>,
 }
 
 impl DestinationArgs {
     /// Which addresses may be sent to by a service on this port.
-    pub fn rules(&self, own_port: u16) -> Rules {
-        Rules {
-            allowed: self.allow_network.clone(),
-            own_port,
-        }
+    ///
+    /// # Errors
+    /// Where a network is none.
+    pub fn rules(&self, own_port: u16) -> Result<Rules, ConfigError> {
+        let network = |text: &String| {
+            let address = |_| text.parse().map(|ip: IpAddr| ip.into());
+            text.parse::<IpNet>().or_else(address).map_err(|_| {
+                ConfigError(format!(
+                    "--allow-network {text}: give a network like 192.168.1.0/24"
+                ))
+            })
+        };
+        let given = self.allow_network.iter().filter(|text| !text.is_empty());
+        let allowed = given.map(network).collect::<Result<_, _>>()?;
+        Ok(Rules { allowed, own_port })
     }
 
     /// Which certificates are trusted.
@@ -169,7 +180,8 @@ impl DestinationArgs {
     /// # Errors
     /// Where the CA file cannot be used.
     pub fn trust(&self) -> Result<Trust, ConfigError> {
-        let Some(path) = &self.ca_file else {
+        let given = self.ca_file.as_ref().filter(|path| !path.is_empty());
+        let Some(path) = given.map(Path::new) else {
             return Trust::new(None).map_err(ConfigError);
         };
         let wrong = |what: String| ConfigError(format!("--ca-file {}: it {what}", path.display()));
@@ -215,7 +227,7 @@ pub struct ServeArgs {
         value_delimiter = ',',
         value_name = "STATUS,…"
     )]
-    retry_on: Vec<u16>,
+    retry_on: Vec<String>,
     /// How long an export is tried again after it was accepted
     #[arg(long, env = "EXPORT_GIVE_UP_AFTER", default_value = "24h", value_parser = humantime::parse_duration)]
     give_up_after: Duration,
@@ -319,15 +331,19 @@ impl ServeArgs {
             ));
         }
         within("--max-relieved", self.max_relieved, 0, 1024)?;
-        if let Some(status) = self
-            .retry_on
-            .iter()
-            .find(|status| !(300..=599).contains(*status))
-        {
-            return Err(ConfigError(format!(
-                "--retry-on has {status}: only 300 to 599 can be failures"
-            )));
-        }
+        let failure = |text: &String| {
+            text.parse()
+                .ok()
+                .filter(|status| (300..=599).contains(status))
+                .ok_or_else(|| {
+                    ConfigError(format!(
+                        "--retry-on {text}: only 300 to 599 can be failures"
+                    ))
+                })
+        };
+        // A variable that is set to nothing, as compose files do, is one that is not set.
+        let given = self.retry_on.iter().filter(|text| !text.is_empty());
+        let retry_on = given.map(failure).collect::<Result<_, _>>()?;
         for (flag, value) in [
             ("--give-up-after", self.give_up_after),
             ("--attempt-timeout", self.attempt_timeout),
@@ -338,7 +354,12 @@ impl ServeArgs {
                 )));
             }
         }
-        let signing_key = match self.signing_secret.as_deref().map(SigningKey::read) {
+        let signing_key = match self
+            .signing_secret
+            .as_deref()
+            .filter(|text| !text.is_empty())
+            .map(SigningKey::read)
+        {
             Some(None) => {
                 return Err(ConfigError(
                     "--signing-secret is none: it must be whsec_ and base64 of 24 to 64 bytes"
@@ -372,13 +393,13 @@ impl ServeArgs {
             attempts: attempt::Settings {
                 timeout: self.attempt_timeout,
                 max_response: self.max_response,
-                rules: self.destinations.rules(self.listen.port),
+                rules: self.destinations.rules(self.listen.port)?,
                 trust: self.destinations.trust()?,
                 signing_key,
             },
             worker: worker::Settings {
                 give_up_after: self.give_up_after,
-                retry_on: self.retry_on,
+                retry_on,
                 max_relieved: self.max_relieved,
             },
             log_format: self.log_format,

@@ -3,6 +3,7 @@
 //! Not here: threads of libraries. tiny_http's panic when a client resets its connection, which
 //! must not end anything.
 
+use std::io;
 use std::panic;
 use std::process;
 use std::thread;
@@ -26,24 +27,32 @@ impl Thread {
     }
 }
 
-/// Starts a thread. Its name marks it as one of ours: see [`exit_on_panic`].
+/// Starts a thread that the service cannot do without. Its name marks it as one of ours: see
+/// [`exit_on_panic`].
 ///
 /// # Panics
-/// Where the system has no thread to give, which ends the process: all of them are started
+/// Where the system has no thread to give, which ends the process: all of these are started
 /// before the first request, so this is found out at once.
 pub fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Thread {
+    try_spawn(name, run).unwrap_or_else(|error| {
+        log::error!(name, reason:% = error; "cannot start a thread");
+        panic!("cannot start a thread");
+    })
+}
+
+/// Starts a thread, with a name like the others.
+///
+/// # Errors
+/// Where the system has no thread to give.
+pub fn try_spawn(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<Thread> {
     let (running, ended) = bounded(0);
-    let body = move || {
-        run();
-        drop(running);
-    };
-    match thread::Builder::new().name(name.to_owned()).spawn(body) {
-        Ok(_) => Thread { ended },
-        Err(error) => {
-            log::error!(name, reason:% = error; "cannot start a thread");
-            panic!("cannot start a thread");
-        }
-    }
+    thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || {
+            run();
+            drop(running);
+        })?;
+    Ok(Thread { ended })
 }
 
 /// From now on a panic in a thread that has a name ends the process with [`EXIT_PANIC`], rather

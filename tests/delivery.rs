@@ -122,8 +122,7 @@ fn an_export_is_given_up_in_time_with_the_reason_and_all_its_attempts() {
     let (url, _) = nowhere();
     let service = Service::start(&["--give-up-after", "5s"]);
     let first = service.submit(&url, &payload(1));
-    // The submission and two failed attempts are on disk.
-    service.events("committed", 3);
+    service.reports(2);
     let service = service.kill_and_restart();
     // Neither at once nor from the beginning: the wait goes on, and so does the count.
     let again = service.event("failed", |_| true);
@@ -146,7 +145,7 @@ fn a_restart_does_not_fire_what_waits() {
     let (url, _) = nowhere();
     let service = Service::start(&[]);
     let id = service.submit(&url, &payload(1));
-    service.events("committed", 4);
+    service.reports(3);
     let service = service.kill_and_restart();
     let waiting = poll(&service, &url, &id);
     assert_eq!(waiting["attempts"], 3);
@@ -162,6 +161,35 @@ fn a_restart_does_not_fire_what_waits() {
             .count(),
         0
     );
+}
+
+#[test]
+fn the_order_of_a_queue_is_the_same_after_a_restart() {
+    let (url, address) = nowhere();
+    let service = Service::start(&[]);
+    let ids: Vec<_> = (0..3)
+        .map(|number| service.submit(&url, &payload(number)))
+        .collect();
+    service.event("failed", |line| line["kind"] == "connect");
+    // The first goes behind the third, then the second behind the first.
+    let breaking = Destination::start_at(address, |_| Reaction::Raw(Vec::new()));
+    for id in &ids[..2] {
+        assert_eq!(breaking.arrival().header("webhook-id"), Some(id.as_str()));
+        service.event("failed", |line| {
+            line["id"] == id.as_str() && line["kind"] == "closed"
+        });
+    }
+    let failed = service
+        .log()
+        .iter()
+        .filter(|line| line.contains("\"failed\""))
+        .count();
+    service.reports(failed as u64);
+    let service = service.kill_and_restart();
+    for id in [&ids[2], &ids[0], &ids[1]] {
+        assert_eq!(breaking.arrival().header("webhook-id"), Some(id.as_str()));
+        service.event("failed", |line| line["id"] == id.as_str());
+    }
 }
 
 #[test]
@@ -288,6 +316,34 @@ fn thirty_hanging_apps_do_not_hold_up_the_thirty_first_and_cost_one_thread_each_
         );
         thread::sleep(Duration::from_millis(50));
     }
+}
+
+#[test]
+fn with_all_relief_out_the_first_thread_that_comes_back_goes_on() {
+    let hanging: Vec<_> = (0..2).map(|_| hanging()).collect();
+    let slow = Destination::start(|_| {
+        thread::sleep(Duration::from_millis(500));
+        ok()
+    });
+    let healthy = Destination::start(|_| ok());
+    let service = Service::start(&["--attempt-timeout", "20s", "--max-relieved", "2"]);
+    // One hangs and is relieved; the slow one is too; then the other hangs with nobody to
+    // relieve its thread, until the slow one's comes back.
+    service.submit(&hanging[0].url, &payload(1));
+    hanging[0].arrival();
+    let first = service.submit(&slow.url, &payload(2));
+    slow.arrival();
+    service.submit(&hanging[1].url, &payload(3));
+    hanging[1].arrival();
+    let started = Instant::now();
+    assert_eq!(service.result(&slow.url, &first)["status_code"], 200);
+    let id = service.submit(&healthy.url, &payload(4));
+    assert_eq!(service.result(&healthy.url, &id)["status_code"], 200);
+    assert!(
+        started.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        started.elapsed()
+    );
 }
 
 #[test]
@@ -744,6 +800,34 @@ fn a_full_store_gets_503_and_stores_nothing_of_it() {
 }
 
 #[test]
+fn results_do_not_fill_the_store_beyond_its_limit() {
+    // Bytes that take six times as much as JSON.
+    let destination = Destination::start(|_| Reaction::Answer(200, vec![1; 60_000]));
+    let service = Service::start(&["--max-store", "1000000", "--max-body", "2000"]);
+    let url = &destination.url;
+    let mut last = Value::Null;
+    for number in 0..30 {
+        let body = json!({"uri": url, "data": payload(number)});
+        let response = service.post("/lp/export", &token(url), &body);
+        if response.status == 503 {
+            assert_eq!(response.code(), "store_full");
+            break;
+        }
+        last = response.json()["ext_response"].clone();
+        assert_eq!(last["status_code"], 200);
+    }
+    assert_eq!(
+        (&last["body"], &last["truncated"]),
+        (&json!(""), &json!(true)),
+        "no room for a body"
+    );
+    let size = std::fs::metadata(service.folder().join("exports.db"))
+        .unwrap()
+        .len();
+    assert!(size < 1_200_000, "{size}");
+}
+
+#[test]
 fn a_full_disk_gets_503_loses_nothing_and_recovers_when_there_is_space() {
     let (destination, gate) = Destination::held();
     let url = &destination.url;
@@ -767,6 +851,9 @@ fn a_full_disk_gets_503_loses_nothing_and_recovers_when_there_is_space() {
     );
     assert!(refused.header("retry-after").is_some());
     assert!(!accepted.is_empty());
+    // What waits for the disk now is the result of one, when the others have to wait for it.
+    gate.open();
+    service.event("delivered", |_| true);
     // The ballast is what somebody else had on the disk.
     service.remove_ballast();
     let deadline = Instant::now() + PATIENCE;
@@ -779,7 +866,6 @@ fn a_full_disk_gets_503_loses_nothing_and_recovers_when_there_is_space() {
         assert!(Instant::now() < deadline, "{}", response.body);
         thread::sleep(Duration::from_millis(50));
     }
-    gate.open();
     for id in &accepted {
         assert_eq!(service.result(url, id)["status_code"], 200);
     }

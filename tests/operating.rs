@@ -58,6 +58,21 @@ fn settings_that_cannot_work_are_refused_before_anything_starts() {
             vec![("DATABOX_LOCAL_PORT", "http")],
             ["http", "--port"],
         ),
+        (
+            vec!["--allow-network", "home"],
+            vec![],
+            ["--allow-network home", "192.168.1.0/24"],
+        ),
+        (
+            vec!["--retry-on", "503,200"],
+            vec![],
+            ["--retry-on 200", "300 to 599"],
+        ),
+        (
+            vec!["--signing-secret", "x"],
+            vec![],
+            ["--signing-secret", "whsec_"],
+        ),
         (vec!["--no-such-flag"], vec![], ["--no-such-flag", "--help"]),
     ] {
         let secret = ("EXPORT_SECRET", SECRET);
@@ -68,6 +83,31 @@ fn settings_that_cannot_work_are_refused_before_anything_starts() {
         }
         assert!(!message.contains(SECRET));
     }
+}
+
+#[test]
+fn a_variable_that_is_set_to_nothing_is_not_set() {
+    let empty = [
+        "EXPORT_ALLOW_NETWORKS",
+        "EXPORT_RETRY_ON",
+        "EXPORT_CA_FILE",
+        "EXPORT_SIGNING_SECRET",
+    ];
+    let environment: Vec<_> = empty.map(|name| (name, "")).into_iter().collect();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let arguments = [
+        "--ephemeral",
+        "--bind",
+        "127.0.0.1",
+        "--port",
+        &port,
+        "--secret",
+        SECRET,
+    ];
+    // All settings are good: it comes as far as the port, which is taken.
+    let (code, message) = run(&arguments, &environment);
+    assert_eq!(code, Some(1), "{message}");
 }
 
 #[test]

@@ -177,10 +177,9 @@ const SPECIAL_V4: [(Ipv4Net, &str); 16] = [
 const GLOBAL_V6: Ipv6Net = v6([0x2000, 0, 0], 3);
 
 /// What is not, within it: documentation, and what carries an IPv4 address or no host's.
-const SPECIAL_V6: [(Ipv6Net, &str); 6] = [
-    (v6([0x2001, 0, 0], 32), "a Teredo tunnel"),
-    (v6([0x2001, 0x10, 0], 28), "an ORCHID, not an address"),
-    (v6([0x2001, 0x20, 0], 28), "an ORCHID, not an address"),
+const SPECIAL_V6: [(Ipv6Net, &str); 4] = [
+    // Teredo tunnels, ORCHIDs, benchmarks and more.
+    (v6([0x2001, 0, 0], 23), "reserved for protocols"),
     (v6([0x2001, 0xdb8, 0], 32), "reserved for documentation"),
     (v6([0x2002, 0, 0], 16), "a 6to4 tunnel"),
     (v6([0x3fff, 0, 0], 20), "reserved for documentation"),
@@ -426,6 +425,8 @@ mod tests {
             "2001::1",
             "2001:10::1",
             "2001:2f::1",
+            "2001:2::1",
+            "2001:1ff::1",
             "2001:db8::1",
             "2002:7f00:1::1",
             "3fff::1",
@@ -463,6 +464,7 @@ mod tests {
             "198.20.0.1",
             "223.255.255.255",
             "2000::1",
+            "2001:200::1",
             "2001:4860:4860::8888",
             "2606:4700::1111",
             "2a00::1",

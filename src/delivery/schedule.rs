@@ -28,6 +28,9 @@ const LONGEST_WAIT: Millis = 15 * 60 * 1000;
 const JITTER: f64 = 0.2;
 /// The longest wait that a destination's `Retry-After` can ask for.
 pub const LONGEST_RETRY_AFTER: Millis = 60 * 60 * 1000;
+/// What an export has left after a restart that finds its time over: while the box was off, or by
+/// a clock that was wrong then, there was no chance to deliver it.
+const LAST_CHANCE: Millis = 60 * 1000;
 /// An attempt that takes longer makes its queue a slow one, whose attempts begin on a thread of
 /// their own.
 const SLOW: Duration = Duration::from_millis(20);
@@ -192,9 +195,17 @@ impl Schedule {
         }
     }
 
-    /// Adds an export at the end of its queue. `resume` is the backoff that was stored with it
-    /// before a restart: the queue goes on from the latest one.
-    pub fn add(&mut self, export: Export, resume: Option<Backoff>, now: Millis) {
+    /// Adds an export at the end of its queue. `resume` is there for exports that a restart found
+    /// unfinished, and is the backoff that was stored with them: the queue goes on from the
+    /// latest one.
+    pub fn add(&mut self, mut export: Export, resume: Option<Backoff>, now: Millis) {
+        if resume.is_some() {
+            // The clock may have been ahead then.
+            export.accepted_at = export.accepted_at.min(now);
+            if self.deadline(&export) <= now {
+                export.accepted_at = (now + LAST_CHANCE).saturating_sub(self.give_up_after);
+            }
+        }
         let key = export.key.clone();
         let deadline = self.deadline(&export);
         self.deadlines.insert((deadline, export.id), key.clone());
@@ -571,6 +582,37 @@ mod tests {
         attempt(&mut schedule, 17_000);
         let tried = attempt(&mut schedule, 17_000 + LONGEST_RETRY_AFTER);
         assert_eq!(tried.key.owner[0], 2);
+    }
+
+    #[test]
+    fn an_export_whose_time_was_over_at_a_restart_has_a_last_chance() {
+        let mut schedule = schedule();
+        let now = 100 * DAY;
+        schedule.add(export(1, 0), Some(Backoff::default()), now);
+        schedule.add(export(2, 200 * DAY), Some(Backoff::default()), now);
+        let tried = attempt(&mut schedule, now);
+        let ahead = attempt(&mut schedule, now);
+        assert_eq!((tried.key.owner[0], ahead.accepted_at), (1, now));
+        schedule
+            .failed(
+                tried,
+                Retry {
+                    least_wait: DAY,
+                    ..DOWN
+                },
+                QUICK,
+                0.5,
+                now,
+            )
+            .unwrap();
+        assert!(matches!(
+            schedule.next(now + LAST_CHANCE - 1, true),
+            Next::Wait(_)
+        ));
+        assert!(matches!(
+            schedule.next(now + LAST_CHANCE, true),
+            Next::GiveUp(_)
+        ));
     }
 
     #[test]

@@ -12,7 +12,7 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -21,7 +21,7 @@ use parking_lot::{Condvar, Mutex};
 use ureq::http::StatusCode;
 
 use super::attempt::{Answer, Client, Failure, Kind, Outcome};
-use super::schedule::{Export, Millis, Next, Retry, Schedule, retry};
+use super::schedule::{Export, Next, Retry, Schedule, retry};
 use crate::exports::{Exports, ExtResponse, FailureReport, LastError, Queued};
 use crate::logging::millis;
 use crate::threads;
@@ -66,7 +66,6 @@ pub fn start(
     let crew = Arc::new(Crew {
         exports,
         client,
-        clock: Clock::new(),
         settings,
         reports,
         post: Mutex::default(),
@@ -103,7 +102,6 @@ struct Report {
 struct Crew {
     exports: Arc<Exports>,
     client: Client,
-    clock: Clock,
     settings: Settings,
     reports: Sender<Report>,
     /// Held for moments only, never during an attempt or while deciding.
@@ -115,7 +113,7 @@ struct Crew {
 #[derive(Default)]
 struct Post {
     desk: Option<Box<Desk>>,
-    /// From when on it may be taken up by another thread; set exactly while it is there.
+    /// From when on it may be taken up by the thread that stands by; set only while it is there.
     relief_at: Option<Instant>,
     standing_by: bool,
     /// Threads that were relieved and are still in their attempt.
@@ -139,8 +137,7 @@ impl Crew {
         while let Some((export, failing, slow)) = desk.next(self) {
             desk.under_way += 1;
             desk.failing_under_way += usize::from(failing);
-            let alone = self.post.lock().relieved >= self.settings.max_relieved;
-            if alone {
+            if self.settings.max_relieved == 0 {
                 let report = self.attempt(export, failing);
                 desk.book(report, self);
                 continue;
@@ -166,27 +163,36 @@ impl Crew {
         false
     }
 
-    /// Leaves the desk to whoever stands by, at once or when patience is over.
+    /// Leaves the desk to whoever stands by, at once or when patience is over; or, where as many
+    /// were relieved as may be, to the first of them that comes back.
     fn lay_down(self: &Arc<Self>, desk: Box<Desk>, slow: bool) {
         let mut post = self.post.lock();
         post.desk = Some(desk);
+        if post.relieved >= self.settings.max_relieved {
+            return;
+        }
         let now = Instant::now();
         post.relief_at = Some(if slow { now } else { now + PATIENCE });
         if post.standing_by {
             self.changed.notify_one();
-        } else {
-            post.standing_by = true;
-            let crew = self.clone();
-            threads::spawn("worker", move || crew.run(None));
+            return;
+        }
+        let crew = self.clone();
+        match threads::try_spawn("worker", move || crew.run(None)) {
+            Ok(_) => post.standing_by = true,
+            // Then this attempt is waited for; the next one tries again.
+            Err(error) => log::warn!(reason:% = error; "no thread to relieve the worker"),
         }
     }
 
-    /// Takes the desk up again after an attempt. `None` where this thread was relieved meanwhile.
+    /// Takes the desk up after an attempt: this thread's own, or one that another laid down when
+    /// there was nobody left to relieve it. `None` where this thread was relieved meanwhile.
     fn take_up(&self) -> Option<Box<Desk>> {
         let mut post = self.post.lock();
         let desk = post.desk.take();
         match desk {
             Some(_) => post.relief_at = None,
+            // Whoever has the desk instead was counted in this one's place.
             None => post.relieved -= 1,
         }
         desk
@@ -249,7 +255,7 @@ impl Desk {
     fn next(&mut self, crew: &Crew) -> Option<(Export, bool, bool)> {
         loop {
             while let Ok(Queued { export, resume }) = self.queue.try_recv() {
-                self.schedule.add(export, resume, crew.clock.now());
+                self.schedule.add(export, resume, crew.exports.now());
             }
             while let Ok(report) = self.reported.try_recv() {
                 self.book(report, crew);
@@ -261,7 +267,7 @@ impl Desk {
                 }
                 return None;
             }
-            let now = crew.clock.now();
+            let now = crew.exports.now();
             match self.schedule.next(now, self.may_try_failing(crew)) {
                 Next::Attempt {
                     export,
@@ -291,7 +297,7 @@ impl Desk {
         let timer = at.map_or_else(crossbeam_channel::never, crossbeam_channel::at);
         select! {
             recv(self.queue) -> queued => if let Ok(Queued { export, resume }) = queued {
-                self.schedule.add(export, resume, crew.clock.now());
+                self.schedule.add(export, resume, crew.exports.now());
             },
             recv(self.reported) -> report => if let Ok(report) = report {
                 self.book(report, crew);
@@ -313,11 +319,11 @@ impl Desk {
         self.under_way -= 1;
         self.failing_under_way -= usize::from(failing);
         log_attempt(&export, bytes, took, &outcome);
-        let now = crew.clock.now();
+        let now = crew.exports.now();
         let Some(again) = retry(&outcome, &crew.settings.retry_on, SystemTime::now()) else {
             self.schedule.finished(&export.key, took, now);
             let response = response(outcome, export.attempts + 1);
-            return crew.exports.settle(export.id, &response, true);
+            return crew.exports.settle(export.id, response, true);
         };
         let Retry { to_end, .. } = again;
         let (id, mut tried) = (export.id, export.clone());
@@ -335,7 +341,7 @@ impl Desk {
             Err(export) => {
                 log::warn!(id:%, attempts = export.attempts; "given up");
                 crew.exports
-                    .settle(id, &response(outcome, export.attempts), false);
+                    .settle(id, response(outcome, export.attempts), false);
             }
         }
     }
@@ -362,7 +368,7 @@ fn give_up(export: &Export, crew: &Crew) {
         502
     };
     crew.exports
-        .settle(export.id, &gateway(status, error), false);
+        .settle(export.id, gateway(status, error), false);
 }
 
 fn log_attempt(export: &Export, bytes: usize, took: Duration, outcome: &Outcome) {
@@ -398,33 +404,6 @@ fn words(outcome: &Outcome, export: &Export) -> (&'static str, String) {
 /// waits need no better.
 fn chance() -> f64 {
     RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64
-}
-
-/// Unix milliseconds that go on evenly from the start of the process: a clock that is set right
-/// meanwhile, as at the boot of a box without one of its own, must not end or prolong a wait.
-struct Clock {
-    started: Instant,
-    wall: Millis,
-}
-
-impl Clock {
-    fn new() -> Self {
-        let since = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        Self {
-            started: Instant::now(),
-            wall: as_millis(since),
-        }
-    }
-
-    fn now(&self) -> Millis {
-        self.wall.saturating_add(as_millis(self.started.elapsed()))
-    }
-}
-
-fn as_millis(duration: Duration) -> Millis {
-    Millis::try_from(duration.as_millis()).unwrap_or(Millis::MAX)
 }
 
 /// The result of an export whose attempt was its last.

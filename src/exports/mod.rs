@@ -24,7 +24,7 @@ use uuid::Uuid;
 
 use crate::auth::Grant;
 use crate::delivery::addresses::Destination;
-use crate::delivery::schedule::{Backoff, Export, LONGEST_RETRY_AFTER, QueueKey};
+use crate::delivery::schedule::{Backoff, Export, LONGEST_RETRY_AFTER, Millis, QueueKey};
 use crate::logging::millis;
 pub use states::Reply;
 use states::{Poll, Progress, States, Trouble};
@@ -48,7 +48,7 @@ const RETRY: Duration = Duration::from_secs(1);
 const LOG_AGE: Duration = Duration::from_secs(5);
 /// How long until it is tried again, where somebody who reads the store was in the way.
 const LOG_BUSY: Duration = Duration::from_secs(5);
-/// The longest the store thread sleeps, so that a corrected clock is noticed.
+/// The longest the store thread sleeps.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 
 /// Where an export is in its life.
@@ -207,7 +207,7 @@ impl Query {
 pub struct Queued {
     /// Which export.
     pub export: Export,
-    /// The backoff that was stored with it, where a restart found it waiting.
+    /// The backoff that was stored with it, where a restart found it unfinished.
     pub resume: Option<Backoff>,
 }
 
@@ -223,6 +223,7 @@ pub struct Limits {
 /// See the module's own text. Shared by the pool, the worker, the waiter and the store thread.
 pub struct Exports {
     states: States,
+    clock: Clock,
     accepts: Sender<Accept>,
     waiting_bytes: AtomicUsize,
     reports: Sender<Report>,
@@ -255,6 +256,7 @@ impl Exports {
         let (reports, reported) = bounded(UNWRITTEN_REPORTS);
         let exports = Arc::new(Self {
             states: States::default(),
+            clock: Clock::new(),
             accepts,
             waiting_bytes: AtomicUsize::new(0),
             reports,
@@ -277,6 +279,11 @@ impl Exports {
             disk_full: false,
         };
         Ok((exports, thread))
+    }
+
+    /// What time it is, for everything that has to do with exports.
+    pub fn now(&self) -> Millis {
+        self.clock.now()
     }
 
     /// How many exports are not finished.
@@ -309,7 +316,7 @@ impl Exports {
             owner,
             destination,
             payload,
-            accepted_at: unix_millis(SystemTime::now()),
+            accepted_at: self.now(),
             key,
         };
         // Relaxed: a count that nothing else is ordered by.
@@ -378,12 +385,23 @@ impl Exports {
     /// Hands over an export's result. It is shown to nobody before it is in the store. Blocks
     /// only while the store is far behind. `recovered` says that its destination was reached, so
     /// that its queue waits no longer. For the worker.
-    pub fn settle(&self, id: Uuid, response: &ExtResponse, recovered: bool) {
-        let response = raw(response);
+    pub fn settle(&self, id: Uuid, result: ExtResponse, recovered: bool) {
+        if recovered {
+            self.states.recover(id);
+        }
+        let response = raw(&result);
+        let cut = !(result.body.is_empty() && result.body_base64.is_none());
+        let without_body = raw(&ExtResponse {
+            body: String::new(),
+            body_base64: None,
+            truncated: result.truncated || cut,
+            ..result
+        });
         self.report(Report {
             id,
             news: News::Finished {
                 response,
+                without_body,
                 recovered,
             },
         });
@@ -436,12 +454,8 @@ impl Exports {
 
     /// Shows what a report says, now that it is in the store.
     fn written(&self, Report { id, news }: Report) {
-        if let News::Finished {
-            response,
-            recovered,
-        } = news
-        {
-            self.states.finish(id, &response, recovered);
+        if let News::Finished { response, .. } = news {
+            self.states.finish(id, &response);
         }
     }
 
@@ -474,7 +488,7 @@ impl Exports {
             },
         );
         if let (Some(error), Some(backoff)) = (last_error, backoff) {
-            let wait = backoff.not_before - unix_millis(SystemTime::now());
+            let wait = backoff.not_before - self.now();
             // The clock may have been wrong: the schedule waits no longer than this either.
             let wait = Duration::from_millis(wait.clamp(0, LONGEST_RETRY_AFTER).unsigned_abs());
             self.states.delay(
@@ -523,8 +537,8 @@ pub struct StoreThread {
     reported: Receiver<Report>,
     /// Submissions taken and not yet written.
     accepts: Vec<Accept>,
-    /// Reports taken and not yet written. Those that could not be written stay here, and until
-    /// they could be, no more are taken: so the worker waits too, and memory stays bounded.
+    /// Reports taken and not yet written, [`UNWRITTEN_REPORTS`] at most. Those that could not be
+    /// written stay here: so the worker waits in the end too, and memory stays bounded.
     reports: Vec<Report>,
     /// Whether there was no room at the last try.
     disk_full: bool,
@@ -547,7 +561,8 @@ impl StoreThread {
                 housekeeping.empty_log(&mut self.writer);
                 return;
             }
-            housekeeping.run(&mut self.writer, self.retention);
+            let now = self.exports.now();
+            housekeeping.run(&mut self.writer, self.retention, now);
         }
     }
 
@@ -602,8 +617,8 @@ impl StoreThread {
                 for report in self.reports.drain(..) {
                     self.exports.written(report);
                 }
-                for (accept, effect) in accepts.into_iter().zip(effects) {
-                    self.accepted(accept, effect);
+                for (accept, (effect, refusal)) in accepts.into_iter().zip(effects) {
+                    self.accepted(accept, effect, refusal);
                 }
             }
             Err(error) => {
@@ -628,7 +643,7 @@ impl StoreThread {
     /// takes as much room as the payload does, until the log is emptied.
     fn write_reports_one_by_one(&mut self) {
         while let Some(report) = self.reports.first() {
-            let now = unix_millis(SystemTime::now());
+            let now = self.exports.now();
             let written = self.writer.commit(&[Change::Report(report)], now);
             if written.is_err() || self.writer.empty_log().is_err() {
                 return;
@@ -637,10 +652,25 @@ impl StoreThread {
         }
     }
 
-    /// Writes the waiting reports first, so that a repeated submission sees them.
-    fn commit(&mut self, accepts: &[Accept]) -> Result<Vec<Effect>, store::Error> {
+    /// Writes the waiting reports first, so that a repeated submission sees them. Returns for each
+    /// submission what became of it, and why there would be no room for it.
+    fn commit(&mut self, accepts: &[Accept]) -> Result<Vec<(Effect, Error)>, store::Error> {
         let mut size = self.writer.size()?;
+        for report in &mut self.reports {
+            if let News::Finished {
+                response,
+                without_body,
+                ..
+            } = &mut report.news
+            {
+                if size + response.get().len() as u64 > self.limits.max_store {
+                    *response = without_body.clone();
+                }
+                size += response.get().len() as u64;
+            }
+        }
         let mut pending = HashMap::new();
+        let mut refusals = Vec::with_capacity(accepts.len());
         let mut changes: Vec<_> = self.reports.iter().map(Change::Report).collect();
         for Accept { export, .. } in accepts {
             let owner = export.owner.as_slice();
@@ -648,20 +678,28 @@ impl StoreThread {
                 .entry(owner)
                 .or_insert_with(|| self.exports.states.count_of(owner));
             let bytes = (export.payload.len() + ROW) as u64;
-            let room = *count < self.limits.max_pending && size + bytes <= self.limits.max_store;
+            let too_many = *count >= self.limits.max_pending;
+            let room = !too_many && size + bytes <= self.limits.max_store;
+            refusals.push(if too_many {
+                Error::TooMany(*count)
+            } else {
+                Error::StoreFull
+            });
             if room {
                 *count += 1;
                 size += bytes;
             }
             changes.push(Change::Accept { export, room });
         }
-        let mut effects = self
-            .writer
-            .commit(&changes, unix_millis(SystemTime::now()))?;
-        Ok(effects.split_off(self.reports.len()))
+        let mut effects = self.writer.commit(&changes, self.exports.now())?;
+        Ok(effects
+            .split_off(self.reports.len())
+            .into_iter()
+            .zip(refusals)
+            .collect())
     }
 
-    fn accepted(&self, accept: Accept, effect: Effect) {
+    fn accepted(&self, accept: Accept, effect: Effect, refusal: Error) {
         let Accept {
             export,
             received,
@@ -716,16 +754,7 @@ impl StoreThread {
                 }
             }
             Effect::Conflict => Poll::Now(reply, Err(Error::KeyReused)),
-            Effect::NoRoom => {
-                let pending = states.count_of(&owner);
-                let too_many = pending >= self.limits.max_pending;
-                let error = if too_many {
-                    Error::TooMany(pending)
-                } else {
-                    Error::StoreFull
-                };
-                Poll::Now(reply, Err(error))
-            }
+            Effect::NoRoom => Poll::Now(reply, Err(refusal)),
         };
         match answer {
             Poll::Parked => {}
@@ -774,9 +803,9 @@ impl Housekeeping {
         next.saturating_duration_since(Instant::now())
     }
 
-    fn run(&mut self, writer: &mut Writer, retention: Duration) {
+    fn run(&mut self, writer: &mut Writer, retention: Duration, now: Millis) {
         if self.expire_at <= Instant::now() {
-            self.expire(writer, retention);
+            self.expire(writer, retention, now);
         }
         if self.empty_log_at.is_some_and(|at| at <= Instant::now()) {
             self.empty_log(writer);
@@ -798,9 +827,8 @@ impl Housekeeping {
     }
 
     /// Deletes a few results, and notes when the next are due.
-    fn expire(&mut self, writer: &mut Writer, retention: Duration) {
+    fn expire(&mut self, writer: &mut Writer, retention: Duration, now: Millis) {
         let retention = i64::try_from(retention.as_millis()).unwrap_or(i64::MAX);
-        let now = unix_millis(SystemTime::now());
         let wait = match writer.expire(now.saturating_sub(retention)) {
             Ok((deleted, oldest)) => {
                 if deleted > 0 {
@@ -830,7 +858,29 @@ fn fingerprint(destination: &Destination, payload: &[u8]) -> [u8; 32] {
         .into()
 }
 
-fn unix_millis(time: SystemTime) -> i64 {
-    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+/// Unix milliseconds that go on evenly from the start of the process: a clock that is set right
+/// meanwhile, as at the boot of a box without one of its own, must neither end nor prolong a wait.
+struct Clock {
+    started: Instant,
+    wall: Millis,
+}
+
+impl Clock {
+    fn new() -> Self {
+        let since = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        Self {
+            started: Instant::now(),
+            wall: as_millis(since),
+        }
+    }
+
+    fn now(&self) -> Millis {
+        self.wall.saturating_add(as_millis(self.started.elapsed()))
+    }
+}
+
+fn as_millis(duration: Duration) -> Millis {
+    Millis::try_from(duration.as_millis()).unwrap_or(Millis::MAX)
 }

@@ -188,15 +188,25 @@ impl States {
         Poll::Parked
     }
 
+    /// The export's destination was reached: its queue waits no longer.
+    pub fn recover(&self, id: Uuid) {
+        let mut inner = self.inner.lock();
+        let inner = &mut *inner;
+        let key = inner.unfinished.get(&id).map(|entry| &entry.key);
+        if let Some(queue) = key.and_then(|key| inner.queues.get_mut(key)) {
+            queue.trouble = None;
+        }
+    }
+
     /// Takes an export out, now that its result is in the store, and has the waiter answer every
-    /// poll that was parked on it. `recovered` says that its queue waits no longer.
-    pub fn finish(&self, id: Uuid, response: &Arc<RawValue>, recovered: bool) {
+    /// poll that was parked on it.
+    pub fn finish(&self, id: Uuid, response: &Arc<RawValue>) {
         let mut inner = self.inner.lock();
         let inner = &mut *inner;
         let Some(entry) = inner.unfinished.remove(&id) else {
             return;
         };
-        inner.leave(&entry.key, recovered);
+        inner.leave(&entry.key);
         for Parked { due, reply } in entry.parked {
             inner.deadlines.remove(&due);
             inner
@@ -268,12 +278,9 @@ impl Entry {
 
 impl Inner {
     /// One export of a queue and its owner less.
-    fn leave(&mut self, key: &QueueKey, recovered: bool) {
+    fn leave(&mut self, key: &QueueKey) {
         if let Some(queue) = self.queues.get_mut(key) {
             queue.exports -= 1;
-            if recovered {
-                queue.trouble = None;
-            }
             if queue.exports == 0 {
                 self.queues.remove(key);
             }
@@ -348,11 +355,7 @@ mod tests {
                     answer
                 })
                 .collect();
-            states.finish(
-                id,
-                &RawValue::from_string("{}".into()).unwrap().into(),
-                true,
-            );
+            states.finish(id, &RawValue::from_string("{}".into()).unwrap().into());
             for answer in answers {
                 assert_eq!(answer.recv().unwrap().state, State::Finished);
             }

@@ -13,7 +13,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Transaction, params};
+use rusqlite::{
+    Connection, ErrorCode, OpenFlags, OptionalExtension, Transaction, named_params, params,
+};
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
@@ -33,7 +35,8 @@ const SCHEMA_VERSION: i32 = 1;
 /// `payload` is null once finished, `finished_at` and `response` are null before. Times are Unix
 /// milliseconds. `attempts` and `last_error` are the export's own; `failures` and
 /// `next_attempt_at` are its queue's backoff as it was after the export's last attempt. `turn`
-/// stands for `seq` in the order of delivery once the export was moved to the end of its queue.
+/// stands for `seq` in the order of delivery once the export was moved to the end of its queue, which
+/// happened at `moved_at`.
 /// `fingerprint` tells a repeat of the same submission from another one under the same
 /// idempotency key, when the payload itself is gone already.
 const SCHEMA: &str = "
@@ -48,10 +51,10 @@ const SCHEMA: &str = "
         response        TEXT,
         attempts        INTEGER NOT NULL DEFAULT 0,
         last_error      TEXT,
-        tried_at        INTEGER,
         failures        INTEGER NOT NULL DEFAULT 0,
         next_attempt_at INTEGER,
         turn            INTEGER,
+        moved_at        INTEGER,
         idempotency_key TEXT,
         fingerprint     BLOB
     ) STRICT;
@@ -175,6 +178,8 @@ pub enum News {
     Finished {
         /// The `ext_response` object.
         response: Arc<RawValue>,
+        /// The same without the response's body, for a store that is full.
+        without_body: Arc<RawValue>,
         /// Whether its destination was reached, so that its queue waits no longer.
         recovered: bool,
     },
@@ -325,7 +330,7 @@ impl Writer {
         let mut statement = self.connection.prepare(
             "SELECT id, owner, destination, accepted_at, attempts, last_error,
                     failures, next_attempt_at
-             FROM exports WHERE finished_at IS NULL ORDER BY coalesce(turn, seq), tried_at",
+             FROM exports WHERE finished_at IS NULL ORDER BY coalesce(turn, seq), moved_at",
         )?;
         let mut rows = statement.query([])?;
         while let Some(row) = rows.next()? {
@@ -534,6 +539,7 @@ fn write_report(transaction: &Transaction<'_>, report: &Report, now: i64) -> Res
         News::Finished {
             response,
             recovered,
+            ..
         } => {
             transaction
                 .prepare_cached(
@@ -559,20 +565,21 @@ fn write_report(transaction: &Transaction<'_>, report: &Report, now: i64) -> Res
         } => {
             transaction
                 .prepare_cached(
-                    "UPDATE exports SET attempts = ?, last_error = ?, tried_at = ?, failures = ?,
-                         next_attempt_at = ?,
-                         turn = iif(?, (SELECT max(seq) FROM exports), turn)
-                     WHERE id = ?",
+                    "UPDATE exports SET attempts = :attempts, last_error = :error,
+                         failures = :failures, next_attempt_at = :not_before,
+                         turn = iif(:to_end, (SELECT max(seq) FROM exports), turn),
+                         moved_at = iif(:to_end, :now, moved_at)
+                     WHERE id = :id",
                 )?
-                .execute(params![
-                    attempts,
-                    error.get(),
-                    now,
-                    backoff.failures,
-                    backoff.not_before,
-                    to_end,
-                    id
-                ])?;
+                .execute(named_params! {
+                    ":attempts": attempts,
+                    ":error": error.get(),
+                    ":failures": backoff.failures,
+                    ":not_before": backoff.not_before,
+                    ":to_end": to_end,
+                    ":now": now,
+                    ":id": id,
+                })?;
         }
     }
     Ok(Effect::Written)

@@ -202,11 +202,34 @@ impl Service {
     }
 
     /// Waits until there are so many log lines with this event.
-    pub fn events(&self, event: &str, count: usize) {
-        let mark = format!("\"event\":\"{event}\"");
+    pub fn events(&self, event: &str, count: u64) {
+        self.total(event, count, |_| 1);
+    }
+
+    /// Waits until so many failed attempts and results are on disk.
+    pub fn reports(&self, count: u64) {
+        self.total("committed", count, |line| line["reports"].as_u64().unwrap());
+    }
+
+    fn total(&self, event: &str, least: u64, of: impl Fn(&Value) -> u64) {
         let mut lines = self.log.lines.lock().unwrap();
-        while lines.0.iter().filter(|line| line.contains(&mark)).count() < count {
-            assert!(!lines.1, "no {count} {event:?} in {:#?}", lines.0);
+        loop {
+            let json = lines
+                .0
+                .iter()
+                .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+            let total: u64 = json
+                .filter(|line| line["event"] == event)
+                .map(|line| of(&line))
+                .sum();
+            if total >= least {
+                return;
+            }
+            assert!(
+                !lines.1,
+                "only {total} of {least} {event:?} in {:#?}",
+                lines.0
+            );
             lines = self.log.changed.wait_timeout(lines, PATIENCE).unwrap().0;
         }
     }
