@@ -1,6 +1,6 @@
 //! The worker: takes what is due, makes one attempt, hands over what came of it, and repeats.
 //!
-//! Exactly one thread decides at any time: the one that holds the [`Desk`], which is the schedule
+//! Exactly one thread decides at any time: the one that holds the *desk*, which is the schedule
 //! with all that feeds it. Before an attempt it lays the desk down. If the attempt is over soon,
 //! it takes the desk up again; if not, the worker is *relieved*: a thread that stands by takes the
 //! desk up and goes on, and the stuck one reports to it and leaves. So the usual case costs one
