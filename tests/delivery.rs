@@ -257,33 +257,32 @@ fn statuses_to_retry_are_tried_again_after_the_wait_they_ask_for() {
 fn a_hanging_destination_with_a_long_backlog_holds_up_no_other_app() {
     let hanging = hanging();
     let healthy = Destination::start(|_| ok());
-    let service = Service::start(&["--attempt-timeout", "3s"]);
+    let service = Service::start(&["--attempt-timeout", "30s"]);
     for number in 0..5_000 {
         service.submit(&hanging.url, &payload(number));
     }
     hanging.arrival();
+    let mut longest = Duration::ZERO;
     for number in 0..5 {
         let started = Instant::now();
         let id = service.submit(&healthy.url, &payload(number));
         assert_eq!(service.result(&healthy.url, &id)["status_code"], 200);
-        assert!(
-            started.elapsed() < Duration::from_secs(2),
-            "{:?}",
-            started.elapsed()
-        );
+        longest = longest.max(started.elapsed());
     }
     eprintln!(
-        "5,000 exports to a hanging destination: {} threads, {} kB resident",
+        "beside 5,000 exports to a hanging destination: {longest:?} at most; {} threads, {} kB resident",
         service.figure("Threads"),
         service.figure("VmRSS"),
     );
+    // Waiting for the hanging one would take half a minute.
+    assert!(longest < Duration::from_secs(10));
 }
 
 #[test]
 fn thirty_hanging_apps_do_not_hold_up_the_thirty_first_and_cost_one_thread_each_at_most() {
     let healthy = Destination::start(|_| ok());
-    let service = Service::start(&["--attempt-timeout", "6s", "--give-up-after", "5s"]);
-    let idle = service.figure("Threads");
+    let service = Service::start(&["--attempt-timeout", "20s", "--give-up-after", "10s"]);
+    assert_eq!(service.threads("worker"), 1);
     let hanging: Vec<_> = (0..30).map(|_| hanging()).collect();
     let ids: Vec<_> = hanging
         .iter()
@@ -292,13 +291,16 @@ fn thirty_hanging_apps_do_not_hold_up_the_thirty_first_and_cost_one_thread_each_
     let started = Instant::now();
     let id = service.submit(&healthy.url, &payload(2));
     assert_eq!(service.result(&healthy.url, &id)["status_code"], 200);
-    eprintln!("the 31st app's export took {:?}", started.elapsed());
-    assert!(started.elapsed() < Duration::from_secs(5));
     eprintln!(
-        "meanwhile {} threads ({idle} idle), {} kB resident",
+        "the 31st app's export took {:?}; {} threads, {} of the worker, {} kB resident",
+        started.elapsed(),
         service.figure("Threads"),
-        service.figure("VmRSS")
+        service.threads("worker"),
+        service.figure("VmRSS"),
     );
+    // One after another would be ten minutes, but a busy machine may take its time.
+    assert!(started.elapsed() < Duration::from_secs(15));
+    assert!(service.threads("worker") <= 32);
     for (one, id) in hanging.iter().zip(&ids) {
         let result = service.result(&one.url, id);
         assert_eq!(
@@ -306,13 +308,13 @@ fn thirty_hanging_apps_do_not_hold_up_the_thirty_first_and_cost_one_thread_each_
             (&json!(504), &json!("timeout"))
         );
     }
-    // Back to one worker: the one that stands by leaves after ten seconds.
+    // The one that stands by leaves after ten seconds.
     let deadline = Instant::now() + PATIENCE;
-    while service.figure("Threads") > idle {
+    while service.threads("worker") > 1 {
         assert!(
             Instant::now() < deadline,
-            "{} threads",
-            service.figure("Threads")
+            "{} workers",
+            service.threads("worker")
         );
         thread::sleep(Duration::from_millis(50));
     }
@@ -351,23 +353,30 @@ fn without_relief_each_hanging_queue_costs_one_attempt() {
     let hanging: Vec<_> = (0..2).map(|_| hanging()).collect();
     let healthy = Destination::start(|_| ok());
     let service = Service::start(&["--attempt-timeout", "1s", "--max-relieved", "0"]);
-    let threads = service.figure("Threads");
     for one in &hanging {
         service.submit(&one.url, &payload(1));
     }
     let started = Instant::now();
     let id = service.submit(&healthy.url, &payload(2));
     assert_eq!(service.result(&healthy.url, &id)["status_code"], 200);
-    assert!(
-        started.elapsed() < Duration::from_secs(4),
-        "{:?}",
+    eprintln!(
+        "behind two hanging queues, one thread: {:?}",
         started.elapsed()
     );
     assert!(
         started.elapsed() > Duration::from_secs(1),
         "one after another"
     );
-    assert!(service.figure("Threads") <= threads + 3);
+    assert_eq!(service.threads("worker"), 1);
+    let attempts = service
+        .log()
+        .iter()
+        .filter(|line| line.contains("\"attempt\":1"))
+        .count();
+    assert_eq!(
+        attempts, 3,
+        "each queue has had one attempt before anyone had another"
+    );
 }
 
 #[test]
@@ -407,7 +416,8 @@ fn distant_destinations_are_served_side_by_side_and_each_in_order() {
         "500 exports of 200 ms each to 20 destinations: {:?}",
         started.elapsed()
     );
-    assert!(started.elapsed() < Duration::from_secs(8));
+    // One after another would be a hundred seconds.
+    assert!(started.elapsed() < Duration::from_secs(40));
 }
 
 #[test]
