@@ -14,12 +14,24 @@ fuzz_target!(|bytes: &[u8]| {
     let mut text = || str::from_utf8(parts.next().unwrap_or_default()).unwrap_or_default();
     let (target, authorization, idempotency_key) = (text(), text(), text());
     let body = parts.next().unwrap_or_default();
-    let policy = Policy { name: "export-service".into(), key: Key::derive(b"key") };
-    let caveats = ["target = export-service", "method = POST", "path = *", "destination = http://a/"];
+    let policy = Policy {
+        name: "export-service".into(),
+        key: Key::derive(b"key"),
+    };
+    let caveats = [
+        "target = export-service",
+        "method = POST",
+        "path = *",
+        "destination = http://a/",
+    ];
     let token = Macaroon::mint(&policy.key, "", caveats.map(str::to_owned)).to_v1();
     let request = Request {
         method: "POST",
-        target: if target.is_empty() { "/lp/export?timeout=1" } else { target },
+        target: if target.is_empty() {
+            "/lp/export?timeout=1"
+        } else {
+            target
+        },
         api_key: token.as_deref().filter(|_| authorization.is_empty()),
         authorization: Some(authorization),
         idempotency_key: Some(idempotency_key).filter(|key| !key.is_empty()),
@@ -35,7 +47,10 @@ fuzz_target!(|bytes: &[u8]| {
         }
         Ok(_) => {}
         Err(refused) => {
-            assert!((400..500).contains(&refusal(&refused).status), "{refused:?}");
+            assert!(
+                (400..500).contains(&refusal(&refused).status),
+                "{refused:?}"
+            );
         }
     }
 });
