@@ -85,7 +85,7 @@ fn serve(mut config: Config) -> Result<(), String> {
 
     let writer = Writer::open(&config.place).map_err(|error| error.to_string())?;
     let (queue, queued) = unbounded();
-    let (exports, store) = Exports::open(writer, config.retention, config.limits, queue)
+    let (exports, recorder) = Exports::open(writer, config.retention, config.limits, queue)
         .map_err(|error| format!("cannot read the stored exports: {error}"))?;
     log::info!(
         version = env!("CARGO_PKG_VERSION"), name = config.name.as_str(),
@@ -93,10 +93,10 @@ fn serve(mut config: Config) -> Result<(), String> {
         "starting"
     );
 
-    // The store and the worker stop when these are dropped.
-    let (stop_store, store_stopping) = bounded(0);
+    // The recorder and the worker stop when these are dropped.
+    let (stop_recorder, recorder_stopping) = bounded(0);
     let (stop_worker, worker_stopping) = bounded::<()>(0);
-    let store = threads::spawn("store", move || store.run(&store_stopping));
+    let recorder = threads::spawn("recorder", move || recorder.run(&recorder_stopping));
     let waiting = exports.clone();
     let waiter = threads::spawn("waiter", move || waiting.answer_parked());
     // With --port 0 the port is known only now.
@@ -131,8 +131,8 @@ fn serve(mut config: Config) -> Result<(), String> {
     waiter.ends_within(LAST_ANSWERS);
     // Nothing is ever sent: it is closed at the end of the last attempt.
     let _ = worker_ended.recv_timeout(LAST_ATTEMPT);
-    drop::<Sender<()>>(stop_store);
-    store.ends_within(LAST_COMMIT);
+    drop::<Sender<()>>(stop_recorder);
+    recorder.ends_within(LAST_COMMIT);
     log::info!(unfinished = exports.unfinished(); "stopped");
     Ok(())
 }

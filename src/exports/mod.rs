@@ -1,21 +1,21 @@
 //! The life of an export: submitted, polled, settled.
 //!
-//! [`Exports`] is what requests and the worker share. A submission goes to the store thread,
-//! which writes everything that waits in one transaction, tells the worker, and only then
-//! answers: accepted means durable. Unfinished exports are in [`states`] and in the store,
+//! [`Exports`] is what requests and the worker share. A submission goes to the [`recorder`], which
+//! writes everything that waits in one transaction, tells the worker, and only then answers:
+//! accepted means durable. Unfinished exports are in [`states`] and in the store,
 //! finished ones in the store alone.
 //!
 //! Not here: HTTP (`routes`, `server`), and how a payload reaches its destination (`delivery`).
 
+pub mod recorder;
 pub mod states;
 pub mod store;
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, never, select};
+use crossbeam_channel::{Sender, TrySendError, bounded};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
@@ -25,31 +25,17 @@ use uuid::Uuid;
 use crate::auth::Grant;
 use crate::delivery::addresses::Destination;
 use crate::delivery::schedule::{Backoff, Export, LONGEST_RETRY_AFTER, Millis, QueueKey};
-use crate::logging::millis;
+use recorder::Recorder;
 pub use states::Reply;
 use states::{Poll, Progress, States, Trouble};
-use store::{
-    Change, Effect, IdempotencyKey, NewExport, News, Reader, Report, Stored, Unfinished, Writer,
-};
+use store::{IdempotencyKey, NewExport, News, Reader, Report, Stored, Unfinished, Writer};
 
-/// Submissions that may wait for the store thread; with more the disk is not keeping up.
+/// Submissions that may wait for the recorder; with more the disk is not keeping up.
 const WAITING: usize = 1024;
-/// Bytes of payload that may wait for the store thread.
+/// Bytes of payload that may wait for the recorder.
 const WAITING_BYTES: usize = 16 * 1024 * 1024;
-/// Reports that may wait for the store thread, before the worker waits for it too.
+/// Reports that may wait for the recorder, before the worker waits for it too.
 const UNWRITTEN_REPORTS: usize = 64;
-/// What an export takes in the store beside its payload, with its part of the indexes, in bytes.
-const ROW: usize = 512;
-/// Changes that go into one transaction.
-const BATCH: usize = 512;
-/// How long the store thread waits after a failed write before it tries again.
-const RETRY: Duration = Duration::from_secs(1);
-/// The log is emptied so long after the first write to it.
-const LOG_AGE: Duration = Duration::from_secs(5);
-/// How long until it is tried again, where somebody who reads the store was in the way.
-const LOG_BUSY: Duration = Duration::from_secs(5);
-/// The longest the store thread sleeps.
-const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 
 /// Where an export is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -220,7 +206,7 @@ pub struct Limits {
     pub max_store: u64,
 }
 
-/// See the module's own text. Shared by the pool, the worker, the waiter and the store thread.
+/// See the module's own text. Shared by the pool, the worker, the waiter and the recorder.
 pub struct Exports {
     states: States,
     clock: Clock,
@@ -242,7 +228,7 @@ struct Accept {
 
 impl Exports {
     /// Takes over an opened store and queues every unfinished export in it, oldest first.
-    /// The second half is for the thread that runs [`StoreThread::run`].
+    /// The second half is for the thread that runs [`Recorder::run`].
     ///
     /// # Errors
     /// Where the store cannot be read.
@@ -251,7 +237,7 @@ impl Exports {
         retention: Duration,
         limits: Limits,
         queue: Sender<Queued>,
-    ) -> Result<(Arc<Self>, StoreThread), store::Error> {
+    ) -> Result<(Arc<Self>, Recorder), store::Error> {
         let (accepts, incoming) = bounded(WAITING);
         let (reports, reported) = bounded(UNWRITTEN_REPORTS);
         let exports = Arc::new(Self {
@@ -266,7 +252,7 @@ impl Exports {
         writer.unfinished(|export| {
             exports.resume(export, &queue);
         })?;
-        let thread = StoreThread {
+        let thread = Recorder {
             exports: exports.clone(),
             writer,
             retention,
@@ -460,7 +446,7 @@ impl Exports {
     }
 
     fn report(&self, report: Report) {
-        // The store thread ends after the worker, unless the process is being left in a hurry.
+        // The recorder ends after the worker, unless the process is being left in a hurry.
         let _ = self.reports.send(report);
     }
 
@@ -526,245 +512,6 @@ impl Exports {
     }
 }
 
-/// The one thread that writes: takes everything that waits, commits once, then tells all of them.
-pub struct StoreThread {
-    exports: Arc<Exports>,
-    writer: Writer,
-    retention: Duration,
-    limits: Limits,
-    queue: Sender<Queued>,
-    incoming: Receiver<Accept>,
-    reported: Receiver<Report>,
-    /// Submissions taken and not yet written.
-    accepts: Vec<Accept>,
-    /// Reports taken and not yet written, [`UNWRITTEN_REPORTS`] at most. Those that could not be
-    /// written stay here: so the worker waits in the end too, and memory stays bounded.
-    reports: Vec<Report>,
-    /// Whether there was no room at the last try.
-    disk_full: bool,
-}
-
-impl StoreThread {
-    /// Runs until `stop` is dropped, then writes what still waits and closes the store.
-    pub fn run(mut self, stop: &Receiver<()>) {
-        let mut housekeeping = Housekeeping::due_now();
-        loop {
-            let stopping = self.sleep(stop, &housekeeping);
-            while self.take_waiting() {
-                let written = self.write();
-                housekeeping.wrote();
-                if !(stopping && written) {
-                    break;
-                }
-            }
-            if stopping {
-                housekeeping.empty_log(&mut self.writer);
-                return;
-            }
-            let now = self.exports.now();
-            housekeeping.run(&mut self.writer, self.retention, now);
-        }
-    }
-
-    /// Waits for something to do; true when it is time to stop.
-    fn sleep(&mut self, stop: &Receiver<()>, housekeeping: &Housekeeping) -> bool {
-        let (reported, timeout) = if self.reports.is_empty() {
-            (&self.reported, housekeeping.sleep())
-        } else {
-            (&never(), RETRY)
-        };
-        select! {
-            recv(self.incoming) -> accept => self.accepts.extend(accept),
-            recv(reported) -> report => self.reports.extend(report),
-            recv(stop) -> _ => return true,
-            default(timeout) => {}
-        }
-        false
-    }
-
-    /// Takes what waits, up to a batch; false when there is nothing to write.
-    fn take_waiting(&mut self) -> bool {
-        let room = BATCH - self.accepts.len();
-        self.accepts.extend(self.incoming.try_iter().take(room));
-        let room = UNWRITTEN_REPORTS.saturating_sub(self.reports.len());
-        self.reports.extend(self.reported.try_iter().take(room));
-        !(self.accepts.is_empty() && self.reports.is_empty())
-    }
-
-    /// Writes what was taken, and answers; false where the reports could not be written.
-    fn write(&mut self) -> bool {
-        let accepts = std::mem::take(&mut self.accepts);
-        let bytes = accepts
-            .iter()
-            .map(|accept| accept.export.payload.len())
-            .sum();
-        let started = Instant::now();
-        // After a full disk the log goes first: what is in it takes its room twice until then.
-        let room = !self.disk_full || self.writer.empty_log().is_ok();
-        let committed = if room {
-            self.commit(&accepts)
-        } else {
-            Err(store::Error::Full)
-        };
-        self.disk_full = matches!(committed, Err(store::Error::Full));
-        match committed {
-            Ok(effects) => {
-                log::trace!(
-                    submissions = accepts.len(), reports = self.reports.len(),
-                    ms = millis(started.elapsed());
-                    "committed"
-                );
-                for report in self.reports.drain(..) {
-                    self.exports.written(report);
-                }
-                for (accept, (effect, refusal)) in accepts.into_iter().zip(effects) {
-                    self.accepted(accept, effect, refusal);
-                }
-            }
-            Err(error) => {
-                log::error!(
-                    reason:% = error, refused = accepts.len(), reports_waiting = self.reports.len();
-                    "cannot write to the store"
-                );
-                let reason = Error::from(error);
-                for accept in accepts {
-                    (accept.reply)(Err(reason));
-                }
-                self.write_reports_one_by_one();
-            }
-        }
-        self.exports
-            .waiting_bytes
-            .fetch_sub(bytes, Ordering::Relaxed);
-        self.reports.is_empty()
-    }
-
-    /// Gets as far with the reports as a disk that is almost full lets it: to erase a payload
-    /// takes as much room as the payload does, until the log is emptied.
-    fn write_reports_one_by_one(&mut self) {
-        while let Some(report) = self.reports.first() {
-            let now = self.exports.now();
-            let written = self.writer.commit(&[Change::Report(report)], now);
-            if written.is_err() || self.writer.empty_log().is_err() {
-                return;
-            }
-            self.exports.written(self.reports.remove(0));
-        }
-    }
-
-    /// Writes the waiting reports first, so that a repeated submission sees them. Returns for each
-    /// submission what became of it, and why there would be no room for it.
-    fn commit(&mut self, accepts: &[Accept]) -> Result<Vec<(Effect, Error)>, store::Error> {
-        let mut size = self.writer.size()?;
-        for report in &mut self.reports {
-            if let News::Finished {
-                response,
-                without_body,
-                ..
-            } = &mut report.news
-            {
-                if size + response.get().len() as u64 > self.limits.max_store {
-                    *response = without_body.clone();
-                }
-                size += response.get().len() as u64;
-            }
-        }
-        let mut pending = HashMap::new();
-        let mut refusals = Vec::with_capacity(accepts.len());
-        let mut changes: Vec<_> = self.reports.iter().map(Change::Report).collect();
-        for Accept { export, .. } in accepts {
-            let owner = export.owner.as_slice();
-            let count = pending
-                .entry(owner)
-                .or_insert_with(|| self.exports.states.count_of(owner));
-            let bytes = (export.payload.len() + ROW) as u64;
-            let too_many = *count >= self.limits.max_pending;
-            let room = !too_many && size + bytes <= self.limits.max_store;
-            refusals.push(if too_many {
-                Error::TooMany(*count)
-            } else {
-                Error::StoreFull
-            });
-            if room {
-                *count += 1;
-                size += bytes;
-            }
-            changes.push(Change::Accept { export, room });
-        }
-        let mut effects = self.writer.commit(&changes, self.exports.now())?;
-        Ok(effects
-            .split_off(self.reports.len())
-            .into_iter()
-            .zip(refusals)
-            .collect())
-    }
-
-    fn accepted(&self, accept: Accept, effect: Effect, refusal: Error) {
-        let Accept {
-            export,
-            received,
-            deadline,
-            reply,
-        } = accept;
-        let NewExport {
-            id,
-            owner,
-            destination,
-            payload,
-            accepted_at,
-            ..
-        } = export;
-        let states = &self.exports.states;
-        let anyone = |_: &[u8], _: &str| true;
-        let answer = match effect {
-            Effect::Written => {
-                log::info!(
-                    id:%, destination = destination.origin(), bytes = payload.len(),
-                    ms = millis(received.elapsed());
-                    "accepted"
-                );
-                let key = QueueKey {
-                    owner: owner.into(),
-                    destination: destination.shared(),
-                };
-                states.insert(id, key.clone(), Progress::default());
-                // Before the worker knows of it, so that the first answer is always Pending.
-                let poll = states.poll(id, anyone, deadline, reply);
-                let export = Export {
-                    id,
-                    key,
-                    destination,
-                    accepted_at,
-                    attempts: 0,
-                };
-                enqueue(
-                    &self.queue,
-                    Queued {
-                        export,
-                        resume: None,
-                    },
-                );
-                poll
-            }
-            Effect::Repeat { id, response } => {
-                log::info!(id:%, destination = destination.origin(); "accepted before");
-                match response {
-                    Some(response) => Poll::Now(reply, Ok(View::finished(id, response))),
-                    None => states.poll(id, anyone, deadline, reply),
-                }
-            }
-            Effect::Conflict => Poll::Now(reply, Err(Error::KeyReused)),
-            Effect::NoRoom => Poll::Now(reply, Err(refusal)),
-        };
-        match answer {
-            Poll::Parked => {}
-            Poll::Now(reply, answer) => reply(answer),
-            // Not reached: an export without a result is among the states.
-            Poll::Elsewhere(reply) => reply(Err(Error::NotFound)),
-        }
-    }
-}
-
 fn enqueue(queue: &Sender<Queued>, queued: Queued) {
     // The worker's end goes away only when the process stops; the export then stays stored.
     let _ = queue.send(queued);
@@ -773,79 +520,6 @@ fn enqueue(queue: &Sender<Queued>, queued: Queued) {
 fn raw(value: &impl Serialize) -> Arc<RawValue> {
     // Structs of strings and numbers have no way not to become JSON.
     to_raw_value(value).expect("a struct serialises").into()
-}
-
-/// What the store thread does when there is time: deletes expired results in small steps, and
-/// empties the log, which still holds the payloads of finished exports.
-struct Housekeeping {
-    expire_at: Instant,
-    empty_log_at: Option<Instant>,
-}
-
-impl Housekeeping {
-    fn due_now() -> Self {
-        let now = Instant::now();
-        Self {
-            expire_at: now,
-            empty_log_at: Some(now),
-        }
-    }
-
-    fn wrote(&mut self) {
-        // From the first write on, not the last: under steady traffic it has to be emptied too.
-        self.empty_log_at.get_or_insert(Instant::now() + LOG_AGE);
-    }
-
-    fn sleep(&self) -> Duration {
-        let next = self
-            .empty_log_at
-            .map_or(self.expire_at, |at| at.min(self.expire_at));
-        next.saturating_duration_since(Instant::now())
-    }
-
-    fn run(&mut self, writer: &mut Writer, retention: Duration, now: Millis) {
-        if self.expire_at <= Instant::now() {
-            self.expire(writer, retention, now);
-        }
-        if self.empty_log_at.is_some_and(|at| at <= Instant::now()) {
-            self.empty_log(writer);
-        }
-    }
-
-    fn empty_log(&mut self, writer: &mut Writer) {
-        self.empty_log_at = match writer.empty_log() {
-            Ok(true) => None,
-            Ok(false) => {
-                log::debug!("somebody reads the store, its log is emptied later");
-                Some(Instant::now() + LOG_BUSY)
-            }
-            Err(error) => {
-                log::warn!(reason:% = error; "cannot empty the store's log");
-                Some(Instant::now() + LONGEST_SLEEP)
-            }
-        };
-    }
-
-    /// Deletes a few results, and notes when the next are due.
-    fn expire(&mut self, writer: &mut Writer, retention: Duration, now: Millis) {
-        let retention = i64::try_from(retention.as_millis()).unwrap_or(i64::MAX);
-        let wait = match writer.expire(now.saturating_sub(retention)) {
-            Ok((deleted, oldest)) => {
-                if deleted > 0 {
-                    self.wrote();
-                }
-                // What finishes from now on expires no sooner.
-                let oldest = oldest.unwrap_or(now);
-                let left = oldest.saturating_add(retention).saturating_sub(now);
-                Duration::from_millis(left.max(0).unsigned_abs())
-            }
-            Err(error) => {
-                log::warn!(reason:% = error; "cannot delete expired results");
-                LONGEST_SLEEP
-            }
-        };
-        self.expire_at = Instant::now() + wait.min(LONGEST_SLEEP);
-    }
 }
 
 fn fingerprint(destination: &Destination, payload: &[u8]) -> [u8; 32] {
