@@ -3,19 +3,15 @@
 mod support;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
-use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 
 use serde_json::{Value, json};
-use support::{SECRET, Service, command, payload, python, root};
+use support::{Peer, SECRET, Service, command, payload};
 use tempfile::TempDir;
 
 /// HTTPS servers on OpenSSL, with certificates of all kinds.
 struct Servers {
-    child: Child,
-    requests: ChildStdin,
-    answers: BufReader<ChildStdout>,
+    peer: Peer,
     ports: Value,
     folder: TempDir,
 }
@@ -23,36 +19,18 @@ struct Servers {
 impl Servers {
     fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let mut child = python()
-            .arg(root().join("tests/peers/tls.py"))
-            .arg(folder.path())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let requests = child.stdin.take().unwrap();
-        let answers = BufReader::new(child.stdout.take().unwrap());
-        let mut servers = Self {
-            child,
-            requests,
-            answers,
-            ports: Value::Null,
+        let mut peer = Peer::start("tls.py", &[folder.path()]);
+        let ports = peer.line();
+        Self {
+            peer,
+            ports,
             folder,
-        };
-        servers.ports = servers.line();
-        servers
-    }
-
-    fn line(&mut self) -> Value {
-        let mut line = String::new();
-        self.answers.read_line(&mut line).unwrap();
-        serde_json::from_str(&line).unwrap()
+        }
     }
 
     /// How many bytes of requests a server has received.
     fn received(&mut self, kind: &str) -> u64 {
-        writeln!(self.requests).unwrap();
-        self.line()[kind].as_u64().unwrap()
+        self.peer.ask(&Value::Null)[kind].as_u64().unwrap()
     }
 
     fn url(&self, kind: &str) -> String {
@@ -61,13 +39,6 @@ impl Servers {
 
     fn ca(&self) -> PathBuf {
         self.folder.path().join("ca.pem")
-    }
-}
-
-impl Drop for Servers {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

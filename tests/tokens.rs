@@ -2,46 +2,18 @@
 
 mod support;
 
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, ChildStdout, Stdio};
-
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use export_service::auth::{Key, Macaroon};
 use serde_json::{Value, json};
-use support::{Destination, Response, SECRET, Service, command, ok, payload, python, root};
+use support::{Destination, Peer, Response, SECRET, Service, command, ok, payload};
 
 /// pymacaroons in a process of its own.
-struct Peer {
-    child: Child,
-    requests: ChildStdin,
-    answers: BufReader<ChildStdout>,
-}
+struct Macaroons(Peer);
 
-impl Peer {
+impl Macaroons {
     fn start() -> Self {
-        let mut child = python()
-            .arg(root().join("tests/peers/macaroons.py"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let requests = child.stdin.take().unwrap();
-        let answers = BufReader::new(child.stdout.take().unwrap());
-        Self {
-            child,
-            requests,
-            answers,
-        }
-    }
-
-    fn ask(&mut self, request: &Value) -> Value {
-        writeln!(self.requests, "{request}").unwrap();
-        let mut line = String::new();
-        self.answers.read_line(&mut line).unwrap();
-        let answer: Value = serde_json::from_str(&line).unwrap();
-        assert!(answer.get("error").is_none(), "{request}: {answer}");
-        answer
+        Self(Peer::start("macaroons.py", &[]))
     }
 
     fn mint(&mut self, url: &str, more: &Value) -> String {
@@ -58,14 +30,7 @@ impl Peer {
         for (key, value) in more.as_object().unwrap() {
             request[key] = value.clone();
         }
-        self.ask(&request)["token"].as_str().unwrap().to_owned()
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.0.ask(&request)["token"].as_str().unwrap().to_owned()
     }
 }
 
@@ -79,7 +44,7 @@ fn tokens_minted_by_pymacaroons_export_in_every_format_and_header() {
     let destination = Destination::start(|_| ok());
     let url = &destination.url;
     let service = Service::start(&[]);
-    let mut peer = Peer::start();
+    let mut peer = Macaroons::start();
     for more in [
         json!({}),
         json!({"version": 2}),
@@ -119,11 +84,11 @@ fn forged_cut_expired_and_incomplete_tokens_all_get_401() {
     let destination = Destination::start(|_| ok());
     let url = &destination.url;
     let service = Service::start(&[]);
-    let mut peer = Peer::start();
+    let mut peer = Macaroons::start();
     let good = peer.mint(url, &json!({}));
     let good_v2 = peer.mint(url, &json!({"version": 2}));
     assert_eq!(submit(&service, url, "X-Api-Key", &good).status, 200);
-    let without = |peer: &mut Peer, index: usize| {
+    let without = |peer: &mut Macaroons, index: usize| {
         let mut caveats = vec![
             "path = /export".to_owned(),
             "method = POST".to_owned(),
@@ -228,7 +193,7 @@ fn forged_cut_expired_and_incomplete_tokens_all_get_401() {
 
 #[test]
 fn tokens_of_the_program_verify_in_pymacaroons() {
-    let mut peer = Peer::start();
+    let mut peer = Macaroons::start();
     let url = "https://a.example/in?key=1";
     for arguments in [
         vec![],
@@ -247,7 +212,9 @@ fn tokens_of_the_program_verify_in_pymacaroons() {
             String::from_utf8_lossy(&output.stderr)
         );
         let token = String::from_utf8(output.stdout).unwrap().trim().to_owned();
-        let answer = peer.ask(&json!({"do": "verify", "secret": SECRET, "token": token}));
+        let answer = peer
+            .0
+            .ask(&json!({"do": "verify", "secret": SECRET, "token": token}));
         let caveats: Vec<_> = answer["caveats"].as_array().unwrap().iter().collect();
         assert!(
             caveats.contains(&&json!(format!("destination = {url}"))),
