@@ -96,10 +96,7 @@ impl Destination {
             Some((host, port)) if !port.contains(']') => (host, port.parse().unwrap_or(default)),
             _ => (authority, default),
         };
-        let bare = host
-            .strip_prefix('[')
-            .and_then(|host| host.strip_suffix(']'));
-        (bare.unwrap_or(host), port)
+        (bare(host), port)
     }
 
     /// Host and port if one is given, for messages.
@@ -108,6 +105,13 @@ impl Destination {
             .split_once("://")
             .map_or(self.origin(), |(_, authority)| authority)
     }
+}
+
+/// A URL's host without the brackets that an IPv6 address has there (RFC 3986 section 3.2.2).
+pub fn bare(host: &str) -> &str {
+    host.strip_prefix('[')
+        .and_then(|host| host.strip_suffix(']'))
+        .unwrap_or(host)
 }
 
 impl fmt::Debug for Destination {

@@ -20,7 +20,7 @@ use ureq::unversioned::transport::{
 use ureq::{Agent, Timeout};
 use uuid::Uuid;
 
-use super::addresses::{Destination, Forbidden, Rules};
+use super::addresses::{Destination, Forbidden, Rules, bare};
 use super::signature::SigningKey;
 use super::tls::{self, TlsConnector, Trust};
 
@@ -468,11 +468,7 @@ impl<R: Resolver> Resolver for JudgingResolver<R> {
 /// The address that a URL names by itself, without a look-up.
 fn literal(uri: &Uri) -> Option<SocketAddr> {
     let host = uri.host()?;
-    let bare = host
-        .strip_prefix('[')
-        .and_then(|host| host.strip_suffix(']'))
-        .unwrap_or(host);
-    let ip: IpAddr = bare.parse().ok()?;
+    let ip: IpAddr = bare(host).parse().ok()?;
     let default = if uri.scheme_str() == Some("https") {
         443
     } else {

@@ -21,6 +21,7 @@ use ureq::unversioned::transport::{
     TransportAdapter,
 };
 
+use super::addresses::bare;
 use super::attempt::{STEP, Step};
 
 /// What certificates of destinations are verified against, and how.
@@ -165,11 +166,7 @@ impl<In: Transport> Connector<In> for TlsConnector {
             return Ok(Some(Either::A(transport)));
         }
         let host = details.uri.host().unwrap_or_default();
-        let bare = host
-            .strip_prefix('[')
-            .and_then(|host| host.strip_suffix(']'))
-            .unwrap_or(host);
-        let name = ServerName::try_from(bare.trim_end_matches('.').to_owned())
+        let name = ServerName::try_from(bare(host).trim_end_matches('.').to_owned())
             .map_err(|_| ureq::Error::Tls("the host is no name that a certificate could have"))?;
         let mut connection = ClientConnection::new(self.trust.config(), name)?;
         let mut socket = TransportAdapter::new(transport.boxed(), details.current_time.clone());

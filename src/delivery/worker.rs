@@ -323,7 +323,7 @@ impl Desk {
         let Some(again) = retry(&outcome, &crew.settings.retry_on, SystemTime::now()) else {
             self.schedule.finished(&export.key, took, now);
             let response = response(outcome, export.attempts + 1);
-            return crew.exports.settle(export.id, response, true);
+            return crew.exports.settle(export.id, &response, true);
         };
         let Retry { to_end, .. } = again;
         let (id, mut tried) = (export.id, export.clone());
@@ -341,7 +341,7 @@ impl Desk {
             Err(export) => {
                 log::warn!(id:%, attempts = export.attempts; "given up");
                 crew.exports
-                    .settle(id, response(outcome, export.attempts), false);
+                    .settle(id, &response(outcome, export.attempts), false);
             }
         }
     }
@@ -368,7 +368,7 @@ fn give_up(export: &Export, crew: &Crew) {
         502
     };
     crew.exports
-        .settle(export.id, gateway(status, error), false);
+        .settle(export.id, &gateway(status, error), false);
 }
 
 fn log_attempt(export: &Export, bytes: usize, took: Duration, outcome: &Outcome) {

@@ -78,7 +78,7 @@ impl View {
 }
 
 /// The result of an export, as apps read it in `ext_response` and as the store keeps it.
-#[derive(Default, Serialize)]
+#[derive(Default, Deserialize, Serialize)]
 pub struct ExtResponse {
     /// Code and reason phrase, like `200 OK`.
     pub status: String,
@@ -90,7 +90,7 @@ pub struct ExtResponse {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub body_base64: Option<String>,
     /// Whether the body is only the beginning of what was sent.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub truncated: bool,
     /// Why there was no response; the status is then this service's own.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -118,7 +118,7 @@ pub struct LastError<'a> {
 }
 
 /// Why an export has no response of its destination's.
-#[derive(Serialize)]
+#[derive(Deserialize, Serialize)]
 pub struct FailureReport {
     /// What went wrong, for programs.
     pub kind: String,
@@ -371,23 +371,15 @@ impl Exports {
     /// Hands over an export's result. It is shown to nobody before it is in the store. Blocks
     /// only while the store is far behind. `recovered` says that its destination was reached, so
     /// that its queue waits no longer. For the worker.
-    pub fn settle(&self, id: Uuid, result: ExtResponse, recovered: bool) {
+    pub fn settle(&self, id: Uuid, result: &ExtResponse, recovered: bool) {
         if recovered {
             self.states.recover(id);
         }
-        let response = raw(&result);
-        let cut = !(result.body.is_empty() && result.body_base64.is_none());
-        let without_body = raw(&ExtResponse {
-            body: String::new(),
-            body_base64: None,
-            truncated: result.truncated || cut,
-            ..result
-        });
+        let response = raw(result);
         self.report(Report {
             id,
             news: News::Finished {
                 response,
-                without_body,
                 recovered,
             },
         });

@@ -9,10 +9,13 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, never, select};
+use serde_json::value::RawValue;
 
 use super::states::{Poll, Progress};
 use super::store::{self, Change, Effect, NewExport, News, Report, Writer};
-use super::{Accept, Error, Exports, Limits, Queued, UNWRITTEN_REPORTS, View, enqueue};
+use super::{
+    Accept, Error, Exports, ExtResponse, Limits, Queued, UNWRITTEN_REPORTS, View, enqueue, raw,
+};
 use crate::delivery::schedule::{Export, Millis, QueueKey};
 use crate::logging::millis;
 
@@ -160,14 +163,9 @@ impl Recorder {
     fn commit(&mut self, accepts: &[Accept]) -> Result<Vec<(Effect, Error)>, store::Error> {
         let mut size = self.writer.size()?;
         for report in &mut self.reports {
-            if let News::Finished {
-                response,
-                without_body,
-                ..
-            } = &mut report.news
-            {
+            if let News::Finished { response, .. } = &mut report.news {
                 if size + response.get().len() as u64 > self.limits.max_store {
-                    *response = without_body.clone();
+                    *response = without_body(response);
                 }
                 size += response.get().len() as u64;
             }
@@ -265,6 +263,21 @@ impl Recorder {
             // Not reached: an export without a result is among the states.
             Poll::Elsewhere(reply) => reply(Err(Error::NotFound)),
         }
+    }
+}
+
+/// A result with its body cut off, for a store that is full.
+fn without_body(response: &Arc<RawValue>) -> Arc<RawValue> {
+    match serde_json::from_str::<ExtResponse>(response.get()) {
+        Ok(result) if result.body.is_empty() && result.body_base64.is_none() => response.clone(),
+        Ok(result) => raw(&ExtResponse {
+            body: String::new(),
+            body_base64: None,
+            truncated: true,
+            ..result
+        }),
+        // Not reached: it was written by this program a moment ago.
+        Err(_) => response.clone(),
     }
 }
 

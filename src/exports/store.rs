@@ -178,8 +178,6 @@ pub enum News {
     Finished {
         /// The `ext_response` object.
         response: Arc<RawValue>,
-        /// The same without the response's body, for a store that is full.
-        without_body: Arc<RawValue>,
         /// Whether its destination was reached, so that its queue waits no longer.
         recovered: bool,
     },
@@ -539,7 +537,6 @@ fn write_report(transaction: &Transaction<'_>, report: &Report, now: i64) -> Res
         News::Finished {
             response,
             recovered,
-            ..
         } => {
             transaction
                 .prepare_cached(
