@@ -8,8 +8,10 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use ureq::tls::TlsConfig;
+
 use crate::auth::Macaroon;
-use crate::config::{SinkArgs, TokenArgs};
+use crate::config::{HealthcheckArgs, SinkArgs, TokenArgs};
 use crate::delivery::addresses::Destination;
 use crate::threads;
 
@@ -102,21 +104,30 @@ fn answer_all(server: &tiny_http::Server, status: u16, delay: Duration) -> io::R
     }
 }
 
-/// Asks the service at `address` for its status, from the same machine. Blocks for three seconds
+/// Asks the service at this address for its status, from the same machine. Blocks for three seconds
 /// at the most.
 ///
 /// # Errors
 /// What was asked and what came back instead of `active`.
-pub fn healthcheck(address: SocketAddr) -> Result<(), String> {
+pub fn healthcheck(arguments: &HealthcheckArgs) -> Result<(), String> {
+    let address = arguments.address();
     let local = match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
         IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
         ip => ip,
     };
-    let url = format!("http://{}/status", SocketAddr::new(local, address.port()));
+    let scheme = if arguments.is_tls() { "https" } else { "http" };
+    let url = format!(
+        "{scheme}://{}/status",
+        SocketAddr::new(local, address.port())
+    );
+    // The certificate is for the name that clients use. Nothing secret is said, and whoever could
+    // listen in its stead on this machine could also end the service.
+    let tls = TlsConfig::builder().disable_verification(true).build();
     let config = ureq::Agent::config_builder()
         .timeout_global(Some(HEALTH))
         .proxy(None)
+        .tls_config(tls)
         .build();
     let body = ureq::Agent::new_with_config(config)
         .get(&url)

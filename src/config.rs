@@ -8,6 +8,7 @@ use std::fmt;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::builder::BoolishValueParser;
@@ -22,7 +23,12 @@ use crate::delivery::tls::Trust;
 use crate::delivery::{attempt, worker};
 use crate::exports::Limits;
 use crate::exports::store::Place;
+use crate::gate::tls::Identity;
+use crate::gate::{self, slots};
 use crate::logging::Format;
+
+/// Bytes that large requests and answers may take in memory at a time, all together.
+const LARGE_REQUESTS: usize = 16 * 1024 * 1024;
 
 /// What the service runs with.
 #[derive(Debug)]
@@ -39,8 +45,8 @@ pub struct Config {
     pub threads: usize,
     /// How long results are kept after they are finished.
     pub retention: Duration,
-    /// The largest request body in bytes.
-    pub max_body: usize,
+    /// How connections are treated.
+    pub connections: gate::Settings,
     /// How much may wait or be kept.
     pub limits: Limits,
     /// How attempts are made.
@@ -92,7 +98,7 @@ pub enum Command {
     /// See whether an export could go to a URL now, without sending one
     Check(CheckArgs),
     /// Ask the local service for /status; exit 0 if it is active, else 1
-    Healthcheck(ListenArgs),
+    Healthcheck(HealthcheckArgs),
 }
 
 /// Where the service listens.
@@ -110,6 +116,61 @@ impl ListenArgs {
     /// The address to listen on.
     pub fn address(&self) -> SocketAddr {
         SocketAddr::new(self.bind, self.port)
+    }
+}
+
+/// Which certificate clients see.
+#[derive(Args)]
+pub struct TlsArgs {
+    /// Folder with ARBITER_TOKEN, ZMQ_PUBLIC_KEY and DATABOX.pem, as a Databox mounts it
+    #[arg(long, env = "EXPORT_SECRETS_DIR", default_value = "/run/secrets")]
+    secrets_dir: PathBuf,
+    /// PEM file with certificate chain and key for HTTPS, instead of DATABOX.pem in the secrets folder
+    #[arg(long, env = "EXPORT_TLS_PEM", value_name = "PEM")]
+    tls_pem: Option<OsString>,
+}
+
+impl TlsArgs {
+    /// The PEM file, if there is to be TLS.
+    pub fn pem(&self) -> Option<PathBuf> {
+        let given = self.tls_pem.as_ref().filter(|path| !path.is_empty());
+        let usual = || {
+            let path = self.secrets_dir.join("DATABOX.pem");
+            // One that cannot be looked at is there, and the error comes from reading it.
+            path.try_exists().unwrap_or(true).then_some(path)
+        };
+        given.map(PathBuf::from).or_else(usual)
+    }
+
+    fn identity(&self) -> Result<Option<Arc<Identity>>, ConfigError> {
+        let Some(path) = self.pem() else {
+            return Ok(None);
+        };
+        let shown = path.display().to_string();
+        Identity::load(path)
+            .map(|identity| Some(Arc::new(identity)))
+            .map_err(|what| ConfigError(format!("the certificate file {shown} {what}")))
+    }
+}
+
+/// The settings of `healthcheck`.
+#[derive(Args)]
+pub struct HealthcheckArgs {
+    #[command(flatten)]
+    listen: ListenArgs,
+    #[command(flatten)]
+    tls: TlsArgs,
+}
+
+impl HealthcheckArgs {
+    /// The address to ask.
+    pub fn address(&self) -> SocketAddr {
+        self.listen.address()
+    }
+
+    /// Whether to ask over TLS.
+    pub fn is_tls(&self) -> bool {
+        self.tls.pem().is_some()
     }
 }
 
@@ -196,6 +257,8 @@ pub struct ServeArgs {
     #[command(flatten)]
     listen: ListenArgs,
     #[command(flatten)]
+    tls: TlsArgs,
+    #[command(flatten)]
     secret: SecretArgs,
     /// Folder that exports are kept in until they are delivered and their results have expired
     #[arg(long, env = "EXPORT_DATA_DIR", default_value = "./data")]
@@ -206,6 +269,12 @@ pub struct ServeArgs {
     /// Threads that serve requests, 1 to 256
     #[arg(long, env = "EXPORT_THREADS", default_value_t = 8)]
     threads: usize,
+    /// Connections at a time
+    #[arg(long, env = "EXPORT_MAX_CONNECTIONS", default_value_t = 512)]
+    max_connections: usize,
+    /// Connections at a time of one client address; all apps behind a port mapping have the same
+    #[arg(long, env = "EXPORT_MAX_CONNECTIONS_PER_PEER", default_value_t = 256)]
+    max_connections_per_peer: usize,
     /// How long a result can be read after it is there, like 90s, 15m, 24h or 7d
     #[arg(long, env = "EXPORT_RETENTION", default_value = "24h", value_parser = humantime::parse_duration)]
     retention: Duration,
@@ -322,6 +391,13 @@ impl ServeArgs {
     /// The first setting that cannot work.
     pub fn check(self) -> Result<Config, ConfigError> {
         within("--threads", self.threads, 1, 256)?;
+        within("--max-connections", self.max_connections, 1, 65_536)?;
+        within(
+            "--max-connections-per-peer",
+            self.max_connections_per_peer,
+            1,
+            65_536,
+        )?;
         within("--max-body", self.max_body, 1024, 64 * 1024 * 1024)?;
         within("--max-response", self.max_response, 0, 16 * 1024 * 1024)?;
         if self.retention.is_zero() {
@@ -385,7 +461,15 @@ impl ServeArgs {
             },
             threads: self.threads,
             retention: self.retention,
-            max_body: self.max_body,
+            connections: gate::Settings {
+                limits: slots::Limits {
+                    connections: self.max_connections,
+                    per_peer: self.max_connections_per_peer,
+                    memory: LARGE_REQUESTS.max(2 * self.max_body),
+                },
+                max_body: self.max_body,
+                identity: self.tls.identity()?,
+            },
             limits: Limits {
                 max_pending: self.max_pending,
                 max_store: self.max_store,

@@ -3,12 +3,13 @@
 //! The life of a request, from module to module:
 //!
 //! 1. [`config`] reads arguments and environment once and yields one checked value.
-//! 2. [`server`] takes requests off tiny_http and hands each to a fixed pool of threads.
-//! 3. [`routes`] turns a request into a command, and a result into a response; no I/O.
+//! 2. [`gate`] lets connections in, speaks TLS, and passes whole requests on to tiny_http.
+//! 3. [`server`] takes requests off tiny_http and hands each to a fixed pool of threads.
+//! 4. [`routes`] turns a request into a command, and a result into a response; no I/O.
 //!    It asks [`auth`] what the request's macaroon allows.
-//! 4. [`exports`] carries the command out: it writes submissions to the store, parks long polls,
+//! 5. [`exports`] carries the command out: it writes submissions to the store, parks long polls,
 //!    and answers when there is something to say.
-//! 5. [`delivery`] is the worker: it decides whose turn it is, POSTs one export after the other to
+//! 6. [`delivery`] is the worker: it decides whose turn it is, POSTs one export after the other to
 //!    its destination, and hands each result back to [`exports`].
 //!
 //! The nouns: an *export* is one payload on its way to one *destination*; its *owner* is the
@@ -29,6 +30,7 @@ pub mod commands;
 pub mod config;
 pub mod delivery;
 pub mod exports;
+pub mod gate;
 pub mod logging;
 pub mod routes;
 pub mod server;

@@ -7,12 +7,13 @@
 //! Levels are a promise: `error` needs someone to act, `warn` is something that did not work,
 //! `info` is one line per request and delivery, `debug` each poll, `trace` each step.
 
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
 use std::io::{self, Write as _};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use log::kv::{self, Key, Value, VisitSource};
 use log::{LevelFilter, Metadata, Record};
+use parking_lot::Mutex;
 use serde_json::{Map, Value as Json};
 
 /// How a line looks.
@@ -28,6 +29,74 @@ pub enum Format {
 pub fn start(format: Format, level: LevelFilter) {
     if log::set_boxed_logger(Box::new(Logger { format })).is_ok() {
         log::set_max_level(level);
+    }
+}
+
+/// Runs `tell`, which logs something that clients cause, unless there have been too many such
+/// lines lately: a client is not to fill the disk with them. How many were left out is told with
+/// the next one.
+pub fn of_clients(tell: impl FnOnce()) {
+    static LINES: Mutex<Bucket> = Mutex::new(Bucket::new());
+    let passed = LINES.lock().pass(Instant::now());
+    if let Some(left_out) = passed {
+        if left_out > 0 {
+            log::warn!(count = left_out; "lines about clients left out");
+        }
+        tell();
+    }
+}
+
+/// One line for a request that is not carried out. Of the target only its path is shown, and cut:
+/// what a client sends is not to fill the log.
+pub fn refused(
+    method: &str,
+    target: &str,
+    (status, code): (u16, &str),
+    reason: &dyn Display,
+    client: &str,
+) {
+    of_clients(|| {
+        let path = target.split('?').next().unwrap_or_default();
+        let path: String = path.chars().take(80).collect();
+        log::info!(
+            method, path = path.as_str(), status, code, reason:% = reason, client;
+            "refused"
+        );
+    });
+}
+
+/// How many lines about clients may come at once.
+const BURST: f64 = 100.0;
+/// How many may come in a second for ever.
+const PER_SECOND: f64 = 10.0;
+
+/// A token bucket.
+struct Bucket {
+    left: f64,
+    at: Option<Instant>,
+    left_out: u64,
+}
+
+impl Bucket {
+    const fn new() -> Self {
+        Self {
+            left: BURST,
+            at: None,
+            left_out: 0,
+        }
+    }
+
+    /// Whether another line may pass, and how many could not since the last one.
+    fn pass(&mut self, now: Instant) -> Option<u64> {
+        let since = self.at.replace(now).unwrap_or(now);
+        let more = now.saturating_duration_since(since).as_secs_f64() * PER_SECOND;
+        self.left = (self.left + more).min(BURST);
+        if self.left < 1.0 {
+            self.left_out += 1;
+            return None;
+        }
+        self.left -= 1.0;
+        Some(std::mem::take(&mut self.left_out))
     }
 }
 
@@ -154,6 +223,17 @@ mod tests {
         assert_eq!(json["bytes"], 12);
         assert_eq!(json["reason"], "a \"b\"\nc=d");
         assert_eq!(line.lines().count(), 1);
+    }
+
+    #[test]
+    fn a_flood_of_lines_is_cut_and_counted_and_comes_back_with_time() {
+        let (mut bucket, start) = (Bucket::new(), Instant::now());
+        let passed = (0..1000).filter(|_| bucket.pass(start).is_some()).count();
+        assert_eq!(passed, 100);
+        assert_eq!(bucket.pass(start + Duration::from_millis(100)), Some(900));
+        assert_eq!(bucket.pass(start + Duration::from_millis(100)), None);
+        assert_eq!(bucket.pass(start + Duration::from_secs(60)), Some(1));
+        assert_eq!(bucket.pass(start + Duration::from_secs(60)), Some(0));
     }
 
     #[test]

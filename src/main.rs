@@ -1,8 +1,10 @@
 //! Arguments, the order of start and stop, signals, exit codes.
 
+use std::env;
 use std::io::{self, Write};
 use std::net::TcpListener;
 use std::process::{self, ExitCode};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use clap::Parser;
@@ -12,10 +14,12 @@ use export_service::delivery::attempt::Client;
 use export_service::delivery::worker;
 use export_service::exports::Exports;
 use export_service::exports::store::Writer;
+use export_service::gate::Gate;
+use export_service::gate::tls::Identity;
 use export_service::routes::Policy;
 use export_service::server::{Server, Service};
 use export_service::{check, commands, logging, threads};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 /// How long writing the answers of parked polls may take.
@@ -55,7 +59,7 @@ fn main() -> ExitCode {
             Ok(false) => return ExitCode::FAILURE,
             Err(error) => return fail(&error, EXIT_USAGE),
         },
-        Command::Healthcheck(arguments) => commands::healthcheck(arguments.address()),
+        Command::Healthcheck(arguments) => commands::healthcheck(&arguments),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -74,7 +78,8 @@ fn fail(message: &str, code: u8) -> ExitCode {
 fn serve(mut config: Config) -> Result<(), String> {
     logging::start(config.log_format, config.log_level);
     threads::exit_on_panic();
-    let stop = signals().map_err(|error| format!("cannot listen for signals: {error}"))?;
+    let stop = signals(config.connections.identity.clone())
+        .map_err(|error| format!("cannot listen for signals: {error}"))?;
     let listener = TcpListener::bind(config.address).map_err(|error| {
         format!(
             "cannot listen on {}: {error}; choose another --port or --bind, or stop what uses it",
@@ -115,20 +120,28 @@ fn serve(mut config: Config) -> Result<(), String> {
             key: config.key,
         },
         exports: exports.clone(),
-        max_body: config.max_body,
     };
-    let server = Server::start(listener, service, config.threads)
+    let server = Server::start(config.place.folder(), service, config.threads).map_err(|error| {
+        format!(
+            "cannot make a socket in the data folder or in {}: {error}; make one of them writable",
+            env::temp_dir().display()
+        )
+    })?;
+    let scheme = config.connections.scheme();
+    let gate = Gate::open(listener, server.socket(), config.connections)
         .map_err(|error| format!("cannot serve on {address}: {error}"))?;
-    log::info!(address:% = address; "listening");
+    log::info!(address:% = address, scheme; "listening");
 
     // The thread that sends ends only with the process.
     let signal = stop.recv().unwrap_or(SIGTERM);
     log::info!(signal; "stopping");
     // First, so that it begins no other attempt meanwhile.
     drop(stop_worker);
+    gate.close();
     server.stop();
     exports.close();
     waiter.ends_within(LAST_ANSWERS);
+    gate.drain(LAST_ANSWERS);
     // Nothing is ever sent: it is closed at the end of the last attempt.
     let _ = worker_ended.recv_timeout(LAST_ATTEMPT);
     drop::<Sender<()>>(stop_recorder);
@@ -137,19 +150,37 @@ fn serve(mut config: Config) -> Result<(), String> {
     Ok(())
 }
 
-/// Sends the first signal that asks the process to stop, and ends it at the second.
-fn signals() -> io::Result<Receiver<i32>> {
-    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+/// Sends the first signal that asks the process to stop, and ends it at the second. SIGHUP has the
+/// certificate read again.
+fn signals(identity: Option<Arc<Identity>>) -> io::Result<Receiver<i32>> {
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
     let (sender, first) = bounded(1);
     threads::spawn("signals", move || {
-        let mut signals = signals.forever();
-        if let Some(signal) = signals.next() {
-            // The other end is there for as long as the process runs.
-            let _ = sender.send(signal);
-        }
-        if let Some(signal) = signals.next() {
-            process::exit(EXIT_SIGNAL + signal);
+        let mut stopping = false;
+        for signal in signals.forever() {
+            if signal == SIGHUP {
+                reload(identity.as_deref());
+            } else if stopping {
+                process::exit(EXIT_SIGNAL + signal);
+            } else {
+                stopping = true;
+                // The other end is there for as long as the process runs.
+                let _ = sender.send(signal);
+            }
         }
     });
     Ok(first)
+}
+
+fn reload(identity: Option<&Identity>) {
+    let Some(identity) = identity else {
+        return log::warn!("SIGHUP: there is no certificate to read again; start anew to have one");
+    };
+    let file = identity.path().display();
+    match identity.reload() {
+        Ok(()) => log::info!(file:% = file; "certificate read again"),
+        Err(reason) => {
+            log::error!(file:% = file, reason = reason.as_str(); "the old certificate stays")
+        }
+    }
 }

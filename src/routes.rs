@@ -97,6 +97,24 @@ pub enum Refusal {
     TooLarge(usize),
     /// The client broke off before its whole body was there.
     Incomplete,
+    /// It is not HTTP/1.1, or can be read in more than one way; the text says where.
+    BadRequest(&'static str),
+    /// The client took too long to send it.
+    Slow,
+    /// It has a body, and does not say how long that is.
+    LengthRequired,
+    /// It expects something that nobody here knows.
+    Expectation,
+    /// Its request line and headers are too large, or too many.
+    HeadTooLarge,
+    /// It needs something that is not there; the text says what.
+    NotImplemented(&'static str),
+    /// It is of an HTTP version that is not served.
+    Version,
+    /// There are too many connections, or too many large requests at the same time.
+    Busy,
+    /// The service has taken it and did not answer.
+    Unanswered,
     /// The exports say no.
     Export(exports::Error),
 }
@@ -124,6 +142,15 @@ impl Refusal {
             Self::Malformed(_) => (400, "malformed"),
             Self::TooLarge(_) => (413, "too_large"),
             Self::Incomplete => (400, "incomplete"),
+            Self::BadRequest(_) => (400, "bad_request"),
+            Self::Slow => (408, "too_slow"),
+            Self::LengthRequired => (411, "length_required"),
+            Self::Expectation => (417, "expectation_failed"),
+            Self::HeadTooLarge => (431, "head_too_large"),
+            Self::NotImplemented(_) => (501, "not_implemented"),
+            Self::Version => (505, "http_version"),
+            Self::Busy => (503, "busy"),
+            Self::Unanswered => (503, "unanswered"),
             Self::Export(exports::Error::NotFound) => (404, "no_such_export"),
             Self::Export(exports::Error::KeyReused) => (409, "idempotency_conflict"),
             Self::Export(exports::Error::Overloaded) => (503, "overloaded"),
@@ -146,6 +173,22 @@ impl fmt::Display for Refusal {
                 write!(f, "the body has more than {limit} bytes: send less, or raise --max-body")
             }
             Self::Incomplete => f.write_str("the body ended before its announced length"),
+            Self::BadRequest(what) | Self::NotImplemented(what) => f.write_str(what),
+            Self::Slow => f.write_str("the request took too long to arrive: send it at once"),
+            Self::LengthRequired => {
+                f.write_str("Content-Length is missing: say how long the body is, or send it in chunks")
+            }
+            Self::Expectation => f.write_str("the only expectation known here is 100-continue"),
+            Self::HeadTooLarge => {
+                f.write_str("the request line and headers have more than 16 KiB, or more than 64 headers")
+            }
+            Self::Version => f.write_str("this service speaks HTTP/1.1 and HTTP/1.0"),
+            Self::Busy => f.write_str(
+                "too many connections or large requests at a time: try again soon, and keep fewer open",
+            ),
+            Self::Unanswered => f.write_str(
+                "the service did not answer: try again, with an Idempotency-Key so that nothing is sent twice",
+            ),
             Self::Export(exports::Error::NotFound) => f.write_str(
                 "no export with this id belongs to this token and uri: it may have expired",
             ),

@@ -3,25 +3,35 @@
 //! A thread of the pool reads a request, has `routes` decide, and hands submissions and polls to
 //! `exports` together with the means to answer. It waits for no commit and no destination.
 //!
-//! Not here: keeping hostile clients away from tiny_http, which trusts them.
+//! Not here: clients. tiny_http trusts them, so it listens on a socket that only `gate` can reach,
+//! which sends it whole requests of a bounded size.
 
-use std::io::{self, Read};
-use std::net::{SocketAddr, TcpListener};
+use std::env;
+use std::fs::{self, DirBuilder, Permissions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::{Sender, bounded};
 use tiny_http::{Header, Method, StatusCode};
+use uuid::Uuid;
 
 use crate::exports::{Exports, Reply, View};
+use crate::gate::framing::CLIENT;
+use crate::logging;
 use crate::routes::{self, Command, Policy, Refusal, Request, Response};
 use crate::threads::{self, Thread};
 
 /// Requests that may wait for a thread of the pool, for each of its threads.
 const WAITING_PER_THREAD: usize = 4;
-/// How long a stop waits for requests that the pool has begun to read.
+/// How long a stop waits for requests that the pool has begun to serve.
 const STOP: Duration = Duration::from_secs(1);
+/// The name of the private socket in its folder.
+const SOCKET: &str = "http.sock";
 
 /// What every request is served with.
 pub struct Service {
@@ -29,8 +39,6 @@ pub struct Service {
     pub policy: Policy,
     /// Where submissions and polls go.
     pub exports: Arc<Exports>,
-    /// The largest request body in bytes.
-    pub max_body: usize,
 }
 
 /// A running server.
@@ -38,14 +46,23 @@ pub struct Server {
     http: Arc<tiny_http::Server>,
     stopping: Arc<AtomicBool>,
     pool: Vec<Thread>,
+    folder: PathBuf,
 }
 
 impl Server {
-    /// Serves what arrives at `listener` with `threads` threads, and one that hands out requests.
+    /// Serves what arrives at a private socket with `threads` threads, and one that hands out
+    /// requests. The socket is in the data folder if there is one and it can hold sockets, else
+    /// where temporary files are.
     ///
     /// # Errors
-    /// Where the listener is of no use.
-    pub fn start(listener: TcpListener, service: Service, threads: usize) -> io::Result<Self> {
+    /// Where the socket cannot be made.
+    pub fn start(data: Option<&Path>, service: Service, threads: usize) -> io::Result<Self> {
+        let unnamed = || env::temp_dir().join(format!("export-service-{}", Uuid::now_v7()));
+        let in_data = data.map(|data| private_socket(data.join("gate")));
+        let (listener, folder) = match in_data {
+            Some(Ok(made)) => made,
+            _ => private_socket(unnamed())?,
+        };
         let http = tiny_http::Server::from_listener(listener, None).map_err(io::Error::other)?;
         let http = Arc::new(http);
         let stopping = Arc::new(AtomicBool::new(false));
@@ -67,11 +84,16 @@ impl Server {
             http,
             stopping,
             pool,
+            folder,
         })
     }
 
-    /// Takes no more requests, and waits until those taken are served: a moment, or a second
-    /// where a client is slow to send one.
+    /// Where it listens.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.join(SOCKET)
+    }
+
+    /// Takes no more requests, and waits until those taken are served, a second at most.
     pub fn stop(self) {
         self.stopping.store(true, Ordering::Release);
         self.http.unblock();
@@ -80,6 +102,30 @@ impl Server {
         let deadline = Instant::now() + STOP;
         for thread in self.pool {
             thread.ends_within(deadline.saturating_duration_since(Instant::now()));
+        }
+        // tiny_http has removed the socket. What is left over is in nobody's way.
+        let _ = fs::remove_dir(&self.folder);
+    }
+}
+
+/// A socket in a folder that nobody else may enter.
+fn private_socket(folder: PathBuf) -> io::Result<(UnixListener, PathBuf)> {
+    match DirBuilder::new().mode(0o700).create(&folder) {
+        // From before: the data folder is locked, so nobody uses it now.
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            fs::set_permissions(&folder, Permissions::from_mode(0o700))?;
+            match fs::remove_file(folder.join(SOCKET)) {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        made => made?,
+    }
+    match UnixListener::bind(folder.join(SOCKET)) {
+        Ok(listener) => Ok((listener, folder)),
+        Err(error) => {
+            let _ = fs::remove_dir(&folder);
+            Err(error)
         }
     }
 }
@@ -114,11 +160,13 @@ fn hand_out(
 impl Service {
     fn serve(&self, mut request: tiny_http::Request) {
         let received = Instant::now();
-        let body = self.read_body(&mut request);
-        let decided = body.and_then(|body| {
-            let parts = parts(&request, &body);
-            routes::command(&parts, &self.policy, SystemTime::now())
-        });
+        let mut body = Vec::with_capacity(request.body_length().unwrap_or(0));
+        if request.as_reader().read_to_end(&mut body).is_err() {
+            // The gate has gone away in the middle of a request: nobody waits for an answer.
+            return;
+        }
+        let parts = parts(&request, &body);
+        let decided = routes::command(&parts, &self.policy, SystemTime::now());
         match decided {
             Ok(Command::Status) => respond(request, routes::status()),
             Ok(Command::Submit(submission, wait)) => {
@@ -133,44 +181,23 @@ impl Service {
             Err(refusal) => refuse(request, &refusal),
         }
     }
-
-    fn read_body(&self, request: &mut tiny_http::Request) -> Result<Vec<u8>, Refusal> {
-        let announced = request.body_length().unwrap_or(0);
-        if announced > self.max_body {
-            return Err(Refusal::TooLarge(self.max_body));
-        }
-        let mut body = Vec::with_capacity(announced);
-        request
-            .as_reader()
-            .take(self.max_body as u64 + 1)
-            .read_to_end(&mut body)
-            .map_err(|_| Refusal::Incomplete)?;
-        if body.len() > self.max_body {
-            return Err(Refusal::TooLarge(self.max_body));
-        }
-        if body.len() < announced {
-            return Err(Refusal::Incomplete);
-        }
-        Ok(body)
-    }
 }
 
 fn parts<'a>(request: &'a tiny_http::Request, body: &'a [u8]) -> Request<'a> {
-    let header = |name: &'static str| {
-        let found = request
-            .headers()
-            .iter()
-            .find(|header| header.field.equiv(name));
-        found.map(|header| header.value.as_str())
-    };
     Request {
         method: request.method().as_str(),
         target: request.url(),
-        api_key: header("X-Api-Key"),
-        authorization: header("Authorization"),
-        idempotency_key: header("Idempotency-Key"),
+        api_key: header(request, "X-Api-Key"),
+        authorization: header(request, "Authorization"),
+        idempotency_key: header(request, "Idempotency-Key"),
         body,
     }
+}
+
+fn header<'a>(request: &'a tiny_http::Request, name: &'static str) -> Option<&'a str> {
+    let mut headers = request.headers().iter();
+    let found = headers.find(|header| header.field.equiv(name));
+    found.map(|header| header.value.as_str())
 }
 
 /// The means to answer a request later, from another thread.
@@ -182,22 +209,9 @@ fn reply(request: tiny_http::Request) -> Reply {
 }
 
 fn refuse(request: tiny_http::Request, refusal: &Refusal) {
-    let (status, code) = refusal.status();
-    let client = request
-        .remote_addr()
-        .map_or_else(String::new, SocketAddr::to_string);
-    // Without the query, and cut: what a client sends is not to fill the log.
-    let path: String = request
-        .url()
-        .split('?')
-        .take(1)
-        .flat_map(|path| path.chars().take(80))
-        .collect();
-    log::info!(
-        method = request.method().as_str(), path = path.as_str(), status, code,
-        reason:% = refusal, client = client.as_str();
-        "refused"
-    );
+    let client = header(&request, CLIENT).unwrap_or_default();
+    let method = request.method().as_str();
+    logging::refused(method, request.url(), refusal.status(), refusal, client);
     respond(request, routes::refusal(refusal));
 }
 

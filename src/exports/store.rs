@@ -87,6 +87,16 @@ pub enum Place {
     Memory,
 }
 
+impl Place {
+    /// The folder, if it is one.
+    pub fn folder(&self) -> Option<&Path> {
+        match self {
+            Self::Folder(folder) => Some(folder),
+            Self::Memory => None,
+        }
+    }
+}
+
 /// Why the store could not be opened; the text says what to do.
 #[derive(Debug)]
 pub struct OpenError(String);

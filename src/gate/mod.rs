@@ -1,0 +1,470 @@
+//! What stands between the network and tiny_http, which trusts its clients.
+//!
+//! A connection has a thread of its own with a small stack. It reads one whole request, bounded and
+//! under deadlines, sends it on in one spelling over a link to tiny_http's private socket, reads the
+//! whole answer, and writes that to the client. So tiny_http sees only whole and well-formed
+//! requests, one at a time on each link, and whoever answers there never waits for a slow client.
+//!
+//! Not here: what a request asks for and whether it may (`routes`).
+
+pub mod framing;
+mod links;
+pub mod slots;
+pub mod tls;
+mod wire;
+
+use std::fmt::Write as _;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use ureq::http::StatusCode;
+
+use crate::logging;
+use crate::routes::{self, Refusal};
+use crate::threads::{self, Thread};
+use framing::{Framer, Phase, Request};
+use links::{Links, is_timeout};
+use slots::{Limits, Slot, Slots};
+use tls::Identity;
+use wire::{Socket, Wire};
+
+/// How long a client may take for its TLS handshake, and for a head from its first byte.
+const HEAD: Duration = Duration::from_secs(10);
+/// How long it may take for a body, from the end of the head.
+const BODY: Duration = Duration::from_secs(30);
+/// How long it may be idle before a request.
+const IDLE: Duration = Duration::from_secs(60);
+/// How long it may take to read an answer.
+const ANSWER: Duration = Duration::from_secs(30);
+/// How long a connection may wait for its client altogether, from one to the next request.
+const LIFE: Duration = Duration::from_secs(60 * 60);
+/// How long one that is turned away may take for all of it.
+const TURNING_AWAY: Duration = Duration::from_secs(2);
+/// How long a client has to read the last answer before the connection is gone. Closing at once
+/// with something unread would take the answer away from it.
+const LINGER: Duration = Duration::from_secs(2);
+/// How often links that nobody uses any more are looked for.
+const HOUSEKEEPING: Duration = Duration::from_secs(10);
+/// How long accepting pauses after it has failed.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Bodies and answers up to this many bytes are not counted: all connections together have room
+/// for theirs.
+const SMALL: usize = 16 * 1024;
+/// The stack of a connection's thread, in bytes: a TLS handshake needs most.
+const STACK: usize = 256 * 1024;
+/// Connections that may wait to be accepted; a flood of them is soon over.
+const BACKLOG: i32 = 1024;
+/// Descriptors that a connection needs with its link: the client's, ours to tiny_http, two there.
+const DESCRIPTORS: u64 = 4;
+/// Descriptors for everything else: the store, attempts, spares.
+const OTHER_DESCRIPTORS: u64 = 512;
+
+/// How connections are treated.
+#[derive(Debug)]
+pub struct Settings {
+    /// How many there may be.
+    pub limits: Limits,
+    /// The largest request body in bytes.
+    pub max_body: usize,
+    /// The certificate; without one it is plain HTTP.
+    pub identity: Option<Arc<Identity>>,
+}
+
+impl Settings {
+    /// What URLs of this service begin with.
+    pub fn scheme(&self) -> &'static str {
+        match self.identity {
+            Some(_) => "https",
+            None => "http",
+        }
+    }
+}
+
+/// A listener and its connections.
+pub struct Gate {
+    listener: Arc<TcpListener>,
+    slots: Arc<Slots>,
+    accepting: Thread,
+}
+
+struct Shared {
+    slots: Arc<Slots>,
+    links: Links,
+    max_body: usize,
+    identity: Option<Arc<Identity>>,
+}
+
+impl Gate {
+    /// Lets connections in, and passes their requests on to the tiny_http that listens at `inside`.
+    ///
+    /// # Errors
+    /// Where tiny_http is not there, or the listener is of no use.
+    pub fn open(listener: TcpListener, inside: PathBuf, settings: Settings) -> io::Result<Self> {
+        let mut limits = settings.limits;
+        limits.connections = possible_connections(limits.connections);
+        rustix::net::listen(&listener, BACKLOG)?;
+        set_socket_timeout(&listener, Timeout::Recv, Some(HOUSEKEEPING))?;
+        let slots = Slots::new(limits);
+        let shared = Arc::new(Shared {
+            slots: slots.clone(),
+            links: Links::open(inside)?,
+            max_body: settings.max_body,
+            identity: settings.identity,
+        });
+        let listener = Arc::new(listener);
+        let incoming = listener.clone();
+        let accepting = threads::spawn("gate", move || shared.accept_all(&incoming));
+        Ok(Self {
+            listener,
+            slots,
+            accepting,
+        })
+    }
+
+    /// Lets nobody in any more, and closes all connections that have no whole request.
+    pub fn close(&self) {
+        self.slots.close();
+        // Wakes the thread in `accept`; where it fails, that thread ends with the process.
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
+    }
+
+    /// Waits until the requests under way are answered, for so long at most.
+    pub fn drain(self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        self.accepting.ends_within(limit);
+        self.slots.wait_until_free(deadline);
+    }
+}
+
+/// How many connections there can be with the descriptors that the process may have, after it
+/// has asked for as many as it needs.
+fn possible_connections(wanted: usize) -> usize {
+    let needed = wanted as u64 * DESCRIPTORS + OTHER_DESCRIPTORS;
+    let limit = getrlimit(Resource::Nofile);
+    let most = limit.maximum.unwrap_or(u64::MAX).min(needed);
+    let mut current = limit.current.unwrap_or(u64::MAX);
+    let raised = Rlimit {
+        current: Some(most),
+        maximum: limit.maximum,
+    };
+    if current < most && setrlimit(Resource::Nofile, raised).is_ok() {
+        current = most;
+    }
+    if current >= needed {
+        return wanted;
+    }
+    let possible = (current.saturating_sub(OTHER_DESCRIPTORS) / DESCRIPTORS).max(1);
+    log::warn!(
+        possible, wanted, descriptors = current;
+        "fewer connections than --max-connections: raise the limit of open files (ulimit -n)"
+    );
+    usize::try_from(possible).unwrap_or(wanted)
+}
+
+impl Shared {
+    fn accept_all(self: &Arc<Self>, listener: &TcpListener) {
+        let mut failing = false;
+        let mut last_look = Instant::now();
+        loop {
+            if last_look.elapsed() >= HOUSEKEEPING {
+                self.links.close_unused();
+                last_look = Instant::now();
+            }
+            let accepted = listener
+                .accept()
+                .and_then(|(stream, client)| self.welcome(stream, client));
+            match accepted {
+                Ok(()) => {
+                    if failing {
+                        log::info!("accepting connections again");
+                    }
+                    failing = false;
+                }
+                Err(_) if self.slots.is_closing() => return,
+                // The client has gone before its turn came, or none came.
+                Err(error)
+                    if error.kind() == ErrorKind::ConnectionAborted || is_timeout(&error) => {}
+                Err(error) => {
+                    if !failing {
+                        log::error!(
+                            reason:% = error;
+                            "cannot accept connections: trying again, and closing some if it lasts"
+                        );
+                    }
+                    failing = true;
+                    // Descriptors, threads and memory are what is lacking, whatever it says.
+                    self.links.close_idle();
+                    self.slots.evict_one();
+                    thread::sleep(PAUSE);
+                }
+            }
+        }
+    }
+
+    /// Gives a connection a slot and a thread, or closes it.
+    fn welcome(self: &Arc<Self>, stream: TcpStream, client: SocketAddr) -> io::Result<()> {
+        // An answer is written at once: nothing is gained by waiting for more of it.
+        let _ = stream.set_nodelay(true);
+        let stream = Arc::new(stream);
+        let Some(slot) = self.slots.take(client.ip(), stream.clone()) else {
+            return Ok(());
+        };
+        let shared = self.clone();
+        let _opening = self.links.hold_opening();
+        // With a name, as all threads of ours: a panic in it must not go unnoticed.
+        thread::Builder::new()
+            .name("connection".into())
+            .stack_size(STACK)
+            .spawn(move || shared.serve(slot, stream, client))
+            .map_err(|error| io::Error::other(format!("no thread for a connection: {error}")))?;
+        Ok(())
+    }
+
+    /// The whole life of a connection.
+    fn serve(&self, slot: Slot, stream: Arc<TcpStream>, client: SocketAddr) {
+        let born = Instant::now();
+        let life = born
+            + if slot.is_turned_away() {
+                TURNING_AWAY
+            } else {
+                LIFE
+            };
+        let socket = Socket::new(stream, life.min(born + HEAD));
+        let config = self.identity.as_ref().map(|identity| identity.config());
+        let (wire, failed) = match Wire::accept(socket, config) {
+            Ok(wire) => (wire, None),
+            Err((wire, error)) => (wire, Some(error)),
+        };
+        let mut connection = Connection {
+            shared: self,
+            slot,
+            wire,
+            framer: Framer::new(self.max_body),
+            client,
+            life,
+        };
+        match failed {
+            None => connection.serve(),
+            Some(error) if error.kind() == ErrorKind::InvalidInput => {
+                connection.refuse(
+                    None,
+                    &Refusal::BadRequest("this port speaks TLS: use https://"),
+                );
+            }
+            Some(error) => logging::of_clients(|| {
+                log::info!(client:% = client, reason:% = error; "TLS handshake failed");
+            }),
+        }
+    }
+}
+
+struct Connection<'a> {
+    shared: &'a Shared,
+    slot: Slot,
+    wire: Wire,
+    framer: Framer,
+    client: SocketAddr,
+    /// When its life is over, however busy it is.
+    life: Instant,
+}
+
+/// Why a connection ends.
+enum End {
+    /// There is nobody to tell: the client left, was idle for too long, or was closed.
+    Silent,
+    /// The client is told.
+    Refused(Refusal),
+}
+
+impl From<Refusal> for End {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+impl From<slots::Evicted> for End {
+    fn from(_: slots::Evicted) -> Self {
+        Self::Silent
+    }
+}
+
+impl Connection<'_> {
+    fn serve(&mut self) {
+        loop {
+            let mut request = match self.read() {
+                Ok(request) => request,
+                Err(End::Silent) => return self.wire.end(),
+                Err(End::Refused(refusal)) => return self.refuse(None, &refusal),
+            };
+            let mut answer = match self.pass_on(&mut request) {
+                Ok(answer) => answer,
+                Err(End::Silent) => return self.wire.end(),
+                Err(End::Refused(refusal)) => return self.refuse(Some(&request), &refusal),
+            };
+            let stays =
+                self.slot.wait().is_ok() && request.keeps_alive() && Instant::now() < self.life;
+            match (stays, request.is_old()) {
+                (true, false) => {}
+                (true, true) => add_header(&mut answer, "Connection: keep-alive\r\n"),
+                (false, _) => add_header(&mut answer, "Connection: close\r\n"),
+            }
+            let written = self.write(&answer);
+            if written.is_err() || !stays {
+                return self.linger();
+            }
+        }
+    }
+
+    /// Reads the next whole request.
+    fn read(&mut self) -> Result<Request, End> {
+        let mut seen = Phase::Idle;
+        self.set_deadline(IDLE);
+        loop {
+            if let Some(request) = self.framer.take()? {
+                if self.slot.is_turned_away() {
+                    return Err(Refusal::Busy.into());
+                }
+                return Ok(request);
+            }
+            let phase = self.framer.phase();
+            if phase != seen {
+                match phase {
+                    Phase::Idle => {}
+                    Phase::Head => {
+                        self.set_deadline(HEAD);
+                    }
+                    Phase::Body(bytes) => {
+                        let deadline = self.set_deadline(BODY);
+                        if bytes > SMALL && self.slot.keep(bytes, deadline).is_err() {
+                            return Err(Refusal::Busy.into());
+                        }
+                        if self.framer.takes_continue() {
+                            let leave = self.wire.write_all(b"HTTP/1.1 100 Continue\r\n\r\n");
+                            leave
+                                .and_then(|()| self.wire.flush())
+                                .map_err(|_| End::Silent)?;
+                        }
+                    }
+                }
+                seen = phase;
+            }
+            match (self.framer.read_from(&mut self.wire), &seen) {
+                (Ok(0), Phase::Body(_)) => return Err(Refusal::Incomplete.into()),
+                (Ok(0), _) => return Err(End::Silent),
+                (Ok(_), _) => {}
+                (Err(error), Phase::Head | Phase::Body(_))
+                    if error.kind() == ErrorKind::TimedOut =>
+                {
+                    return Err(Refusal::Slow.into());
+                }
+                (Err(_), _) => return Err(End::Silent),
+            }
+        }
+    }
+
+    /// Has a request answered by the service.
+    fn pass_on(&mut self, request: &mut Request) -> Result<Vec<u8>, End> {
+        self.slot.serve()?;
+        let mut link = self.shared.links.take().map_err(|error| {
+            log::warn!(reason:% = error; "no connection to tiny_http: it will be tried again");
+            Refusal::Busy
+        })?;
+        let head = request.normalised_head(self.client);
+        let sent = link.send(head, request.take_body());
+        // A long poll is not to keep the memory of what it has sent.
+        self.slot.release();
+        match sent.and_then(|()| link.answer(request.method() == "HEAD")) {
+            Ok(answer) => {
+                self.shared.links.give_back(link);
+                Ok(answer)
+            }
+            Err(error) => {
+                log::warn!(reason:% = error; "a request was not answered");
+                drop(link);
+                self.shared.links.prove();
+                Err(Refusal::Unanswered.into())
+            }
+        }
+    }
+
+    fn write(&mut self, answer: &[u8]) -> io::Result<()> {
+        if answer.len() > SMALL {
+            self.slot.keep_anyway(answer.len());
+        }
+        self.set_deadline(ANSWER);
+        self.wire.write_all(answer)?;
+        self.wire.flush()?;
+        self.slot.release();
+        Ok(())
+    }
+
+    fn refuse(&mut self, request: Option<&Request>, refusal: &Refusal) {
+        let (method, target) =
+            request.map_or(("-", "-"), |request| (request.method(), request.target()));
+        let client = self.client.to_string();
+        logging::refused(method, target, refusal.status(), refusal, &client);
+        // Where one of these fails the client or the service has gone: there is nobody to tell.
+        let _ = self.slot.wait();
+        let _ = self.write(&refused(refusal));
+        self.linger();
+    }
+
+    /// Waits until the client has closed its side too, for a moment.
+    fn linger(&mut self) {
+        self.set_deadline(LINGER);
+        self.wire.end();
+        let mut unread = [0; 1024];
+        while self
+            .wire
+            .socket()
+            .read(&mut unread)
+            .is_ok_and(|read| read > 0)
+        {}
+    }
+
+    /// Gives the client so long from now for what comes next.
+    fn set_deadline(&mut self, time: Duration) -> Instant {
+        let deadline = self.life.min(Instant::now() + time);
+        self.wire.set_deadline(deadline);
+        deadline
+    }
+}
+
+/// Puts a header at the beginning of an answer.
+fn add_header(answer: &mut Vec<u8>, header: &str) {
+    let status_line = answer.windows(2).position(|bytes| bytes == b"\r\n");
+    let at = status_line.map_or(answer.len(), |end| end + 2);
+    answer.splice(at..at, header.bytes());
+}
+
+/// A refusal as it is written to the client, the last thing on its connection.
+fn refused(refusal: &Refusal) -> Vec<u8> {
+    let response = routes::refusal(refusal);
+    let reason = StatusCode::from_u16(response.status)
+        .ok()
+        .and_then(|status| status.canonical_reason())
+        .unwrap_or_default();
+    let mut text = format!(
+        "HTTP/1.1 {} {reason}\r\nServer: export-service\r\nDate: {}\r\nConnection: close\r\n",
+        response.status,
+        httpdate::fmt_http_date(SystemTime::now()),
+    );
+    for (name, value) in &response.headers {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{name}: {value}\r\n");
+    }
+    let _ = write!(
+        text,
+        "Content-Length: {}\r\n\r\n{}",
+        response.body.len(),
+        response.body
+    );
+    text.into_bytes()
+}

@@ -1,0 +1,193 @@
+//! A client's socket with deadlines, and TLS around it where there is a certificate.
+//!
+//! A deadline is a moment, not a time for each byte: a client that sends or takes one byte a
+//! second gains nothing by it.
+//!
+//! Not here: which deadline is for what.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
+
+use super::links::is_timeout;
+
+/// By how much a deadline may be overrun, so that a timeout that is set already can stay: setting
+/// one for every read would cost as much as the read.
+const SLACK: Duration = Duration::from_millis(100);
+
+/// The way to a client.
+pub enum Wire {
+    /// HTTP as it is.
+    Plain(Socket),
+    /// HTTPS.
+    Tls(Box<StreamOwned<ServerConnection, Socket>>),
+}
+
+impl Wire {
+    /// Waits for the client's first byte and makes the TLS handshake, if there is to be one.
+    ///
+    /// # Errors
+    /// Where the client leaves, takes too long, or the two find no common ground. A client that
+    /// speaks plain HTTP to a TLS port gets [`Wire::Plain`] with `ErrorKind::InvalidInput`.
+    pub fn accept(
+        socket: Socket,
+        config: Option<Arc<ServerConfig>>,
+    ) -> Result<Self, (Self, io::Error)> {
+        let Some(config) = config else {
+            return Ok(Self::Plain(socket));
+        };
+        match socket.first_byte() {
+            Ok(Some(TLS_HANDSHAKE)) => {}
+            Ok(Some(_)) => return Err((Self::Plain(socket), ErrorKind::InvalidInput.into())),
+            Ok(None) => return Err((Self::Plain(socket), ErrorKind::UnexpectedEof.into())),
+            Err(error) => return Err((Self::Plain(socket), error)),
+        }
+        let connection = match ServerConnection::new(config) {
+            Ok(connection) => connection,
+            Err(error) => return Err((Self::Plain(socket), io::Error::other(error))),
+        };
+        let mut stream = Box::new(StreamOwned::new(connection, socket));
+        match stream.conn.complete_io(&mut stream.sock) {
+            Ok(_) if !stream.conn.is_handshaking() => Ok(Self::Tls(stream)),
+            Ok(_) => Err((Self::Tls(stream), ErrorKind::UnexpectedEof.into())),
+            Err(error) => Err((Self::Tls(stream), error)),
+        }
+    }
+
+    /// From now on everything must be over at this moment.
+    pub fn set_deadline(&mut self, deadline: Instant) {
+        self.socket().deadline = deadline;
+    }
+
+    /// The socket below.
+    pub fn socket(&mut self) -> &mut Socket {
+        match self {
+            Self::Plain(socket) => socket,
+            Self::Tls(stream) => &mut stream.sock,
+        }
+    }
+
+    /// Says that nothing more will be sent. Errors are of no interest any more.
+    pub fn end(&mut self) {
+        if let Self::Tls(stream) = self {
+            stream.conn.send_close_notify();
+            let _ = stream.flush();
+        }
+        let _ = self.socket().stream.shutdown(Shutdown::Write);
+    }
+}
+
+impl Read for Wire {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(socket) => socket.read(buffer),
+            Self::Tls(stream) => stream.read(buffer),
+        }
+    }
+}
+
+impl Write for Wire {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(socket) => socket.write(bytes),
+            Self::Tls(stream) => stream.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Plain(socket) => socket.flush(),
+            Self::Tls(stream) => stream.flush(),
+        }
+    }
+}
+
+/// The content type of a handshake record, with which every TLS connection begins (RFC 8446,
+/// section 5.1).
+const TLS_HANDSHAKE: u8 = 22;
+
+/// A socket whose every read and write fails with `ErrorKind::TimedOut` once a deadline is over.
+pub struct Socket {
+    stream: Arc<TcpStream>,
+    deadline: Instant,
+    /// What the kernel has been told.
+    read_timeout: Duration,
+    write_timeout: Duration,
+}
+
+impl Socket {
+    /// A socket with a first deadline.
+    pub fn new(stream: Arc<TcpStream>, deadline: Instant) -> Self {
+        Self {
+            stream,
+            deadline,
+            read_timeout: Duration::MAX,
+            write_timeout: Duration::MAX,
+        }
+    }
+
+    fn first_byte(&self) -> io::Result<Option<u8>> {
+        let mut byte = [0];
+        self.stream.set_read_timeout(Some(self.left()?))?;
+        match self.stream.peek(&mut byte) {
+            Ok(0) => Ok(None),
+            Ok(_) => Ok(Some(byte[0])),
+            Err(error) if is_timeout(&error) => Err(ErrorKind::TimedOut.into()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn left(&self) -> io::Result<Duration> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        // The kernel takes zero for no limit, and counts in microseconds.
+        Ok(left.max(Duration::from_millis(1)))
+    }
+}
+
+/// Whether a timeout that is set already will do: it does not overrun by much, and does not
+/// wake the thread for nothing too often.
+fn will_do(timeout: Duration, left: Duration) -> bool {
+    timeout <= left + SLACK && timeout >= left / 2
+}
+
+impl Read for Socket {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let left = self.left()?;
+            if !will_do(self.read_timeout, left) {
+                self.stream.set_read_timeout(Some(left))?;
+                self.read_timeout = left;
+            }
+            match (&*self.stream).read(buffer) {
+                Err(error) if is_timeout(&error) || error.kind() == ErrorKind::Interrupted => {}
+                result => return result,
+            }
+        }
+    }
+}
+
+impl Write for Socket {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            let left = self.left()?;
+            if !will_do(self.write_timeout, left) {
+                self.stream.set_write_timeout(Some(left))?;
+                self.write_timeout = left;
+            }
+            match (&*self.stream).write(bytes) {
+                Err(error) if is_timeout(&error) || error.kind() == ErrorKind::Interrupted => {}
+                result => return result,
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
