@@ -385,7 +385,11 @@ fn read_head(bytes: &[u8], max_body: usize) -> Result<Head, Refusal> {
 /// Tells an HTTP version that is not served from no HTTP at all.
 fn version(head: &[u8]) -> Refusal {
     let line = head.split(|byte| *byte == b'\r').next().unwrap_or_default();
-    let version = line.rsplit(|byte| *byte == b' ').next().unwrap_or_default();
+    let mut words = line.split(|byte| *byte == b' ');
+    let version = match [words.next(), words.next(), words.next(), words.next()] {
+        [Some(_), Some(target), Some(version), None] if !target.is_empty() => version,
+        _ => b"",
+    };
     match version.strip_prefix(b"HTTP/") {
         Some([major, b'.', minor]) if major.is_ascii_digit() && minor.is_ascii_digit() => {
             Refusal::Version
@@ -416,8 +420,8 @@ fn target(method: &str, target: &str) -> Result<String, Refusal> {
     });
     let path = absolute.as_ref().and_then(Uri::path_and_query);
     match path {
-        Some(path) if path.as_str().starts_with('?') => Ok(format!("/{path}")),
-        Some(path) => Ok(path.as_str().to_owned()),
+        // Displayed, it begins with a slash even where the URL has no path.
+        Some(path) => Ok(path.to_string()),
         None => Err(malformed("the request target is neither a path nor a URL")),
     }
 }

@@ -1,0 +1,60 @@
+//! A connection's bytes, cut into pieces by the first of them: the same requests come out however
+//! they are cut, none is larger than it may be, and each reads back from what is passed on.
+#![no_main]
+
+use std::net::SocketAddr;
+
+use export_service::gate::framing::{Framer, Request};
+use export_service::routes::{Refusal, refusal};
+use libfuzzer_sys::fuzz_target;
+
+const MAX_BODY: usize = 512;
+
+fn requests(bytes: &[u8], piece: usize) -> (Vec<Request>, Option<Refusal>) {
+    let (mut framer, mut found) = (Framer::new(MAX_BODY), Vec::new());
+    let mut pieces = bytes.chunks(piece.max(1));
+    loop {
+        match framer.take() {
+            Ok(Some(request)) => found.push(request),
+            Ok(None) => match pieces.next() {
+                Some(mut piece) => {
+                    while !piece.is_empty() {
+                        framer.read_from(&mut piece).expect("a slice can be read");
+                    }
+                }
+                None => return (found, None),
+            },
+            Err(refusal) => return (found, Some(refusal)),
+        }
+    }
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    let Some((piece, bytes)) = bytes.split_first() else {
+        return;
+    };
+    let whole = requests(bytes, usize::MAX);
+    assert_eq!(whole, requests(bytes, usize::from(*piece)));
+    if let Some(refused) = whole.1 {
+        assert!((400..600).contains(&refusal(&refused).status));
+    }
+    for mut request in whole.0 {
+        let head = request.normalised_head(SocketAddr::from(([127, 0, 0, 1], 1)));
+        let (method, target) = (request.method().to_owned(), request.target().to_owned());
+        let body = request.take_body();
+        assert!(body.len() <= MAX_BODY);
+        // What is passed on has no Host; as HTTP/1.0 it needs none.
+        let old = String::from_utf8(head).expect("a head is ASCII").replacen(
+            " HTTP/1.1\r\n",
+            " HTTP/1.0\r\n",
+            1,
+        );
+        let (mut again, None) = requests(&[old.as_bytes(), &body].concat(), usize::MAX) else {
+            panic!("what is passed on is refused");
+        };
+        let mut twin = again.pop().expect("one request is one request");
+        assert!(again.is_empty());
+        assert_eq!((twin.method(), twin.target()), (&*method, &*target));
+        assert_eq!(twin.take_body(), body);
+    }
+});
