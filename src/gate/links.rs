@@ -16,18 +16,20 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
 use httparse::{EMPTY_HEADER, Status};
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 /// How long tiny_http may take to answer. A long poll takes a minute at most, and a commit
 /// seconds, on a bad SD card.
 const ANSWER: Duration = Duration::from_secs(120);
 /// How long it may take to answer the request that proves a link, and that twice.
 const PROOF: Duration = Duration::from_secs(10);
+/// How long a request waits for a link where another cannot be opened.
+const SHORTAGE: Duration = Duration::from_secs(5);
 /// What proves a link.
 const QUESTION: &[u8] = b"GET /status HTTP/1.1\r\n\r\n";
 /// Socket pairs that can be had before a link is opened. tiny_http needs two descriptors and we
 /// one; the rest is for what other threads open meanwhile.
-const SPARE_PAIRS: usize = 8;
+const SPARE_PAIRS: usize = 4;
 /// Threads that can be had before a link is opened. tiny_http needs one.
 const SPARE_THREADS: usize = 2;
 /// Links that are kept however long they are not used.
@@ -46,6 +48,8 @@ pub struct Links {
     path: PathBuf,
     /// The last one used is at the back and is used again first.
     idle: Mutex<VecDeque<Link>>,
+    /// Something was added to `idle`.
+    returned: Condvar,
     /// Held while a link is opened.
     opening: Mutex<()>,
 }
@@ -65,6 +69,7 @@ impl Links {
         let links = Self {
             path,
             idle: Mutex::default(),
+            returned: Condvar::new(),
             opening: Mutex::default(),
         };
         let first = links.take()?;
@@ -72,14 +77,29 @@ impl Links {
         Ok(links)
     }
 
-    /// A link for one request. Blocks while others are opened.
+    /// A link for one request. Blocks while others are opened, and where there are not descriptors
+    /// or threads enough for another, until one is given back.
     ///
     /// # Errors
-    /// Where there are not descriptors or threads enough for another.
+    /// Where none is, for five seconds.
     ///
     /// # Panics
     /// Where tiny_http does not answer, which ends the process.
     pub fn take(&self) -> io::Result<Link> {
+        let deadline = Instant::now() + SHORTAGE;
+        loop {
+            let error = match self.idle_or_new() {
+                Err(error) => error,
+                link => return link,
+            };
+            let mut idle = self.idle.lock();
+            if idle.is_empty() && self.returned.wait_until(&mut idle, deadline).timed_out() {
+                return Err(error);
+            }
+        }
+    }
+
+    fn idle_or_new(&self) -> io::Result<Link> {
         if let Some(link) = self.idle.lock().pop_back() {
             return Ok(link);
         }
@@ -100,6 +120,7 @@ impl Links {
     pub fn give_back(&self, mut link: Link) {
         link.used = Instant::now();
         self.idle.lock().push_back(link);
+        self.returned.notify_one();
     }
 
     /// Closes links that nobody has used for a while, but for a few: each costs a thread.

@@ -49,9 +49,10 @@ const TURNING_AWAY: Duration = Duration::from_secs(2);
 /// How long a client has to read the last answer before the connection is gone. Closing at once
 /// with something unread would take the answer away from it.
 const LINGER: Duration = Duration::from_secs(2);
-/// How often links that nobody uses any more are looked for.
+/// How often links that nobody uses any more are looked for, and how long accepting must have gone
+/// well to be called well.
 const HOUSEKEEPING: Duration = Duration::from_secs(10);
-/// How long accepting pauses after it has failed.
+/// How long accepting waits for a connection that was closed because it has failed.
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// Bodies and answers up to this many bytes are not counted: all connections together have room
@@ -170,53 +171,68 @@ fn possible_connections(wanted: usize) -> usize {
 
 impl Shared {
     fn accept_all(self: &Arc<Self>, listener: &TcpListener) {
-        let mut failing = false;
         let mut last_look = Instant::now();
+        let (mut last_failure, mut failures_in_a_row) = (None::<Instant>, 0);
+        // A connection that there was no thread for.
+        let mut without_thread = None;
         loop {
             if last_look.elapsed() >= HOUSEKEEPING {
                 self.links.close_unused();
                 last_look = Instant::now();
             }
-            let accepted = listener
-                .accept()
-                .and_then(|(stream, client)| self.welcome(stream, client));
+            // Not at the first that goes well: while something is lacking the two alternate.
+            let is_over = |at: &mut Instant| at.elapsed() >= HOUSEKEEPING;
+            if last_failure.take_if(is_over).is_some() {
+                log::info!("accepting connections again");
+            }
+            let next = match without_thread.take() {
+                Some(next) => Ok(next),
+                None => listener
+                    .accept()
+                    .map(|(stream, client)| (Arc::new(stream), client)),
+            };
+            let accepted = next.and_then(|(stream, client)| {
+                self.welcome(&stream, client)
+                    .inspect_err(|_| without_thread = Some((stream, client)))
+            });
             match accepted {
-                Ok(()) => {
-                    if failing {
-                        log::info!("accepting connections again");
-                    }
-                    failing = false;
-                }
+                Ok(()) => failures_in_a_row = 0,
                 Err(_) if self.slots.is_closing() => return,
-                // The client has gone before its turn came, or none came.
-                Err(error)
-                    if error.kind() == ErrorKind::ConnectionAborted || is_timeout(&error) => {}
+                // None came.
+                Err(error) if is_timeout(&error) => failures_in_a_row = 0,
+                // The client has gone before its turn came.
+                Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
                 Err(error) => {
-                    if !failing {
+                    if last_failure.replace(Instant::now()).is_none() {
                         log::error!(
                             reason:% = error;
                             "cannot accept connections: trying again, and closing some if it lasts"
                         );
                     }
-                    failing = true;
-                    // Descriptors, threads and memory are what is lacking, whatever it says.
+                    // Descriptors, threads or memory are lacking. Perhaps that is over at once: to
+                    // open a link, more is taken for a moment than is needed.
+                    drop(self.links.hold_opening());
                     self.links.close_idle();
-                    self.slots.evict_one();
-                    thread::sleep(PAUSE);
+                    if failures_in_a_row > 0 {
+                        self.slots.evict_one(PAUSE);
+                    }
+                    failures_in_a_row += 1;
                 }
             }
         }
     }
 
-    /// Gives a connection a slot and a thread, or closes it.
-    fn welcome(self: &Arc<Self>, stream: TcpStream, client: SocketAddr) -> io::Result<()> {
+    /// Gives a connection a slot and a thread, or closes it where there is no slot.
+    ///
+    /// # Errors
+    /// Where there is no thread; it can be tried again.
+    fn welcome(self: &Arc<Self>, stream: &Arc<TcpStream>, client: SocketAddr) -> io::Result<()> {
         // An answer is written at once: nothing is gained by waiting for more of it.
         let _ = stream.set_nodelay(true);
-        let stream = Arc::new(stream);
         let Some(slot) = self.slots.take(client.ip(), stream.clone()) else {
             return Ok(());
         };
-        let shared = self.clone();
+        let (shared, stream) = (self.clone(), stream.clone());
         let _opening = self.links.hold_opening();
         // With a name, as all threads of ours: a panic in it must not go unnoticed.
         thread::Builder::new()

@@ -102,7 +102,7 @@ impl Slots {
             if !peer_is_full && inner.taken < self.limits.connections {
                 break false;
             }
-            inner.evict(|waiting| !peer_is_full || waiting.peer == peer);
+            self.evict(&mut inner, |waiting| !peer_is_full || waiting.peer == peer);
             let in_time = !self.freed.wait_until(&mut inner, deadline).timed_out();
             if !in_time {
                 break true;
@@ -129,17 +129,19 @@ impl Slots {
         Some(slot)
     }
 
-    /// Closes the connection that has been waiting longest, if there is one.
-    pub fn evict_one(&self) {
-        self.inner.lock().evict(|_| true);
+    /// Closes the connection that has been waiting longest, if there is one, and waits until a slot
+    /// is given back, for so long at most.
+    pub fn evict_one(&self, limit: Duration) {
+        let mut inner = self.inner.lock();
+        self.evict(&mut inner, |_| true);
+        self.freed.wait_for(&mut inner, limit);
     }
 
     /// Closes all connections but those whose request is being served, and those when it is.
     pub fn close(&self) {
         let mut inner = self.inner.lock();
         inner.closing = true;
-        while inner.evict(|_| true) {}
-        self.freed.notify_all();
+        while self.evict(&mut inner, |_| true) {}
     }
 
     /// Whether [`Slots::close`] was called.
@@ -155,22 +157,6 @@ impl Slots {
                 return;
             }
         }
-    }
-}
-
-impl Inner {
-    /// Closes the longest waiting connection of those that may be; false where there is none. Its
-    /// thread finds its socket closed and gives the slot back.
-    fn evict(&mut self, may_be: impl Fn(&Waiting) -> bool) -> bool {
-        let found = self.waiting.iter().find(|(_, waiting)| may_be(waiting));
-        let Some(key) = found.map(|(key, _)| *key) else {
-            return false;
-        };
-        if let Some(waiting) = self.waiting.remove(&key) {
-            // It fails where the client has gone already, and then the thread is on its way.
-            let _ = waiting.socket.shutdown(Shutdown::Both);
-        }
-        true
     }
 }
 
@@ -249,7 +235,7 @@ impl Slot {
         self.set_memory(&mut inner, bytes);
         let now = Instant::now();
         if inner.memory > slots.limits.memory {
-            inner.evict(|waiting| waiting.dawdles(now));
+            slots.evict(&mut inner, |waiting| waiting.dawdles(now));
         }
     }
 
@@ -281,9 +267,25 @@ impl Waiting {
 }
 
 impl Slots {
+    /// Closes the longest waiting connection of those that may be; false where there is none. Its
+    /// thread finds that out, whether it reads from the client or waits for memory, and gives the
+    /// slot back.
+    fn evict(&self, inner: &mut Inner, may_be: impl Fn(&Waiting) -> bool) -> bool {
+        let found = inner.waiting.iter().find(|(_, waiting)| may_be(waiting));
+        let Some(key) = found.map(|(key, _)| *key) else {
+            return false;
+        };
+        if let Some(waiting) = inner.waiting.remove(&key) {
+            // It fails where the client has gone already, and then the thread is on its way.
+            let _ = waiting.socket.shutdown(Shutdown::Both);
+        }
+        self.freed.notify_all();
+        true
+    }
+
     /// Closes a connection that dawdles over memory, or waits until one may.
     fn make_room(&self, inner: &mut MutexGuard<'_, Inner>, now: Instant, deadline: Instant) {
-        if inner.evict(|waiting| waiting.dawdles(now)) {
+        if self.evict(inner, |waiting| waiting.dawdles(now)) {
             self.freed.wait_until(inner, deadline);
             return;
         }

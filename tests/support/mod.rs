@@ -85,6 +85,30 @@ impl Service {
         Self::start_in(Arc::new(tempfile::tempdir().unwrap()), arguments)
     }
 
+    /// A service that speaks TLS.
+    pub fn start_secure(identity: &Identity, arguments: &[&str]) -> Self {
+        let pem = identity.pem();
+        let tls = ["--tls-pem", pem.to_str().unwrap()];
+        Self::start(&[&tls, arguments].concat())
+    }
+
+    /// A service that runs as a user of its own who may have so many threads.
+    pub fn start_with_threads(most: u32, arguments: &[&str]) -> Self {
+        let folder = Arc::new(tempfile::tempdir().unwrap());
+        let everyone = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+        std::fs::set_permissions(folder.path(), everyone).unwrap();
+        let mut command = Command::new("setpriv");
+        command.env_clear().args([
+            "--reuid=64123",
+            "--clear-groups",
+            "prlimit",
+            &format!("--nproc={most}"),
+        ]);
+        command.arg(program());
+        let arguments = [&["--allow-network", "127.0.0.0/8"], arguments].concat();
+        Self::launch(folder, command, &arguments)
+    }
+
     /// A service that may not send to this machine, as the others here may.
     pub fn start_bare(arguments: &[&str]) -> Self {
         Self::launch(Arc::new(tempfile::tempdir().unwrap()), command(), arguments)
@@ -342,8 +366,14 @@ impl Service {
         headers: &[(&str, &str)],
         body: &[u8],
     ) -> TcpStream {
-        let mut stream = TcpStream::connect(self.address).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut stream = self.connect_from([127, 0, 0, 1]);
+        let request = Self::written(method, path, headers, body);
+        stream.write_all(&request).unwrap();
+        stream
+    }
+
+    /// A request as it goes over the wire.
+    pub fn written(method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
         let mut head = format!("{method} {path} HTTP/1.1\r\nHost: test\r\n");
         if headers.iter().all(|(name, _)| *name != "Connection") {
             head += "Connection: close\r\n";
@@ -352,8 +382,23 @@ impl Service {
             head += &format!("{name}: {value}\r\n");
         }
         head += &format!("Content-Length: {}\r\n\r\n", body.len());
-        stream.write_all(&[head.as_bytes(), body].concat()).unwrap();
+        [head.as_bytes(), body].concat()
+    }
+
+    /// A connection from an address of this machine's, like 127.0.0.2.
+    pub fn connect_from(&self, address: [u8; 4]) -> TcpStream {
+        use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
+        let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        bind(&socket, &SocketAddr::from((address, 0))).unwrap();
+        connect(&socket, &self.address).unwrap();
+        let stream = TcpStream::from(socket);
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream
+    }
+
+    /// Whether the process has not ended since it was started.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
     }
 
     /// Submits a payload and returns the export's id.
@@ -480,7 +525,11 @@ pub struct Response {
 impl Response {
     /// Reads one response.
     pub fn read(stream: TcpStream) -> Self {
-        let mut reader = BufReader::new(stream);
+        Self::next(&mut BufReader::new(stream))
+    }
+
+    /// Reads one of several responses.
+    pub fn next(reader: &mut impl BufRead) -> Self {
         let mut line = || {
             let mut line = String::new();
             reader.read_line(&mut line).unwrap();
@@ -519,6 +568,70 @@ impl Response {
     /// The word for an error.
     pub fn code(&self) -> String {
         self.json()["error"]["code"].as_str().unwrap().to_owned()
+    }
+}
+
+/// A certificate for this machine and the CA it is from, made by openssl as a Databox has it: leaf,
+/// key and public key in one file.
+pub struct Identity {
+    folder: TempDir,
+}
+
+impl Identity {
+    /// With a key of this kind: `rsa` (PKCS#1), `pkcs8` or `ec` (SEC1).
+    pub fn new(key: &str) -> Self {
+        let identity = Self {
+            folder: tempfile::tempdir().unwrap(),
+        };
+        identity.renew(key);
+        identity
+    }
+
+    /// Puts a new CA and a new certificate in the place of the old ones.
+    pub fn renew(&self, key: &str) {
+        let script = "
+            cd \"$1\"
+            curve='-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes'
+            names=subjectAltName=DNS:localhost,DNS:export-service,IP:127.0.0.1
+            openssl req -x509 $curve -keyout ca.key -out ca.pem -days 2 -subj /CN=Databox
+            case $2 in
+                ec) kind=$curve ;;
+                *) kind='-newkey rsa:2048 -nodes' ;;
+            esac
+            openssl req $kind -keyout pkcs8.key -out leaf.csr -subj /CN=export-service -addext $names
+            openssl x509 -req -in leaf.csr -copy_extensions copy -days 2 \\
+                -CA ca.pem -CAkey ca.key -CAcreateserial -out leaf.pem
+            case $2 in
+                rsa) openssl rsa -in pkcs8.key -traditional -out own.key ;;
+                ec) openssl ec -in pkcs8.key -out own.key ;;
+                pkcs8) cp pkcs8.key own.key ;;
+            esac
+            openssl pkey -in pkcs8.key -pubout -out public.pem
+            cat leaf.pem own.key public.pem >new.pem
+            mv new.pem DATABOX.pem";
+        let made = Command::new("sh")
+            .args(["-ec", script, "identity"])
+            .arg(self.folder.path())
+            .arg(key)
+            .output()
+            .unwrap();
+        let errors = String::from_utf8_lossy(&made.stderr);
+        assert!(made.status.success(), "{errors}");
+    }
+
+    /// The secrets folder with `DATABOX.pem` in it.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The file for the service.
+    pub fn pem(&self) -> PathBuf {
+        self.folder.path().join("DATABOX.pem")
+    }
+
+    /// The CA for its clients.
+    pub fn ca(&self) -> PathBuf {
+        self.folder.path().join("ca.pem")
     }
 }
 

@@ -1,0 +1,585 @@
+//! Clients that mean harm: what tiny_http alone would fall to, one by one, and crowds of them.
+
+mod support;
+
+use std::io::{BufReader, ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use support::{Destination, Identity, PATIENCE, Response, Service, ok, payload, python, token};
+
+/// What the service may take at most, in kB, whatever is done to it.
+const MEMORY: u64 = 60_000;
+
+/// Lets a client attack while others go about their business, and sees that they can, then and
+/// afterwards, and that the service is still the same process and has not grown.
+fn withstands(arguments: &[&str], attack: impl FnOnce(&Service)) {
+    let mut service = Service::start(arguments);
+    let destination = Destination::start(|_| ok());
+    let url = &destination.url;
+    let (over, served) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let slowest = thread::scope(|scope| {
+        let normal = scope.spawn(|| {
+            let mut slowest = Duration::ZERO;
+            while !over.load(Ordering::Relaxed) || served.load(Ordering::Relaxed) == 0 {
+                let started = Instant::now();
+                assert_eq!(service.request("GET", "/status", &[], b"").body, "active");
+                service.result(url, &service.submit(url, &payload(1)));
+                slowest = slowest.max(started.elapsed());
+                served.fetch_add(1, Ordering::Relaxed);
+            }
+            slowest
+        });
+        attack(&service);
+        over.store(true, Ordering::Relaxed);
+        normal.join().unwrap()
+    });
+    let peak = service.figure("VmHWM");
+    eprintln!(
+        "{} exports meanwhile, the slowest in {slowest:?}; {peak} kB at most",
+        served.load(Ordering::Relaxed)
+    );
+    assert!(peak < MEMORY, "{peak} kB");
+    let last = service.submit(url, &payload(2));
+    assert_eq!(service.result(url, &last)["status_code"], 200);
+    assert!(service.is_running());
+}
+
+fn connect(service: &Service) -> TcpStream {
+    service.connect_from([127, 0, 0, 1])
+}
+
+/// Writes what the service takes until it has closed the connection.
+fn pour(stream: &mut TcpStream, bytes: &[u8], times: usize) {
+    for _ in 0..times {
+        if stream.write_all(bytes).is_err() {
+            return;
+        }
+    }
+}
+
+/// Everything that the service still says before it closes the connection.
+fn rest(stream: &mut TcpStream) -> String {
+    let mut text = Vec::new();
+    // It may be reset when more was sent than was read.
+    let _ = stream.read_to_end(&mut text);
+    String::from_utf8(text).unwrap()
+}
+
+#[test]
+fn a_huge_announced_body_is_refused_at_once_and_takes_no_memory() {
+    withstands(&[], |service| {
+        for length in ["9999999999999999", "20000000000", "99999999999999999999999"] {
+            for _ in 0..50 {
+                let mut stream = connect(service);
+                let head = format!(
+                    "POST /export HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\nsome"
+                );
+                stream.write_all(head.as_bytes()).unwrap();
+                assert_eq!(Response::read(stream).status, 413);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_header_line_without_end_is_cut_off() {
+    withstands(&[], |service| {
+        for _ in 0..4 {
+            let mut stream = connect(service);
+            stream.write_all(b"GET / HTTP/1.1\r\nA: ").unwrap();
+            pour(&mut stream, &[b'a'; 64 * 1024], 1000);
+            let _ = stream.shutdown(Shutdown::Write);
+            // What was on its way may have reset the connection before the answer was read.
+            let answer = rest(&mut stream);
+            assert!(
+                answer.is_empty() || answer.starts_with("HTTP/1.1 431 "),
+                "{answer}"
+            );
+        }
+        let head = format!("GET /{} HTTP/1.1\r\n", "a".repeat(20_000));
+        let mut stream = connect(service);
+        stream.write_all(head.as_bytes()).unwrap();
+        assert_eq!(Response::read(stream).code(), "head_too_large");
+    });
+}
+
+#[test]
+fn without_descriptors_it_goes_on_with_what_it_has_and_recovers() {
+    withstands(&[], |service| {
+        let prlimit = |files: &str| {
+            let done = Command::new("prlimit")
+                .args([
+                    "--pid",
+                    &service.pid().to_string(),
+                    &format!("--nofile={files}"),
+                ])
+                .status()
+                .unwrap();
+            assert!(done.success());
+        };
+        let files = std::fs::read_dir(format!("/proc/{}/fd", service.pid())).unwrap();
+        prlimit(&format!("{}:4096", files.count() + 30));
+        let crowd: Vec<_> = (0..200).map(|_| connect(service)).collect();
+        service.event(
+            "cannot accept connections: trying again, and closing some if it lasts",
+            |_| true,
+        );
+        // A client that comes now is served in its turn, since others have to make room.
+        assert_eq!(service.request("GET", "/status", &[], b"").body, "active");
+        drop(crowd);
+        prlimit("4096:4096");
+        service.event("accepting connections again", |_| true);
+    });
+}
+
+#[test]
+fn without_threads_it_goes_on_with_what_it_has_and_recovers() {
+    let most = 60;
+    let mut service = Service::start_with_threads(most, &[]);
+    // None of them sends anything; one after the other is closed for the next.
+    let crowd: Vec<_> = (0..200).map(|_| connect(&service)).collect();
+    service.event(
+        "cannot accept connections: trying again, and closing some if it lasts",
+        |_| true,
+    );
+    assert_eq!(service.request("GET", "/status", &[], b"").body, "active");
+    // Requests need a thread more each, so some of these are told to come again.
+    let mut answers = Vec::new();
+    thread::scope(|scope| {
+        let clients: Vec<_> = (0..100)
+            .map(|_| scope.spawn(|| rest(&mut service.send("GET", "/status", &[], b""))))
+            .collect();
+        answers.extend(clients.into_iter().map(|client| client.join().unwrap()));
+    });
+    assert!(
+        answers
+            .iter()
+            .any(|answer| answer.starts_with("HTTP/1.1 200 "))
+    );
+    drop(crowd);
+    let destination = Destination::start(|_| ok());
+    let id = service.submit(&destination.url, &payload(1));
+    assert_eq!(service.result(&destination.url, &id)["status_code"], 200);
+    assert!(service.is_running());
+}
+
+#[test]
+fn connections_that_come_all_at_once_are_all_served() {
+    withstands(&[], |service| {
+        for _ in 0..10 {
+            let crowd: Vec<_> = (0..64).map(|_| connect(service)).collect();
+            for mut stream in &crowd {
+                let request =
+                    Service::written("GET", "/status", &[("Connection", "keep-alive")], b"");
+                stream.write_all(&request).unwrap();
+            }
+            for stream in crowd {
+                assert_eq!(Response::read(stream).body, "active");
+            }
+        }
+    });
+}
+
+#[test]
+fn requests_whose_clients_reset_their_connection_leave_nothing_behind() {
+    withstands(&[], |service| {
+        let script = "
+import socket, struct, sys
+for number in range(20000):
+    client = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+    client.sendall(b'GET /status HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n')
+    client.close()
+";
+        let SocketAddr::V4(address) = service.address else {
+            unreachable!()
+        };
+        let done = python()
+            .args([
+                "-c",
+                script,
+                &address.ip().to_string(),
+                &address.port().to_string(),
+            ])
+            .status()
+            .unwrap();
+        assert!(done.success());
+        // Those of this moment's normal client aside, no connection's thread is left.
+        let deadline = Instant::now() + PATIENCE;
+        while service.threads("connection") > 2 {
+            assert!(
+                Instant::now() < deadline,
+                "{} left",
+                service.threads("connection")
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
+    });
+}
+
+#[test]
+fn pipelined_requests_are_answered_one_after_the_other_and_hold_up_nobody() {
+    withstands(&[], |service| {
+        let destination = Destination::start(|_| ok());
+        let url = &destination.url;
+        // Answers that tiny_http would have to write in order, from threads that would wait for each other.
+        let body = json!({"uri": url, "data": payload(1)}).to_string();
+        let token = token(url);
+        let headers = [("X-Api-Key", token.as_str()), ("Connection", "keep-alive")];
+        let request = Service::written("POST", "/lp/export", &headers, body.as_bytes());
+        let mut stream = connect(service);
+        stream.write_all(&request.repeat(20)).unwrap();
+        let mut reader = BufReader::new(stream);
+        for _ in 0..20 {
+            assert_eq!(Response::next(&mut reader).json()["state"], "Finished");
+        }
+
+        // More than anybody would read, by a client that reads nothing.
+        let flood = b"GET /status HTTP/1.1\r\nHost: x\r\n\r\n".repeat(1000);
+        let mut streams: Vec<_> = (0..16).map(|_| connect(service)).collect();
+        for stream in &mut streams {
+            stream
+                .set_write_timeout(Some(Duration::from_millis(500)))
+                .unwrap();
+            pour(stream, &flood, 400);
+        }
+    });
+}
+
+#[test]
+fn no_request_is_smuggled_in_anothers_body() {
+    withstands(&[], |service| {
+        for headers in [
+            "Content-Length: -5",
+            "Content-Length: abc",
+            "Content-Length: 3, 3",
+            "Content-Length: 3\r\nContent-Length: 4",
+            "Content-Length: 3\r\nTransfer-Encoding: chunked",
+            "Transfer-Encoding: gzip, chunked",
+            "Transfer-Encoding: identity",
+        ] {
+            let mut stream = connect(service);
+            let text = format!(
+                "POST /export HTTP/1.1\r\nHost: x\r\n{headers}\r\n\r\nGET /status HTTP/1.1\r\nHost: x\r\n\r\n"
+            );
+            stream.write_all(text.as_bytes()).unwrap();
+            let answer = rest(&mut stream);
+            assert!(
+                answer.starts_with("HTTP/1.1 400 ") || answer.starts_with("HTTP/1.1 501 "),
+                "{answer}"
+            );
+            assert!(answer.contains("\r\nConnection: close\r\n"), "{answer}");
+            assert_eq!(answer.matches("HTTP/1.1").count(), 1, "{headers}: {answer}");
+        }
+        // A chunked body that nobody wants to read ends where it ends.
+        let mut stream = connect(service);
+        let text = "POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n\
+                    24\r\nGET /status HTTP/1.1\r\nHost: x\r\n\r\n...\r\n0\r\n\r\n\
+                    GET /status HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+        stream.write_all(text.as_bytes()).unwrap();
+        let answer = rest(&mut stream);
+        assert!(
+            answer.starts_with("HTTP/1.1 404 ") && answer.ends_with("\r\n\r\nactive"),
+            "{answer}"
+        );
+        assert_eq!(answer.matches("HTTP/1.1").count(), 2, "{answer}");
+    });
+}
+
+/// What the service has computed for so far, in hundredths of a second.
+fn computed(service: &Service) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", service.pid())).unwrap();
+    let fields: Vec<_> = stat.rsplit(") ").next().unwrap().split(' ').collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[test]
+fn tls_clients_that_are_silent_or_say_only_goodbye_cost_nothing() {
+    let identity = Identity::new("ec");
+    let mut service = Service::start_secure(&identity, &[]);
+    let url = format!("https://localhost:{}/status", service.address.port());
+    let active = || {
+        let done = Command::new("curl")
+            .args(["--silent", "--show-error", "--max-time", "5", "--cacert"])
+            .arg(identity.ca())
+            .arg(&url)
+            .output()
+            .unwrap();
+        assert_eq!(
+            (done.stdout.as_slice(), done.stderr.as_slice()),
+            (&b"active"[..], &b""[..])
+        );
+    };
+    let silent: Vec<_> = (0..100).map(|_| connect(&service)).collect();
+    active();
+    // An alert that says close_notify, before any handshake and in the middle of one.
+    let mut leaving = Vec::new();
+    for beginning in [&b""[..], b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"] {
+        for _ in 0..50 {
+            let mut stream = connect(&service);
+            stream
+                .write_all(&[beginning, b"\x15\x03\x01\x00\x02\x01\x00"].concat())
+                .unwrap();
+            leaving.push(stream);
+        }
+    }
+    active();
+    let before = computed(&service);
+    thread::sleep(Duration::from_secs(2));
+    let spent = computed(&service) - before;
+    assert!(
+        spent < 50,
+        "it computed for {spent} of 200 hundredths of a second"
+    );
+    drop((silent, leaving));
+    active();
+    assert!(service.is_running());
+    let peak = service.figure("VmHWM");
+    assert!(peak < MEMORY, "{peak} kB");
+}
+
+/// Opens connections and sends a byte a second on each, and opens another for each that is closed.
+fn drip(service: &Service, count: usize, beginning: &[u8], over: &AtomicBool) {
+    let open = || {
+        let mut stream = connect(service);
+        let _ = stream.write_all(beginning);
+        stream
+    };
+    let mut streams: Vec<_> = (0..count).map(|_| open()).collect();
+    while !over.load(Ordering::Relaxed) {
+        for stream in &mut streams {
+            if stream.write_all(b"a").is_err() {
+                *stream = open();
+            }
+        }
+        thread::sleep(Duration::from_secs(1));
+    }
+}
+
+#[test]
+fn a_crowd_of_slow_clients_keeps_nobody_out() {
+    let identity = Identity::new("ec");
+    for secure in [false, true] {
+        let service = if secure {
+            Service::start_secure(&identity, &[])
+        } else {
+            Service::start(&[])
+        };
+        let destination = Destination::start(|_| ok());
+        let url = &destination.url;
+        let over = AtomicBool::new(false);
+        let (mut slowest, mut slowest_beside) = (Duration::ZERO, Duration::ZERO);
+        thread::scope(|scope| {
+            let body = [
+                b"POST /export HTTP/1.1\r\nHost: x\r\nContent-Length: 900000\r\n\r\n",
+                &[b'a'; 600_000][..],
+            ];
+            let crowds = [
+                (500, b"GET /status HTTP/1.1\r\nA: ".to_vec()),
+                (500, body.concat()),
+            ];
+            // To a TLS port these are handshakes that come to nothing.
+            let crowds = crowds.into_iter().chain([(200, b"\x16\x03\x01".to_vec())]);
+            for (count, beginning) in crowds {
+                let (service, over) = (&service, &over);
+                scope.spawn(move || drip(service, count, &beginning, over));
+            }
+            let started = Instant::now();
+            while started.elapsed() < Duration::from_secs(14) {
+                for (from, slowest) in [
+                    ("127.0.0.2", &mut slowest),
+                    ("127.0.0.1", &mut slowest_beside),
+                ] {
+                    let started = Instant::now();
+                    let body = json!({"uri": url, "data": payload(1)}).to_string();
+                    let (scheme, port) = (
+                        if secure { "https" } else { "http" },
+                        service.address.port(),
+                    );
+                    let done = Command::new("curl")
+                        .args(["--silent", "--show-error", "--interface", from, "--cacert"])
+                        .arg(identity.ca())
+                        .args([
+                            "--retry",
+                            "3",
+                            "--user",
+                            &format!("{}:", token(url)),
+                            "--data",
+                            &body,
+                        ])
+                        .arg(format!("{scheme}://localhost:{port}/lp/export"))
+                        .output()
+                        .unwrap();
+                    let answer = String::from_utf8_lossy(&done.stdout).into_owned();
+                    let errors = String::from_utf8_lossy(&done.stderr).into_owned();
+                    assert!(answer.contains("\"Finished\""), "{from}: {answer}{errors}");
+                    *slowest = (*slowest).max(started.elapsed());
+                }
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+        let peak = service.figure("VmHWM");
+        eprintln!(
+            "TLS {secure}: from another address {slowest:?} at most, from the same {slowest_beside:?}; \
+             {peak} kB at most"
+        );
+        assert!(slowest_beside < Duration::from_secs(5) && slowest < Duration::from_secs(5));
+        assert!(peak < MEMORY, "{peak} kB");
+    }
+}
+
+#[test]
+fn one_more_than_there_may_be_is_told_so_when_all_others_are_being_served() {
+    let (destination, gate) = Destination::held();
+    let service = Service::start(&["--max-connections-per-peer", "2", "--max-connections", "3"]);
+    let url = &destination.url;
+    let id = service.submit(url, &payload(1));
+    destination.arrival();
+    let token = token(url);
+    let headers = [("X-Api-Key", token.as_str())];
+    let body = json!({"id": id}).to_string();
+    let polls: Vec<_> = (0..2)
+        .map(|_| service.send("POST", "/lp/export?timeout=60", &headers, body.as_bytes()))
+        .collect();
+    service.events("poll", 2);
+    let refused = service.request("GET", "/status", &[], b"");
+    assert_eq!((refused.status, refused.code()), (503, "busy".into()));
+    assert!(refused.header("retry-after").is_some());
+
+    // Another client has the third place, however many want it who send nothing.
+    let idle: Vec<_> = (0..5)
+        .map(|_| service.connect_from([127, 0, 0, 2]))
+        .collect();
+    let mut other = service.connect_from([127, 0, 0, 3]);
+    other
+        .write_all(&Service::written("GET", "/status", &[], b""))
+        .unwrap();
+    assert_eq!(Response::read(other).body, "active");
+    drop(idle);
+
+    gate.open();
+    for poll in polls {
+        assert_eq!(Response::read(poll).json()["state"], "Finished");
+    }
+    assert_eq!(service.request("GET", "/status", &[], b"").status, 200);
+}
+
+/// Sends what comes and a byte every half second after that, until the service has answered or
+/// closed; how long that took, and the answer.
+fn dripped(service: &Service, beginning: &[u8]) -> (Duration, String) {
+    let mut stream = connect(service);
+    let started = Instant::now();
+    stream.write_all(beginning).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_millis(500)))
+        .unwrap();
+    let mut answer = Vec::new();
+    loop {
+        match stream.read_to_end(&mut answer) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock && answer.is_empty() => {
+                assert!(started.elapsed() < 2 * PATIENCE);
+                if !beginning.is_empty() {
+                    let _ = stream.write_all(b"a");
+                }
+            }
+            _ => return (started.elapsed(), String::from_utf8(answer).unwrap()),
+        }
+    }
+}
+
+#[test]
+fn deadlines_are_moments_and_a_byte_now_and_then_prolongs_none() {
+    let service = Service::start(&[]);
+    thread::scope(|scope| {
+        let body = "POST /export HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n";
+        let chunks = "POST /export HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1;";
+        for (beginning, seconds) in [("GET / HTTP/1.1\r\nA: ", 10), (body, 30), (chunks, 30)] {
+            let service = &service;
+            scope.spawn(move || {
+                let (took, answer) = dripped(service, beginning.as_bytes());
+                assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+                assert!(took >= Duration::from_secs(seconds) - Duration::from_millis(100));
+                assert!(took < Duration::from_secs(seconds + 5), "{took:?}");
+            });
+        }
+        scope.spawn(|| {
+            let (took, answer) = dripped(&service, b"");
+            assert_eq!(answer, "");
+            assert!(
+                took >= Duration::from_secs(59) && took < Duration::from_secs(65),
+                "{took:?}"
+            );
+        });
+        scope.spawn(|| {
+            // Asks and asks and reads nothing; in the end nothing more is taken from it.
+            let (mut stream, started) = (connect(&service), Instant::now());
+            pour(
+                &mut stream,
+                &b"GET /status HTTP/1.1\r\nHost: x\r\n\r\n".repeat(1000),
+                usize::MAX,
+            );
+            let took = started.elapsed();
+            assert!(
+                took > Duration::from_secs(29) && took < Duration::from_secs(45),
+                "{took:?}"
+            );
+        });
+    });
+}
+
+#[test]
+fn many_large_requests_at_a_time_wait_for_each_other_and_all_arrive() {
+    let destination = Destination::start(|_| ok());
+    let service = Service::start(&[]);
+    let url = &destination.url;
+    let large = json!({"uri": url, "data": {"text": "x".repeat(900_000)}}).to_string();
+    let token = token(url);
+    thread::scope(|scope| {
+        let clients: Vec<_> = (0..64)
+            .map(|_| {
+                scope.spawn(|| {
+                    let headers = [("X-Api-Key", token.as_str())];
+                    loop {
+                        let answer = service.request("POST", "/export", &headers, large.as_bytes());
+                        match answer.status {
+                            200 => return,
+                            // The disk does not keep up, and the client is told to come again.
+                            _ => assert_eq!(answer.code(), "overloaded"),
+                        }
+                    }
+                })
+            })
+            .collect();
+        clients
+            .into_iter()
+            .for_each(|client| client.join().unwrap());
+    });
+    for _ in 0..64 {
+        assert_eq!(destination.arrival().body.len(), 900_011);
+    }
+    let peak = service.figure("VmHWM");
+    eprintln!("64 requests of 900 kB at a time: {peak} kB at most");
+}
+
+#[test]
+fn a_flood_of_refused_requests_does_not_fill_the_log() {
+    let service = Service::start(&[]);
+    let mut stream = connect(&service);
+    let request = b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n";
+    stream.write_all(&request.repeat(5000)).unwrap();
+    let mut reader = BufReader::new(stream);
+    for _ in 0..5000 {
+        assert_eq!(Response::next(&mut reader).status, 404);
+    }
+    let lines = service
+        .log()
+        .iter()
+        .filter(|line| line.contains("refused"))
+        .count();
+    assert!(lines < 1000, "{lines} lines");
+}
