@@ -52,8 +52,9 @@ const LINGER: Duration = Duration::from_secs(2);
 /// How often links that nobody uses any more are looked for, and how long accepting must have gone
 /// well to be called well.
 const HOUSEKEEPING: Duration = Duration::from_secs(10);
-/// How long accepting waits for a connection that was closed because it has failed.
-const PAUSE: Duration = Duration::from_millis(50);
+/// How long accepting pauses when it goes on failing. Each time a connection is closed, so this is
+/// also what gives those that have just come the time to send their request.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// Bodies and answers up to this many bytes are not counted: all connections together have room
 /// for theirs.
@@ -214,7 +215,8 @@ impl Shared {
                     drop(self.links.hold_opening());
                     self.links.close_idle();
                     if failures_in_a_row > 0 {
-                        self.slots.evict_one(PAUSE);
+                        self.slots.evict_one();
+                        thread::sleep(PAUSE);
                     }
                     failures_in_a_row += 1;
                 }

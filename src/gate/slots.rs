@@ -129,12 +129,9 @@ impl Slots {
         Some(slot)
     }
 
-    /// Closes the connection that has been waiting longest, if there is one, and waits until a slot
-    /// is given back, for so long at most.
-    pub fn evict_one(&self, limit: Duration) {
-        let mut inner = self.inner.lock();
-        self.evict(&mut inner, |_| true);
-        self.freed.wait_for(&mut inner, limit);
+    /// Closes the connection that has been waiting longest, if there is one.
+    pub fn evict_one(&self) {
+        self.evict(&mut self.inner.lock(), |_| true);
     }
 
     /// Closes all connections but those whose request is being served, and those when it is.
