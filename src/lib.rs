@@ -5,7 +5,8 @@
 //! 1. [`config`] reads arguments and environment once and yields one checked value.
 //! 2. [`server`] takes requests off tiny_http and hands each to a fixed pool of threads.
 //! 3. [`routes`] turns a request into a command, and a result into a response; no I/O.
-//!    It asks [`auth`] what the request's macaroon allows.
+//!    It asks [`auth`] what the request's macaroon allows; the key to check it with was given, or
+//!    [`arbiter`] has fetched it.
 //! 4. [`exports`] carries the command out: it writes submissions to the store, parks long polls,
 //!    and answers when there is something to say.
 //! 5. [`delivery`] is the worker: it decides whose turn it is, POSTs one export after the other to
@@ -23,6 +24,7 @@
 // A line printed in passing would bypass the log and its rules on what may be shown.
 #![warn(clippy::dbg_macro, clippy::print_stdout, clippy::print_stderr)]
 
+pub mod arbiter;
 pub mod auth;
 pub mod check;
 pub mod commands;

@@ -1,0 +1,6 @@
+//! The link to a Databox's arbiter.
+//!
+//! Not here yet: the thread that asks.
+
+pub mod curve;
+pub mod zest;
