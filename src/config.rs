@@ -5,7 +5,8 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,6 +16,8 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 use ipnet::IpNet;
 use log::LevelFilter;
 
+use crate::arbiter;
+use crate::arbiter::curve::{self, Endpoint};
 use crate::auth::Key;
 use crate::delivery::addresses::Rules;
 use crate::delivery::signature::SigningKey;
@@ -24,6 +27,22 @@ use crate::exports::Limits;
 use crate::exports::store::Place;
 use crate::logging::Format;
 
+/// The longest file that is read from the secrets folder, in bytes; theirs have a hundred.
+const LONGEST_FILE: u64 = 4096;
+/// The file with the token that the arbiter knows this service by.
+const ARBITER_TOKEN: &str = "ARBITER_TOKEN";
+/// The file with the key that the arbiter proves itself by.
+const ZMQ_PUBLIC_KEY: &str = "ZMQ_PUBLIC_KEY";
+
+/// Where the macaroon secret is from.
+#[derive(Debug)]
+pub enum SecretSource {
+    /// It was given, and this is the key that follows from it.
+    Given(Key),
+    /// The arbiter is asked for it.
+    Arbiter(arbiter::Settings),
+}
+
 /// What the service runs with.
 #[derive(Debug)]
 pub struct Config {
@@ -31,8 +50,8 @@ pub struct Config {
     pub address: SocketAddr,
     /// The name that a token's `target` must be.
     pub name: String,
-    /// The root key of all tokens.
-    pub key: Key,
+    /// Where the root key of all tokens is from.
+    pub secret: SecretSource,
     /// Where exports are kept.
     pub place: Place,
     /// Threads that serve requests.
@@ -125,17 +144,13 @@ pub struct SecretArgs {
 }
 
 impl SecretArgs {
-    fn key(&self) -> Result<Key, ConfigError> {
+    /// The key, if a secret was given.
+    fn key(&self) -> Result<Option<Key>, ConfigError> {
         match self.secret.as_deref() {
             Some("") => Err(ConfigError(
                 "the macaroon secret is empty: give one with --secret or EXPORT_SECRET".into(),
             )),
-            Some(secret) => Ok(Key::derive(secret.as_bytes())),
-            None => Err(ConfigError(
-                "there is no macaroon secret: give one with --secret or EXPORT_SECRET (asking a \
-                 Databox's arbiter for it is not there yet)"
-                    .into(),
-            )),
+            secret => Ok(secret.map(|secret| Key::derive(secret.as_bytes()))),
         }
     }
 }
@@ -197,6 +212,17 @@ pub struct ServeArgs {
     listen: ListenArgs,
     #[command(flatten)]
     secret: SecretArgs,
+    /// Where a Databox's arbiter listens, which is asked for the secret if none is given
+    #[arg(
+        long,
+        env = "DATABOX_ARBITER_ENDPOINT",
+        default_value = "tcp://arbiter:4444",
+        value_name = "ENDPOINT"
+    )]
+    arbiter: String,
+    /// Folder with ARBITER_TOKEN, ZMQ_PUBLIC_KEY and DATABOX.pem, as a Databox mounts it
+    #[arg(long, env = "EXPORT_SECRETS_DIR", default_value = "/run/secrets")]
+    secrets_dir: PathBuf,
     /// Folder that exports are kept in until they are delivered and their results have expired
     #[arg(long, env = "EXPORT_DATA_DIR", default_value = "./data")]
     data_dir: PathBuf,
@@ -282,7 +308,12 @@ impl TokenArgs {
     /// # Errors
     /// Where there is no secret.
     pub fn signer(&self) -> Result<(&str, Key), ConfigError> {
-        Ok((&self.secret.name, self.secret.key()?))
+        let key = self.secret.key()?.ok_or_else(|| {
+            ConfigError(
+                "there is no macaroon secret: give one with --secret or EXPORT_SECRET".into(),
+            )
+        })?;
+        Ok((&self.secret.name, key))
     }
 }
 
@@ -316,7 +347,8 @@ pub struct CheckArgs {
 }
 
 impl ServeArgs {
-    /// Checks everything that can be checked without touching the disk or the network.
+    /// Checks everything that can be checked before the service starts, and reads the files that
+    /// settings name.
     ///
     /// # Errors
     /// The first setting that cannot work.
@@ -376,7 +408,10 @@ impl ServeArgs {
         let level = i16::from(self.verbose) - i16::from(self.quiet);
         Ok(Config {
             address: self.listen.address(),
-            key: self.secret.key()?,
+            secret: match self.secret.key()? {
+                Some(key) => SecretSource::Given(key),
+                None => SecretSource::Arbiter(self.arbiter()?),
+            },
             name: self.secret.name,
             place: if self.ephemeral {
                 Place::Memory
@@ -410,6 +445,56 @@ impl ServeArgs {
                 1 => LevelFilter::Debug,
                 2.. => LevelFilter::Trace,
             },
+        })
+    }
+}
+
+impl ServeArgs {
+    /// How the arbiter is asked, where no secret was given.
+    fn arbiter(&self) -> Result<arbiter::Settings, ConfigError> {
+        let token = self.secret_file(ARBITER_TOKEN)?;
+        let text = self.secret_file(ZMQ_PUBLIC_KEY)?;
+        let server_key = str::from_utf8(&text)
+            .ok()
+            .and_then(|text| curve::key_of_z85(text.trim()))
+            .ok_or_else(|| {
+                ConfigError(format!(
+                    "{} is no key in Z85, which has 40 characters: put the arbiter's there, or \
+                     give the macaroon secret itself with --secret or EXPORT_SECRET",
+                    self.secrets_dir.join(ZMQ_PUBLIC_KEY).display()
+                ))
+            })?;
+        let endpoint: Endpoint = self.arbiter.parse().map_err(|()| {
+            ConfigError(format!(
+                "--arbiter {}: give the arbiter's address like tcp://arbiter:4444",
+                self.arbiter
+            ))
+        })?;
+        // One line end is the editor's; anything else may be the token's.
+        let token = token.strip_suffix(b"\n").unwrap_or(&token);
+        arbiter::Settings::new(endpoint, server_key, token, &self.secret.name).ok_or_else(|| {
+            ConfigError("--name is too long: the arbiter knows no name of over 65535 bytes".into())
+        })
+    }
+
+    /// What a file of the secrets folder holds.
+    fn secret_file(&self, name: &str) -> Result<Vec<u8>, ConfigError> {
+        let path = self.secrets_dir.join(name);
+        let mut content = Vec::new();
+        let read = File::open(&path)
+            .and_then(|file| file.take(LONGEST_FILE + 1).read_to_end(&mut content))
+            .and_then(|length| match length as u64 {
+                0 => Err(io::Error::other("it is empty")),
+                1..=LONGEST_FILE => Ok(content),
+                _ => Err(io::Error::other("it is too long for one")),
+            });
+        read.map_err(|error| {
+            ConfigError(format!(
+                "there is no macaroon secret, and no arbiter can be asked for it: {name} cannot be \
+                 read from {}: {error}; give the secret with --secret or EXPORT_SECRET, or on a \
+                 Databox the folder of its files with --secrets-dir",
+                path.display()
+            ))
         })
     }
 }
