@@ -140,7 +140,7 @@ fn the_secret_is_fetched_at_the_first_try_and_an_apps_token_is_good() {
     let token = String::from_utf8(minted.stdout).unwrap();
     let token = token.trim();
     assert!(
-        !token.is_empty() && token.len() % 4 == 0,
+        !token.is_empty() && token.len().is_multiple_of(4),
         "padded base64url"
     );
     let body = json!({"uri": destination.url, "data": payload(1)});
