@@ -1,5 +1,5 @@
-//! The only reader of arguments and environment: yields one [`Config`] in which everything has
-//! been checked, before the first thread starts.
+//! The only reader of arguments, environment and secrets folder: yields one [`Config`] in which
+//! everything has been checked, before the first thread starts.
 //!
 //! Not here: whether the data folder can be used, which only opening it tells.
 

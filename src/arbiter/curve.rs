@@ -667,8 +667,8 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects and shakes hands. Blocks for [`LOOK_UP`], [`CONNECT`] for each address, and
-    /// [`HANDSHAKE`] at the most.
+    /// Connects and shakes hands. Blocks for `LOOK_UP`, `CONNECT` for each address, and
+    /// `HANDSHAKE` at the most.
     ///
     /// # Errors
     /// The step that failed.
@@ -696,7 +696,7 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Makes a request and waits for the answer, for [`ANSWER`] at the most.
+    /// Makes a request and waits for the answer, for `ANSWER` at the most.
     ///
     /// # Errors
     /// Where there is none; the connection is of no more use then.

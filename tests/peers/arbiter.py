@@ -17,7 +17,7 @@ It reads one JSON object per line and answers with one:
 {"do": "start", "as": KIND}            -> up again, having forgotten everything; or without ZeroMQ: "silent"
                                           (says nothing), "garbage" (says nonsense), "reset" (RST to everyone)
 
-With nothing to read it goes on. To get a token as an app does, over Zest:
+With nothing to read (</dev/null, in the background) it goes on. To get a token as an app does, over Zest:
 
 arbiter.py token FOLDER ENDPOINT DESTINATION
 """
@@ -101,7 +101,7 @@ class Arbiter:
         server.curve_secretkey = self.private
         server.zap_domain = b"databox"
         # A client that does not answer PINGs would lose its connection.
-        server.heartbeat_ivl, server.heartbeat_timeout = 1000, 4000
+        server.heartbeat_ivl, server.heartbeat_timeout = 1000, 8000
         server.bind(self.endpoint)
         self.run(self.serve, context, access, server)
 
