@@ -447,9 +447,7 @@ impl ServeArgs {
             },
         })
     }
-}
 
-impl ServeArgs {
     /// How the arbiter is asked, where no secret was given.
     fn arbiter(&self) -> Result<arbiter::Settings, ConfigError> {
         let token = self.secret_file(ARBITER_TOKEN)?;

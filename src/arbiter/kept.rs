@@ -74,6 +74,10 @@ impl Keeper {
             return Ok(None);
         }
         let secret = STANDARD.decode(kept.secret).map_err(|_| strange())?;
+        if secret.is_empty() {
+            // Anybody could mint with that.
+            return Err(strange());
+        }
         // Where boots cannot be told apart, none is known to be this one.
         let doubtful = self.boot.is_empty() || kept.boot.as_ref() != Some(&self.boot);
         Ok(Some(Found { secret, doubtful }))
@@ -199,6 +203,7 @@ mod tests {
         for text in [
             "s3cret",
             r#"{"secret":"s3cret!","fingerprint":"ours"}"#,
+            r#"{"secret":"","fingerprint":"ours"}"#,
             "{}",
         ] {
             fs::write(folder.path().join(FILE), text).unwrap();

@@ -197,13 +197,13 @@ impl Link {
     }
 
     fn run(&mut self) {
-        let mut failures = 0;
+        let mut failures = 0_u32;
         loop {
             let mut stood = None;
             let trouble = self.stand(&mut stood);
             failures = match stood {
                 Some(since) if since.elapsed() >= STOOD => 1,
-                _ => failures + 1,
+                _ => failures.saturating_add(1),
             };
             let wait = backoff(failures, chance());
             self.note(trouble, wait);
