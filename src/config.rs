@@ -1,11 +1,12 @@
-//! The only reader of arguments and environment: yields one [`Config`] in which everything has
-//! been checked, before the first thread starts.
+//! The only reader of arguments, environment and secrets folder: yields one [`Config`] in which
+//! everything has been checked, before the first thread starts.
 //!
 //! Not here: whether the data folder can be used, which only opening it tells.
 
 use std::ffi::OsString;
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,6 +17,8 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 use ipnet::IpNet;
 use log::LevelFilter;
 
+use crate::arbiter;
+use crate::arbiter::curve::{self, Endpoint};
 use crate::auth::Key;
 use crate::delivery::addresses::Rules;
 use crate::delivery::signature::SigningKey;
@@ -29,6 +32,21 @@ use crate::logging::Format;
 
 /// Bytes that large requests and answers may take in memory at a time, all together.
 const LARGE_REQUESTS: usize = 16 * 1024 * 1024;
+/// The longest file that is read from the secrets folder, in bytes; theirs have a hundred.
+const LONGEST_FILE: u64 = 4096;
+/// The file with the token that the arbiter knows this service by.
+const ARBITER_TOKEN: &str = "ARBITER_TOKEN";
+/// The file with the key that the arbiter proves itself by.
+const ZMQ_PUBLIC_KEY: &str = "ZMQ_PUBLIC_KEY";
+
+/// Where the macaroon secret is from.
+#[derive(Debug)]
+pub enum SecretSource {
+    /// It was given, and this is the key that follows from it.
+    Given(Key),
+    /// The arbiter is asked for it.
+    Arbiter(arbiter::Settings),
+}
 
 /// What the service runs with.
 #[derive(Debug)]
@@ -37,8 +55,8 @@ pub struct Config {
     pub address: SocketAddr,
     /// The name that a token's `target` must be.
     pub name: String,
-    /// The root key of all tokens.
-    pub key: Key,
+    /// Where the root key of all tokens is from.
+    pub secret: SecretSource,
     /// Where exports are kept.
     pub place: Place,
     /// Threads that serve requests.
@@ -186,17 +204,13 @@ pub struct SecretArgs {
 }
 
 impl SecretArgs {
-    fn key(&self) -> Result<Key, ConfigError> {
+    /// The key, if a secret was given.
+    fn key(&self) -> Result<Option<Key>, ConfigError> {
         match self.secret.as_deref() {
             Some("") => Err(ConfigError(
                 "the macaroon secret is empty: give one with --secret or EXPORT_SECRET".into(),
             )),
-            Some(secret) => Ok(Key::derive(secret.as_bytes())),
-            None => Err(ConfigError(
-                "there is no macaroon secret: give one with --secret or EXPORT_SECRET (asking a \
-                 Databox's arbiter for it is not there yet)"
-                    .into(),
-            )),
+            secret => Ok(secret.map(|secret| Key::derive(secret.as_bytes()))),
         }
     }
 }
@@ -260,6 +274,14 @@ pub struct ServeArgs {
     tls: TlsArgs,
     #[command(flatten)]
     secret: SecretArgs,
+    /// Where a Databox's arbiter listens, which is asked for the secret if none is given
+    #[arg(
+        long,
+        env = "DATABOX_ARBITER_ENDPOINT",
+        default_value = "tcp://arbiter:4444",
+        value_name = "ENDPOINT"
+    )]
+    arbiter: String,
     /// Folder that exports are kept in until they are delivered and their results have expired
     #[arg(long, env = "EXPORT_DATA_DIR", default_value = "./data")]
     data_dir: PathBuf,
@@ -351,7 +373,12 @@ impl TokenArgs {
     /// # Errors
     /// Where there is no secret.
     pub fn signer(&self) -> Result<(&str, Key), ConfigError> {
-        Ok((&self.secret.name, self.secret.key()?))
+        let key = self.secret.key()?.ok_or_else(|| {
+            ConfigError(
+                "there is no macaroon secret: give one with --secret or EXPORT_SECRET".into(),
+            )
+        })?;
+        Ok((&self.secret.name, key))
     }
 }
 
@@ -385,7 +412,8 @@ pub struct CheckArgs {
 }
 
 impl ServeArgs {
-    /// Checks everything that can be checked without touching the disk or the network.
+    /// Checks everything that can be checked before the service starts, and reads the files that
+    /// settings name.
     ///
     /// # Errors
     /// The first setting that cannot work.
@@ -452,7 +480,10 @@ impl ServeArgs {
         let level = i16::from(self.verbose) - i16::from(self.quiet);
         Ok(Config {
             address: self.listen.address(),
-            key: self.secret.key()?,
+            secret: match self.secret.key()? {
+                Some(key) => SecretSource::Given(key),
+                None => SecretSource::Arbiter(self.arbiter()?),
+            },
             name: self.secret.name,
             place: if self.ephemeral {
                 Place::Memory
@@ -494,6 +525,54 @@ impl ServeArgs {
                 1 => LevelFilter::Debug,
                 2.. => LevelFilter::Trace,
             },
+        })
+    }
+
+    /// How the arbiter is asked, where no secret was given.
+    fn arbiter(&self) -> Result<arbiter::Settings, ConfigError> {
+        let token = self.secret_file(ARBITER_TOKEN)?;
+        let text = self.secret_file(ZMQ_PUBLIC_KEY)?;
+        let server_key = str::from_utf8(&text)
+            .ok()
+            .and_then(|text| curve::key_of_z85(text.trim()))
+            .ok_or_else(|| {
+                ConfigError(format!(
+                    "{} is no key in Z85, which has 40 characters: put the arbiter's there, or \
+                     give the macaroon secret itself with --secret or EXPORT_SECRET",
+                    self.tls.secrets_dir.join(ZMQ_PUBLIC_KEY).display()
+                ))
+            })?;
+        let endpoint: Endpoint = self.arbiter.parse().map_err(|()| {
+            ConfigError(format!(
+                "--arbiter {}: give the arbiter's address like tcp://arbiter:4444",
+                self.arbiter
+            ))
+        })?;
+        // One line end is the editor's; anything else may be the token's.
+        let token = token.strip_suffix(b"\n").unwrap_or(&token);
+        arbiter::Settings::new(endpoint, server_key, token, &self.secret.name).ok_or_else(|| {
+            ConfigError("--name is too long: the arbiter knows no name of over 65535 bytes".into())
+        })
+    }
+
+    /// What a file of the secrets folder holds.
+    fn secret_file(&self, name: &str) -> Result<Vec<u8>, ConfigError> {
+        let path = self.tls.secrets_dir.join(name);
+        let mut content = Vec::new();
+        let read = File::open(&path)
+            .and_then(|file| file.take(LONGEST_FILE + 1).read_to_end(&mut content))
+            .and_then(|length| match length as u64 {
+                0 => Err(io::Error::other("it is empty")),
+                1..=LONGEST_FILE => Ok(content),
+                _ => Err(io::Error::other("it is too long for one")),
+            });
+        read.map_err(|error| {
+            ConfigError(format!(
+                "there is no macaroon secret, and no arbiter can be asked for it: {name} cannot be \
+                 read from {}: {error}; give the secret with --secret or EXPORT_SECRET, or on a \
+                 Databox the folder of its files with --secrets-dir",
+                path.display()
+            ))
         })
     }
 }

@@ -6,7 +6,8 @@
 //! 2. [`gate`] lets connections in, speaks TLS, and passes whole requests on to tiny_http.
 //! 3. [`server`] takes requests off tiny_http and hands each to a fixed pool of threads.
 //! 4. [`routes`] turns a request into a command, and a result into a response; no I/O.
-//!    It asks [`auth`] what the request's macaroon allows.
+//!    It asks [`auth`] what the request's macaroon allows; the key to check it with was given, or
+//!    [`arbiter`] has fetched it.
 //! 5. [`exports`] carries the command out: it writes submissions to the store, parks long polls,
 //!    and answers when there is something to say.
 //! 6. [`delivery`] is the worker: it decides whose turn it is, POSTs one export after the other to
@@ -24,6 +25,7 @@
 // A line printed in passing would bypass the log and its rules on what may be shown.
 #![warn(clippy::dbg_macro, clippy::print_stdout, clippy::print_stderr)]
 
+pub mod arbiter;
 pub mod auth;
 pub mod check;
 pub mod commands;

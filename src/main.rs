@@ -3,22 +3,24 @@
 use std::env;
 use std::io::{self, Write};
 use std::net::TcpListener;
+use std::path::Path;
 use std::process::{self, ExitCode};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use clap::Parser;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
-use export_service::config::{Cli, Command, Config};
+use export_service::auth::secret::Secret;
+use export_service::config::{Cli, Command, Config, SecretSource};
 use export_service::delivery::attempt::Client;
 use export_service::delivery::worker;
 use export_service::exports::Exports;
-use export_service::exports::store::Writer;
+use export_service::exports::store::{Place, Writer};
 use export_service::gate::Gate;
 use export_service::gate::tls::Identity;
 use export_service::routes::Policy;
 use export_service::server::{Server, Service};
-use export_service::{check, commands, logging, threads};
+use export_service::{arbiter, check, commands, logging, threads};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -98,6 +100,8 @@ fn serve(mut config: Config) -> Result<(), String> {
         "starting"
     );
 
+    let secret = secret(config.secret, &config.place);
+
     // The recorder and the worker stop when these are dropped.
     let (stop_recorder, recorder_stopping) = bounded(0);
     let (stop_worker, worker_stopping) = bounded::<()>(0);
@@ -117,7 +121,7 @@ fn serve(mut config: Config) -> Result<(), String> {
     let service = Service {
         policy: Policy {
             name: config.name,
-            key: config.key,
+            secret,
         },
         exports: exports.clone(),
     };
@@ -148,6 +152,20 @@ fn serve(mut config: Config) -> Result<(), String> {
     recorder.ends_within(LAST_COMMIT);
     log::info!(unfinished = exports.unfinished(); "stopped");
     Ok(())
+}
+
+/// The key that tokens are checked with, or where it will be once the arbiter has given it.
+fn secret(source: SecretSource, place: &Place) -> Arc<Secret> {
+    match source {
+        SecretSource::Given(key) => Arc::new(Secret::given(key)),
+        SecretSource::Arbiter(settings) => {
+            let secret = Arc::new(Secret::awaited());
+            let folder = place.folder().map(Path::to_owned);
+            // Its thread needs no stop: what it writes is whole at any time.
+            arbiter::start(settings, folder, secret.clone());
+            secret
+        }
+    }
 }
 
 /// Sends the first signal that asks the process to stop, and ends it at the second. SIGHUP has the

@@ -6,6 +6,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use base64::Engine;
@@ -15,7 +16,8 @@ use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use crate::auth::{self, Denial, Grant, Key, Need};
+use crate::auth::secret::{Missing, Secret};
+use crate::auth::{self, Denial, Grant, Need};
 use crate::delivery::addresses::{BadUrl, Destination};
 use crate::exports::{self, Query, State, Submission, View};
 
@@ -68,8 +70,8 @@ impl<'a> Request<'a> {
 pub struct Policy {
     /// This service's name, which a token's `target` must be.
     pub name: String,
-    /// The root key of all tokens.
-    pub key: Key,
+    /// Where the root key of all tokens is, once there is one.
+    pub secret: Arc<Secret>,
 }
 
 /// What a request asks for, once it may.
@@ -89,6 +91,8 @@ pub enum Refusal {
     NoSuchPath,
     /// The path is there, but not for this method; these are allowed.
     Method(&'static str),
+    /// There is no key yet to check tokens with.
+    NoSecret(Missing),
     /// There is no token, or none that covers the request.
     Denied(Denial),
     /// The body is not what it must be; the text says which part and how.
@@ -138,6 +142,7 @@ impl Refusal {
         match self {
             Self::NoSuchPath => (404, "no_such_path"),
             Self::Method(_) => (405, "method_not_allowed"),
+            Self::NoSecret(_) => (503, "no_secret"),
             Self::Denied(_) => (401, "unauthorized"),
             Self::Malformed(_) => (400, "malformed"),
             Self::TooLarge(_) => (413, "too_large"),
@@ -167,6 +172,10 @@ impl fmt::Display for Refusal {
         match self {
             Self::NoSuchPath => f.write_str("there are POST /export, POST /lp/export and GET /status"),
             Self::Method(allow) => write!(f, "this path takes {allow} only"),
+            Self::NoSecret(Missing(reason)) => write!(
+                f,
+                "there is no secret to check tokens with yet, since {reason}: try again later"
+            ),
             Self::Denied(denial) => denial.fmt(f),
             Self::Malformed(what) => f.write_str(what),
             Self::TooLarge(limit) => {
@@ -220,7 +229,7 @@ impl fmt::Display for Refusal {
 /// Decides what a request asks for and whether it may. Pure: `now` is for expiring tokens.
 ///
 /// # Errors
-/// The first reason to refuse it: path, method, token, body, destination, in this order.
+/// The first reason to refuse it: path, method, no key, token, body, destination, in this order.
 pub fn command(
     request: &Request<'_>,
     policy: &Policy,
@@ -241,7 +250,8 @@ pub fn command(
         method: request.method,
         path: request.path(),
     };
-    let grant = auth::authorize(&token(request)?, &policy.key, &subject, now)?;
+    let key = policy.secret.key().map_err(Refusal::NoSecret)?;
+    let grant = auth::authorize(&token(request)?, &key, &subject, now)?;
     let body = read_body(request.body)?;
     match body.id.as_deref() {
         None | Some("") => Ok(Command::Submit(submission(request, body, &grant)?, wait)),
@@ -524,7 +534,7 @@ fn json(status: u16, body: &impl Serialize) -> Response {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::auth::Macaroon;
+    use crate::auth::{Key, Macaroon};
     use proptest::prelude::*;
 
     const URL: &str = "https://a.example/in";
@@ -532,7 +542,7 @@ mod tests {
     fn policy() -> Policy {
         Policy {
             name: "export-service".into(),
-            key: Key::derive(b"secret"),
+            secret: Arc::new(Secret::given(Key::derive(b"secret"))),
         }
     }
 
@@ -543,7 +553,7 @@ mod tests {
             "path = *".to_owned(),
             format!("destination = {destination}"),
         ];
-        Macaroon::mint(&policy().key, "me", caveats)
+        Macaroon::mint(&Key::derive(b"secret"), "me", caveats)
             .to_v1()
             .unwrap()
     }
@@ -567,6 +577,30 @@ mod tests {
             }
             Ok(_) => panic!("not a submission"),
             Err(refusal) => Err(refusal),
+        }
+    }
+
+    #[test]
+    fn without_a_secret_only_requests_that_need_a_token_are_put_off() {
+        let policy = Policy {
+            secret: Arc::new(Secret::awaited()),
+            ..policy()
+        };
+        let code = |method, target| {
+            let request = Request {
+                method,
+                target,
+                ..Request::default()
+            };
+            let refused = command(&request, &policy, SystemTime::now()).err()?;
+            Some((refused.status(), refusal(&refused).headers))
+        };
+        assert!(code("GET", "/status").is_none());
+        assert_eq!(code("GET", "/export").unwrap().0.0, 405);
+        for target in ["/export", "/lp/export?timeout=9"] {
+            let (status, headers) = code("POST", target).unwrap();
+            assert_eq!(status, (503, "no_secret"));
+            assert!(headers.contains(&("Retry-After", "5".into())));
         }
     }
 

@@ -23,15 +23,26 @@ fn run(arguments: &[&str], environment: &[(&str, &str)]) -> (Option<i32>, String
 }
 
 #[test]
-fn without_a_secret_it_says_where_to_give_one_and_that_the_arbiter_is_not_there_yet() {
+fn without_a_secret_it_says_where_to_give_one_and_what_the_arbiter_would_need() {
     for environment in [vec![], vec![("EXPORT_SECRET", "")]] {
-        let (code, message) = run(&["--ephemeral"], &environment);
+        let arguments = ["--ephemeral", "--secrets-dir", "/nonexistent"];
+        let (code, message) = run(&arguments, &environment);
         assert_eq!(code, Some(2));
         for word in ["--secret", "EXPORT_SECRET"] {
             assert!(message.contains(word), "{message}");
         }
-        assert_eq!(message.contains("arbiter"), environment.is_empty());
+        let file = message.contains("/nonexistent/ARBITER_TOKEN");
+        assert_eq!(
+            file && message.contains("--secrets-dir"),
+            environment.is_empty()
+        );
     }
+    let (code, message) = run(&["token", "--destination", "https://a.example/"], &[]);
+    assert_eq!(code, Some(2));
+    assert!(
+        message.contains("there is no macaroon secret: give one"),
+        "{message}"
+    );
 }
 
 #[test]

@@ -7,6 +7,7 @@
 
 pub mod caveats;
 pub mod macaroon;
+pub mod secret;
 
 use std::fmt;
 use std::time::SystemTime;

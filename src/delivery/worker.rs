@@ -402,7 +402,7 @@ fn words(outcome: &Outcome, export: &Export) -> (&'static str, String) {
 
 /// A number evenly spread from 0 to 1. std seeds its hash maps from the system's randomness, and
 /// waits need no better.
-fn chance() -> f64 {
+pub(crate) fn chance() -> f64 {
     RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64
 }
 

@@ -69,6 +69,7 @@ pub struct Service {
     pub address: SocketAddr,
     child: Child,
     log: Arc<Log>,
+    secret: Option<&'static str>,
     arguments: Vec<String>,
     folder: Arc<TempDir>,
 }
@@ -111,7 +112,15 @@ impl Service {
 
     /// A service that may not send to this machine, as the others here may.
     pub fn start_bare(arguments: &[&str]) -> Self {
-        Self::launch(Arc::new(tempfile::tempdir().unwrap()), command(), arguments)
+        let folder = Arc::new(tempfile::tempdir().unwrap());
+        Self::launch(folder, command(), Some(SECRET), arguments)
+    }
+
+    /// A service that is given no secret.
+    pub fn start_without_secret(arguments: &[&str]) -> Self {
+        let folder = Arc::new(tempfile::tempdir().unwrap());
+        let arguments = [&["--allow-network", "127.0.0.0/8"], arguments].concat();
+        Self::launch(folder, command(), None, &arguments)
     }
 
     /// A service whose data folder is a disk of so many bytes, half of them taken by a file of
@@ -137,7 +146,8 @@ impl Service {
             &script,
             "export-service",
         ]);
-        Self::launch(folder, command, &["--allow-network", "127.0.0.0/8"])
+        let arguments = ["--allow-network", "127.0.0.0/8"];
+        Self::launch(folder, command, Some(SECRET), &arguments)
     }
 
     /// Removes the file of somebody else's; see [`Service::start_on_small_disk`].
@@ -153,10 +163,15 @@ impl Service {
 
     fn start_in(folder: Arc<TempDir>, arguments: &[&str]) -> Self {
         let arguments = [&["--allow-network", "127.0.0.0/8"], arguments].concat();
-        Self::launch(folder, command(), &arguments)
+        Self::launch(folder, command(), Some(SECRET), &arguments)
     }
 
-    fn launch(folder: Arc<TempDir>, mut command: Command, arguments: &[&str]) -> Self {
+    fn launch(
+        folder: Arc<TempDir>,
+        mut command: Command,
+        secret: Option<&'static str>,
+        arguments: &[&str],
+    ) -> Self {
         let mut child = command
             .args([
                 "serve",
@@ -171,7 +186,7 @@ impl Service {
             .arg("--data-dir")
             .arg(folder.path().join("data"))
             .args(arguments)
-            .env("EXPORT_SECRET", SECRET)
+            .envs(secret.map(|secret| ("EXPORT_SECRET", secret)))
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
@@ -189,6 +204,7 @@ impl Service {
             address: SocketAddr::from(([0; 4], 0)),
             child,
             log,
+            secret,
             arguments: arguments
                 .iter()
                 .map(|&argument| argument.to_owned())
@@ -322,15 +338,17 @@ impl Service {
     /// Ends the process at once and starts it again on the same folder.
     pub fn kill_and_restart(self) -> Self {
         let (folder, arguments) = (self.folder.clone(), self.arguments.clone());
+        let secret = self.secret;
         drop(self);
         Self::launch(
             folder,
             command(),
+            secret,
             &arguments.iter().map(String::as_str).collect::<Vec<_>>(),
         )
     }
 
-    /// The same, with other arguments.
+    /// The same, with other arguments and with a secret.
     pub fn kill_and_restart_with(self, arguments: &[&str]) -> Self {
         let folder = self.folder.clone();
         drop(self);
@@ -466,6 +484,10 @@ impl Peer {
             requests,
             answers,
         }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Says something and waits for the answer.

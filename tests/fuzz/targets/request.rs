@@ -2,8 +2,10 @@
 //! payload that is accepted is part of what was sent, or what a string in it stands for.
 #![no_main]
 
+use std::sync::Arc;
 use std::time::SystemTime;
 
+use export_service::auth::secret::Secret;
 use export_service::auth::{Key, Macaroon};
 use export_service::routes::{Command, Policy, Request, command, refusal};
 use libfuzzer_sys::fuzz_target;
@@ -14,9 +16,10 @@ fuzz_target!(|bytes: &[u8]| {
     let mut text = || str::from_utf8(parts.next().unwrap_or_default()).unwrap_or_default();
     let (target, authorization, idempotency_key) = (text(), text(), text());
     let body = parts.next().unwrap_or_default();
+    let key = Key::derive(b"key");
     let policy = Policy {
         name: "export-service".into(),
-        key: Key::derive(b"key"),
+        secret: Arc::new(Secret::given(key.clone())),
     };
     let caveats = [
         "target = export-service",
@@ -24,7 +27,7 @@ fuzz_target!(|bytes: &[u8]| {
         "path = *",
         "destination = http://a/",
     ];
-    let token = Macaroon::mint(&policy.key, "", caveats.map(str::to_owned)).to_v1();
+    let token = Macaroon::mint(&key, "", caveats.map(str::to_owned)).to_v1();
     let request = Request {
         method: "POST",
         target: if target.is_empty() {

@@ -1,0 +1,665 @@
+//! The link to the arbiter, against libzmq: getting the secret, keeping it, asking again, and what
+//! is said of arbiters that misbehave.
+
+mod support;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use export_service::arbiter::curve::{Cause, Client, RANDOM, Step, key_of_z85};
+use export_service::arbiter::zest::{self, Reply};
+use serde_json::{Value, json};
+use support::{Destination, PATIENCE, Peer, Response, Service, ok, payload, python, root, token};
+use tempfile::TempDir;
+
+/// The Z85 key of RFC 32's example, which is no arbiter's.
+const STRANGER: &str = "HelloWorldHelloWorldHelloWorldHelloWorld";
+
+/// An arbiter on libzmq; see tests/peers/arbiter.py.
+struct Arbiter {
+    peer: Peer,
+    folder: TempDir,
+    endpoint: String,
+}
+
+impl Arbiter {
+    fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut peer = Peer::start("arbiter.py", &[folder.path()]);
+        let endpoint = peer.line()["endpoint"].as_str().unwrap().to_owned();
+        Self {
+            peer,
+            folder,
+            endpoint,
+        }
+    }
+
+    /// A service that asks this arbiter.
+    fn service(&self) -> Service {
+        Service::start_without_secret(&self.arguments())
+    }
+
+    fn arguments(&self) -> [&str; 4] {
+        let folder = self.folder.path().to_str().unwrap();
+        ["--arbiter", &self.endpoint, "--secrets-dir", folder]
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// How often the secret was asked for.
+    fn asked(&mut self) -> u64 {
+        self.peer.ask(&json!({"do": "count"}))["secrets"]
+            .as_u64()
+            .unwrap()
+    }
+
+    fn behave(&mut self, kind: &str) {
+        self.peer.ask(&json!({"do": "behave", "as": kind}));
+    }
+
+    fn stop(&mut self) {
+        self.peer.ask(&json!({"do": "stop"}));
+    }
+
+    fn start_as(&mut self, kind: &str) {
+        self.peer.ask(&json!({"do": "start", "as": kind}));
+    }
+
+    /// A token for an app, if the arbiter can mint one.
+    fn mint(&mut self, destination: &str) -> Option<String> {
+        let minted = self
+            .peer
+            .ask(&json!({"do": "mint", "destination": destination}));
+        Some(minted["token"].as_str()?.to_owned())
+    }
+}
+
+/// The status of a submission with this token.
+fn submitted(service: &Service, token: &str, url: &str) -> u16 {
+    submit(service, token, url).status
+}
+
+fn submit(service: &Service, token: &str, url: &str) -> Response {
+    service.post("/export", token, &json!({"uri": url, "data": payload(1)}))
+}
+
+/// Waits until the service says what is wrong in these words, and finds it putting requests off.
+fn put_off(service: &Service, words: &[&str], in_general: &str) {
+    let line = service.event("no link to the arbiter", |line| {
+        let reason = line["reason"].as_str().unwrap();
+        words.iter().all(|words| reason.contains(words))
+    });
+    assert_eq!(line["level"], "warn");
+    let response = submit(service, &token("https://a.example/"), "https://a.example/");
+    assert_eq!(
+        (response.status, response.code()),
+        (503, "no_secret".into())
+    );
+    assert_eq!(response.header("retry-after"), Some("5"));
+    let message = response.json()["error"]["message"].to_string();
+    assert!(message.contains(in_general), "{message}");
+    assert_eq!(service.request("GET", "/status", &[], b"").status, 200);
+}
+
+#[test]
+fn the_secret_is_fetched_at_the_first_try_and_an_apps_token_is_good() {
+    let destination = Destination::start(|_| ok());
+    let mut arbiter = Arbiter::start();
+    assert_eq!(arbiter.mint(&destination.url), None, "it was not asked yet");
+    let service = arbiter.service();
+    let there = service.event("secret is there", |_| true);
+    assert_eq!(
+        (&there["from"], &there["level"]),
+        (&json!("arbiter"), &json!("info"))
+    );
+    assert_eq!(arbiter.asked(), 1);
+    assert!(!service.log().iter().any(|line| line.contains("no link")));
+    service.event("connected to the arbiter", |_| true);
+    eprintln!(
+        "idle with the link held: {} threads, {} kB resident",
+        service.figure("Threads"),
+        service.figure("VmRSS")
+    );
+
+    // As an app gets it: from the arbiter, over Zest.
+    let minted = python()
+        .arg(root().join("tests/peers/arbiter.py"))
+        .arg("token")
+        .args([arbiter.folder.path(), Path::new(&arbiter.endpoint)])
+        .arg(&destination.url)
+        .output()
+        .unwrap();
+    let token = String::from_utf8(minted.stdout).unwrap();
+    let token = token.trim();
+    assert!(
+        !token.is_empty() && token.len().is_multiple_of(4),
+        "padded base64url"
+    );
+    let body = json!({"uri": destination.url, "data": payload(1)});
+    let response = service.post("/lp/export?timeout=20", token, &body);
+    assert_eq!(response.json()["ext_response"]["body"], "ok");
+    assert_eq!(arbiter.asked(), 1);
+}
+
+#[test]
+fn the_kept_secret_is_its_users_alone_and_says_for_whom_it_is_without_saying_who() {
+    let arbiter = Arbiter::start();
+    let service = arbiter.service();
+    service.event("secret is there", |_| true);
+    let file = service.folder().join("secret");
+    let mode = fs::metadata(&file).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let kept = fs::read_to_string(&file).unwrap();
+    for name in ["ARBITER_TOKEN", "ZMQ_PUBLIC_KEY"] {
+        let known = fs::read_to_string(arbiter.file(name)).unwrap();
+        assert!(!kept.contains(known.trim()), "{name}");
+    }
+}
+
+#[test]
+fn a_storm_of_forged_tokens_causes_no_request_to_the_arbiter() {
+    let mut arbiter = Arbiter::start();
+    let service = arbiter.service();
+    service.event("secret is there", |_| true);
+    thread::scope(|threads| {
+        for _ in 0..4 {
+            threads.spawn(|| {
+                for _ in 0..100 {
+                    let url = "https://a.example/";
+                    assert_eq!(submitted(&service, &token(url), url), 401);
+                    assert_eq!(submitted(&service, "nonsense", url), 401);
+                }
+            });
+        }
+    });
+    assert_eq!(arbiter.asked(), 1);
+}
+
+#[test]
+fn after_a_restart_of_the_service_tokens_are_good_and_the_arbiter_is_not_asked() {
+    let mut arbiter = Arbiter::start();
+    let mut service = arbiter.service();
+    service.event("secret is there", |_| true);
+    let url = "https://a.example/";
+    let token = arbiter.mint(url).unwrap();
+    for orderly in [false, true] {
+        if orderly {
+            service.signal("TERM");
+            service.ended();
+        }
+        service = service.kill_and_restart();
+        assert_eq!(
+            submitted(&service, &token, url),
+            200,
+            "from the first moment"
+        );
+        service.event("secret is there", |line| line["from"] == "kept");
+        service.event("connected to the arbiter", |_| true);
+        assert_eq!(arbiter.asked(), 1);
+    }
+    assert!(
+        arbiter
+            .mint(url)
+            .is_some_and(|token| submitted(&service, &token, url) == 200)
+    );
+}
+
+#[test]
+fn after_a_restart_of_the_arbiter_it_is_asked_again_and_until_then_the_old_secret_stays() {
+    let mut arbiter = Arbiter::start();
+    let service = arbiter.service();
+    service.event("secret is there", |_| true);
+    let url = "https://a.example/";
+    let old = arbiter.mint(url).unwrap();
+    arbiter.stop();
+    service.event("no link to the arbiter", |line| {
+        line["reason"].as_str().unwrap().contains("restarted")
+    });
+    assert_eq!(submitted(&service, &old, url), 200);
+
+    // It is back, but does not know this service yet.
+    arbiter.start_as("unauthorized");
+    service.event("no link to the arbiter", |line| {
+        line["reason"].as_str().unwrap().contains("129")
+    });
+    assert_eq!(arbiter.mint(url), None);
+    assert_eq!(submitted(&service, &old, url), 200);
+
+    arbiter.behave("well");
+    let back = Instant::now();
+    service.events("secret is there", 2);
+    assert!(back.elapsed() < Duration::from_secs(60));
+    let new = arbiter.mint(url).unwrap();
+    assert_eq!(submitted(&service, &new, url), 200);
+    assert_eq!(submitted(&service, &old, url), 401);
+}
+
+#[test]
+fn a_service_that_was_restarted_while_the_arbiter_was_away_asks_again() {
+    let mut arbiter = Arbiter::start();
+    let service = arbiter.service();
+    service.event("secret is there", |_| true);
+    let url = "https://a.example/";
+    let old = arbiter.mint(url).unwrap();
+    // Away when the service goes, as in a reboot of everything but the machine.
+    arbiter.stop();
+    service.event("no link to the arbiter", |_| true);
+    let service = service.kill_and_restart();
+    assert_eq!(submitted(&service, &old, url), 200);
+    arbiter.start_as("well");
+    service.event("secret is there", |line| line["from"] == "arbiter");
+    assert_eq!(arbiter.asked(), 2);
+
+    // Away only while the service starts.
+    let service = {
+        service.signal("STOP");
+        arbiter.stop();
+        service.kill_and_restart()
+    };
+    service.event("no link to the arbiter", |_| true);
+    arbiter.start_as("well");
+    service.event("secret is there", |line| line["from"] == "arbiter");
+    assert_eq!(arbiter.asked(), 3);
+}
+
+#[test]
+fn after_a_boot_of_the_machine_the_arbiter_is_asked_although_it_was_up_first() {
+    let mut arbiter = Arbiter::start();
+    let service = arbiter.service();
+    service.event("secret is there", |_| true);
+    let url = "https://a.example/";
+    let old = arbiter.mint(url).unwrap();
+    let file = service.folder().join("secret");
+    let mut kept: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    kept["boot"] = "another".into();
+    fs::write(&file, kept.to_string()).unwrap();
+    let service = service.kill_and_restart();
+    service.event("secret is there", |line| line["from"] == "kept");
+    service.event("secret is there", |line| line["from"] == "arbiter");
+    assert_eq!(arbiter.asked(), 2);
+    assert_eq!(submitted(&service, &old, url), 401);
+}
+
+#[test]
+fn a_secret_for_another_token_or_key_is_not_used() {
+    let mut arbiter = Arbiter::start();
+    let mut service = arbiter.service();
+    service.event("secret is there", |_| true);
+    let url = "https://a.example/";
+    let token = arbiter.mint(url).unwrap();
+    let read = |name| fs::read_to_string(arbiter.file(name)).unwrap();
+    let (old_token, old_key) = (read("ARBITER_TOKEN"), read("ZMQ_PUBLIC_KEY"));
+    for (name, other, words, in_general) in [
+        (
+            "ARBITER_TOKEN",
+            "another",
+            "refused ARBITER_TOKEN (129, unauthorized)",
+            "does not know this service",
+        ),
+        (
+            "ZMQ_PUBLIC_KEY",
+            STRANGER,
+            "check that ZMQ_PUBLIC_KEY is this arbiter's key",
+            "another key",
+        ),
+    ] {
+        fs::write(arbiter.file(name), other).unwrap();
+        service = service.kill_and_restart();
+        put_off(&service, &[words], in_general);
+        fs::write(arbiter.file("ARBITER_TOKEN"), &old_token).unwrap();
+        fs::write(arbiter.file("ZMQ_PUBLIC_KEY"), &old_key).unwrap();
+    }
+    service = service.kill_and_restart();
+    service.event("secret is there", |line| line["from"] == "kept");
+    assert_eq!(submitted(&service, &token, url), 200);
+}
+
+#[test]
+fn an_ephemeral_service_keeps_no_secret_on_disk() {
+    let mut arbiter = Arbiter::start();
+    let arguments = [&arbiter.arguments()[..], &["--ephemeral"]].concat();
+    let service = Service::start_without_secret(&arguments);
+    service.event("secret is there", |_| true);
+    assert!(!service.folder().exists());
+    let service = service.kill_and_restart();
+    service.event("secret is there", |line| line["from"] == "arbiter");
+    assert_eq!(arbiter.asked(), 2);
+}
+
+#[test]
+fn a_kept_secret_that_cannot_be_read_is_warned_of_and_asked_for() {
+    let mut arbiter = Arbiter::start();
+    let service = arbiter.service();
+    service.event("secret is there", |_| true);
+    fs::write(service.folder().join("secret"), "MARK-secret").unwrap();
+    let service = service.kill_and_restart();
+    service.event("cannot use the kept secret", |line| line["level"] == "warn");
+    service.event("secret is there", |line| line["from"] == "arbiter");
+    assert_eq!(arbiter.asked(), 2);
+}
+
+#[test]
+fn while_there_is_no_secret_each_kind_of_trouble_has_its_name_and_the_end_of_it_is_seen() {
+    let mut arbiter = Arbiter::start();
+    arbiter.stop();
+    let service = arbiter.service();
+    put_off(
+        &service,
+        &["connection failed", "refused", "--arbiter"],
+        "cannot be reached",
+    );
+    for (kind, words, in_general) in [
+        (
+            "reset",
+            "closed the connection at the greeting",
+            "closed the connection",
+        ),
+        (
+            "garbage",
+            "the answer to the greeting",
+            "cannot be understood",
+        ),
+        (
+            "exclusive",
+            "answered the INITIATE with ERROR 400; check whom the arbiter's access rules",
+            "refuses this service",
+        ),
+        (
+            "unauthorized",
+            "refused ARBITER_TOKEN (129, unauthorized)",
+            "does not know this service",
+        ),
+    ] {
+        arbiter.start_as(kind);
+        put_off(&service, &[words], in_general);
+        arbiter.stop();
+    }
+    arbiter.start_as("well");
+    service.event("secret is there", |line| line["from"] == "arbiter");
+    let url = "https://a.example/";
+    let token = arbiter.mint(url).unwrap();
+    assert_eq!(submitted(&service, &token, url), 200);
+}
+
+#[test]
+fn an_arbiter_that_cannot_answer_is_tried_again_until_it_can() {
+    let mut arbiter = Arbiter::start();
+    arbiter.behave("unavailable");
+    let service = arbiter.service();
+    put_off(&service, &["163, unavailable"], "does not give it");
+    arbiter.behave("gibberish");
+    put_off(&service, &["no Zest message"], "cannot be understood");
+    arbiter.behave("well");
+    service.event("secret is there", |_| true);
+}
+
+#[test]
+fn trouble_that_goes_on_is_warned_of_once() {
+    let mut arbiter = Arbiter::start();
+    arbiter.stop();
+    let service = arbiter.service();
+    service.events("no link to the arbiter", 3);
+    let warnings = service.log();
+    let warnings = warnings.iter().filter(|line| {
+        line.contains("no link to the arbiter") && line.contains(r#""level":"warn""#)
+    });
+    assert_eq!(warnings.count(), 1);
+}
+
+#[test]
+fn an_arbiter_that_hangs_is_noticed_at_each_step() {
+    // At once, since each takes its time.
+    thread::scope(|threads| {
+        threads.spawn(|| {
+            let mut arbiter = Arbiter::start();
+            arbiter.stop();
+            arbiter.start_as("silent");
+            let service = arbiter.service();
+            put_off(
+                &service,
+                &["no answer to the greeting in time", "--arbiter"],
+                "did not answer in time",
+            );
+            arbiter.stop();
+            arbiter.start_as("well");
+            service.event("secret is there", |_| true);
+        });
+        threads.spawn(|| {
+            let mut arbiter = Arbiter::start();
+            arbiter.behave("late");
+            let service = arbiter.service();
+            // Ten seconds late, and the first answer counts: the next would void it.
+            service.event("secret is there", |_| true);
+            assert_eq!(arbiter.asked(), 1);
+        });
+        threads.spawn(|| {
+            let mut arbiter = Arbiter::start();
+            arbiter.behave("mute");
+            let service = arbiter.service();
+            put_off(
+                &service,
+                &["no answer to the request in time"],
+                "did not answer in time",
+            );
+            arbiter.behave("well");
+            service.event("secret is there", |_| true);
+        });
+        threads.spawn(|| {
+            let mut arbiter = Arbiter::start();
+            let service = arbiter.service();
+            service.event("connected to the arbiter", |_| true);
+            let signal = |name: &str| {
+                let pid = arbiter.peer.pid().to_string();
+                assert!(
+                    Command::new("kill")
+                        .args([name, &pid])
+                        .status()
+                        .unwrap()
+                        .success()
+                );
+            };
+            signal("-STOP");
+            service.event("no link to the arbiter", |line| {
+                line["reason"]
+                    .as_str()
+                    .unwrap()
+                    .contains("no answer to the PING in time")
+            });
+            signal("-CONT");
+            service.events("secret is there", 2);
+            assert_eq!(arbiter.asked(), 2);
+        });
+    });
+}
+
+#[test]
+fn the_files_may_end_in_a_newline_or_not_and_the_token_is_used_as_it_stands() {
+    let mut arbiter = Arbiter::start();
+    let read = |name| fs::read_to_string(arbiter.file(name)).unwrap();
+    let (token, key) = (read("ARBITER_TOKEN"), read("ZMQ_PUBLIC_KEY"));
+    for (asked, end) in ["", "\n"].iter().enumerate() {
+        fs::write(arbiter.file("ARBITER_TOKEN"), format!("{token}{end}")).unwrap();
+        fs::write(
+            arbiter.file("ZMQ_PUBLIC_KEY"),
+            format!("{}{end}", key.trim()),
+        )
+        .unwrap();
+        let service = arbiter.service();
+        service.event("secret is there", |_| true);
+        assert_eq!(arbiter.asked(), asked as u64 + 1);
+    }
+    fs::write(arbiter.file("ARBITER_TOKEN"), format!(" {token}")).unwrap();
+    put_off(&arbiter.service(), &["129"], "does not know this service");
+}
+
+#[test]
+fn a_file_that_is_missing_or_wrong_is_named_with_what_works_without_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    let refused = |more: &[&str], words: &[&str]| {
+        let output = support::command()
+            .args(["--ephemeral", "--secrets-dir"])
+            .arg(folder.path())
+            .args(more)
+            .output()
+            .unwrap();
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        for word in words {
+            assert!(message.contains(word), "{message}");
+        }
+        assert!(!message.contains("MARK"), "{message}");
+    };
+    let without = ["--secret", "EXPORT_SECRET"];
+    let named = |name: &str, what: &str| {
+        refused(
+            &[],
+            &[&[file(name).to_str().unwrap(), what], &without[..]].concat(),
+        );
+    };
+    named("ARBITER_TOKEN", "No such file");
+    fs::write(file("ARBITER_TOKEN"), "").unwrap();
+    named("ARBITER_TOKEN", "empty");
+    fs::write(file("ARBITER_TOKEN"), "MARK".repeat(1025)).unwrap();
+    named("ARBITER_TOKEN", "too long");
+    fs::write(file("ARBITER_TOKEN"), "MARK-secret").unwrap();
+    named("ZMQ_PUBLIC_KEY", "No such file");
+    fs::create_dir(file("ZMQ_PUBLIC_KEY")).unwrap();
+    named("ZMQ_PUBLIC_KEY", "Is a directory");
+    fs::remove_dir(file("ZMQ_PUBLIC_KEY")).unwrap();
+    for wrong in ["MARK", &STRANGER[1..], "\u{fffd}"] {
+        fs::write(file("ZMQ_PUBLIC_KEY"), wrong).unwrap();
+        named("ZMQ_PUBLIC_KEY", "40 characters");
+    }
+    fs::write(file("ZMQ_PUBLIC_KEY"), format!("{STRANGER}\n")).unwrap();
+    refused(
+        &["--arbiter", "arbiter:4444"],
+        &["--arbiter arbiter:4444", "tcp://arbiter:4444"],
+    );
+}
+
+/// How a conversation with libzmq ended.
+#[derive(Debug, PartialEq)]
+enum End {
+    /// It answered a request.
+    Answered(u8),
+    /// It closed the connection when our side was at this step.
+    Closed(Step),
+    /// Our side found something wrong at this step.
+    Refused(Step, Cause),
+}
+
+/// Asks for the secret by the pure client alone, with everything that is sent or received first
+/// shown to `tamper`, with the step and which of the two it is.
+fn converse(arbiter: &Arbiter, mut tamper: impl FnMut(bool, Step, &mut Vec<u8>)) -> End {
+    let text = fs::read_to_string(arbiter.file("ZMQ_PUBLIC_KEY")).unwrap();
+    let token = fs::read(arbiter.file("ARBITER_TOKEN")).unwrap();
+    let request = zest::get(&token, "/store/secret", "export-service").unwrap();
+    let mut client = Client::new(key_of_z85(text.trim()).unwrap(), &[42; RANDOM]);
+    let address = arbiter.endpoint.strip_prefix("tcp://").unwrap();
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut asked = false;
+    loop {
+        if client.is_ready() && !asked {
+            client.request(&request);
+            asked = true;
+        }
+        let mut output = client.take_output();
+        if !output.is_empty() {
+            tamper(true, client.step(), &mut output);
+            if stream.write_all(&output).is_err() {
+                return End::Closed(client.step());
+            }
+        }
+        let mut input = vec![0; 4096];
+        let length = stream.read(&mut input).unwrap_or(0);
+        if length == 0 {
+            return End::Closed(client.step());
+        }
+        input.truncate(length);
+        tamper(false, client.step(), &mut input);
+        if let Err(cause) = client.receive(&input) {
+            return End::Refused(client.step(), cause);
+        }
+        if let Some(answer) = client.take_answer() {
+            return End::Answered(Reply::read(&answer).unwrap().code);
+        }
+    }
+}
+
+#[test]
+fn libzmq_accepts_what_is_right_and_refuses_each_changed_part_of_what_we_send() {
+    let arbiter = Arbiter::start();
+    let mut lengths = Vec::new();
+    let end = converse(&arbiter, |sent, step, bytes| {
+        if sent {
+            lengths.push((step, bytes.len()));
+        }
+    });
+    assert_eq!(end, End::Answered(69));
+    assert_eq!(
+        lengths[..3],
+        [
+            (Step::Greeting, 64),
+            (Step::Hello, 2 + 200),
+            (Step::Initiate, 9 + 113 + 128 + 32 + 16)
+        ]
+    );
+    // Bytes of HELLO (after a head of two) and INITIATE (after one of nine) that are not padding.
+    let hello = (2..10)
+        .chain(82..202)
+        .step_by(3)
+        .map(|at| (Step::Hello, at));
+    let initiate = (9..lengths[2].1).step_by(5).map(|at| (Step::Initiate, at));
+    for (wanted, at) in hello.chain(initiate) {
+        let end = converse(&arbiter, |sent, step, bytes| {
+            if sent && step == wanted {
+                bytes[at] ^= 1;
+            }
+        });
+        assert_eq!(end, End::Closed(wanted), "byte {at}");
+    }
+}
+
+#[test]
+fn each_changed_part_of_what_libzmq_sends_is_refused() {
+    let arbiter = Arbiter::start();
+    for wanted in [Step::Hello, Step::Initiate, Step::Request] {
+        // Counted from the end, where the sealed part is.
+        for back in (1..=50).step_by(7) {
+            let end = converse(&arbiter, |sent, step, bytes| {
+                if !sent && step == wanted {
+                    let at = bytes.len() - back;
+                    bytes[at] ^= 0x10;
+                }
+            });
+            assert_eq!(end, End::Refused(wanted, Cause::Sealed), "{back}");
+        }
+    }
+    let end = converse(&arbiter, |sent, step, bytes| {
+        if !sent && step == Step::Request {
+            // The first of the answer's two frames once more.
+            let length = usize::from(bytes[1]) + 2;
+            let again = bytes[..length].to_vec();
+            bytes.splice(length..length, again);
+        }
+    });
+    let again = Cause::Unexpected("repeats an earlier one");
+    assert_eq!(end, End::Refused(Step::Request, again));
+}
+
+#[test]
+fn a_key_that_is_not_the_arbiters_is_refused_by_libzmq() {
+    let arbiter = Arbiter::start();
+    fs::write(arbiter.file("ZMQ_PUBLIC_KEY"), STRANGER).unwrap();
+    assert_eq!(converse(&arbiter, |_, _, _| {}), End::Closed(Step::Hello));
+}

@@ -1,0 +1,403 @@
+//! What the gate costs: the real program beside a bare tiny_http and a bare loop on a socket.
+//!
+//! `cargo bench --bench gate` measures for two minutes and prints rates at 64 keep-alive
+//! connections and the latency on one, for `GET /status`, for a poll, and over TLS. To measure
+//! another build of the program, name it in `EXPORT_SERVICE_BIN`.
+//!
+//! Each contestant is a process of its own, and they take turns in short rounds, so that what else
+//! the machine does meets all of them. The clients are threads here and take their share of the
+//! processors: the ratios say more than the rates.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::env;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use export_service::gate::tls;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConnection, StreamOwned};
+use serde_json::{Value, json};
+use support::{Destination, Identity, PATIENCE, Response, SECRET, Service, ok, payload, token};
+
+/// Client connections where rates are measured.
+const CROWD: usize = 64;
+/// Rounds that count, for each contestant; there is one more before them, to warm up.
+const ROUNDS: usize = 5;
+/// How long a round is.
+const ROUND: Duration = Duration::from_secs(1);
+/// Threads of the bare tiny_http, as many as the program has for requests.
+const THREADS: usize = 8;
+
+fn main() {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments[..] {
+        ["bare", answer] => bare(answer),
+        ["raw", answer] => raw(answer, None),
+        ["raw", answer, pem] => raw(answer, Some(pem)),
+        // `cargo test --benches` only wants to know that it starts.
+        _ if arguments.contains(&"--bench") && !arguments.contains(&"--test") => measure(),
+        _ => {}
+    }
+}
+
+fn measure() {
+    let destination = Destination::start(|_| ok());
+    let program = Contestant::program("program", &[], None);
+    let (poll, finished) = finished_export(&program, &destination.url);
+    let status = b"GET /status HTTP/1.1\r\nHost: bench\r\n\r\n";
+
+    let bare = Contestant::rival("bare tiny_http", &["bare", "active"], None);
+    let raw = Contestant::rival("bare loop", &["raw", "active"], None);
+    let everybody = [&program, &bare, &raw];
+    compare(
+        ["GET /status, 64 connections, requests/s"],
+        &mut everybody.map(|one| one.crowd(CROWD, status, "active")),
+        rate,
+    );
+    compare(
+        [
+            "GET /status, 1 connection, median in µs",
+            "GET /status, 1 connection, 99th percentile in µs",
+        ],
+        &mut everybody.map(|one| one.crowd(1, status, "active")),
+        latency,
+    );
+
+    let bare = Contestant::rival("bare tiny_http", &["bare", &finished], None);
+    let raw = Contestant::rival("bare loop", &["raw", &finished], None);
+    compare(
+        ["poll of a Finished export, 64 connections, requests/s"],
+        &mut [&program, &bare, &raw].map(|one| one.crowd(CROWD, &poll, &finished)),
+        rate,
+    );
+
+    let identity = Identity::new("ec");
+    let pem = identity.pem();
+    let pem = pem.to_str().unwrap();
+    let trust = trusting(&identity.ca());
+    let secure = Contestant::program("program, TLS", &["--tls-pem", pem], Some(&trust));
+    let raw = Contestant::rival("bare loop, TLS", &["raw", "active", pem], Some(&trust));
+    compare(
+        ["GET /status over TLS, 64 connections, requests/s"],
+        &mut [&secure, &program, &raw].map(|one| one.crowd(CROWD, status, "active")),
+        rate,
+    );
+}
+
+/// Has an export delivered, and returns a request that polls it and the body of the answer.
+fn finished_export(program: &Contestant, url: &str) -> (Vec<u8>, String) {
+    let token = token(url);
+    let submission = json!({ "uri": url, "data": payload(1) }).to_string();
+    let submission = Service::written(
+        "POST",
+        "/lp/export?timeout=60",
+        &[("X-Api-Key", &token)],
+        submission.as_bytes(),
+    );
+    let mut stream = program.connect();
+    stream.write_all(&submission).unwrap();
+    let answer = Response::read(stream);
+    assert_eq!(answer.json()["state"], "Finished", "{}", answer.body);
+    let body = json!({ "id": answer.json()["id"] }).to_string();
+    let poll = format!(
+        "POST /export HTTP/1.1\r\nHost: bench\r\nX-Api-Key: {token}\r\nContent-Length: {}\r\n\r\n\
+         {body}",
+        body.len()
+    );
+    (poll.into_bytes(), answer.body)
+}
+
+/// A server in a process of its own, killed when this is dropped.
+struct Contestant {
+    name: &'static str,
+    child: Child,
+    address: SocketAddr,
+    trust: Option<Arc<ClientConfig>>,
+}
+
+impl Contestant {
+    /// The real program. What it has to complain about is shown.
+    fn program(name: &'static str, arguments: &[&str], trust: Option<&Arc<ClientConfig>>) -> Self {
+        let mut child = support::command()
+            .args(["serve", "--ephemeral", "--port", "0", "--bind", "127.0.0.1"])
+            .args(["--log-format", "json", "--allow-network", "127.0.0.0/8"])
+            .args(arguments)
+            .env("EXPORT_SECRET", SECRET)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut log = BufReader::new(child.stderr.take().unwrap())
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
+        let listening = log.find(|line| line["event"] == "listening").unwrap();
+        thread::spawn(move || {
+            for line in log.filter(|line| line["level"] != "INFO") {
+                eprintln!("{line}");
+            }
+        });
+        let address = listening["address"].as_str().unwrap().parse().unwrap();
+        Self {
+            name,
+            child,
+            address,
+            trust: trust.cloned(),
+        }
+    }
+
+    /// This program again, as another server.
+    fn rival(name: &'static str, arguments: &[&str], trust: Option<&Arc<ClientConfig>>) -> Self {
+        let mut child = Command::new(env::current_exe().unwrap())
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut address = String::new();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut address)
+            .unwrap();
+        Self {
+            name,
+            child,
+            address: address.trim_end().parse().unwrap(),
+            trust: trust.cloned(),
+        }
+    }
+
+    fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.address).unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+
+    /// So many connections, opened one after the other, each proven by a round trip: tiny_http
+    /// loses some of those that come all at once.
+    fn crowd(&self, size: usize, request: &[u8], body: &str) -> Crowd {
+        let open = |_| {
+            let stream = self.connect();
+            let stream: Box<dyn Stream> = match &self.trust {
+                None => Box::new(stream),
+                Some(trust) => {
+                    let name = ServerName::try_from("localhost").unwrap();
+                    let client = ClientConnection::new(trust.clone(), name).unwrap();
+                    Box::new(StreamOwned::new(client, stream))
+                }
+            };
+            Connection::prove(stream, request, body)
+        };
+        Crowd {
+            name: self.name,
+            connections: (0..size).map(open).collect(),
+        }
+    }
+}
+
+impl Drop for Contestant {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// TCP or TLS.
+trait Stream: Read + Write + Send {}
+impl<S: Read + Write + Send> Stream for S {}
+
+/// The clients of one contestant.
+struct Crowd {
+    name: &'static str,
+    connections: Vec<Connection>,
+}
+
+/// A keep-alive connection that always asks the same.
+struct Connection {
+    stream: Box<dyn Stream>,
+    request: Vec<u8>,
+    body: Vec<u8>,
+    /// The last answer; all are of one length.
+    answer: Vec<u8>,
+}
+
+impl Connection {
+    /// Asks for the first time, and learns how long the answers are.
+    fn prove(mut stream: Box<dyn Stream>, request: &[u8], body: &str) -> Self {
+        stream.write_all(request).unwrap();
+        let (mut answer, mut piece) = (Vec::new(), [0; 4096]);
+        while !answer.ends_with(body.as_bytes()) {
+            let read = stream.read(&mut piece).unwrap();
+            answer.extend_from_slice(&piece[..read]);
+            assert!(read > 0, "{}", String::from_utf8_lossy(&answer));
+        }
+        Self {
+            stream,
+            request: request.to_vec(),
+            body: body.as_bytes().to_vec(),
+            answer,
+        }
+    }
+
+    fn ask(&mut self) {
+        self.stream.write_all(&self.request).unwrap();
+        self.stream.read_exact(&mut self.answer).unwrap();
+        assert!(
+            self.answer.starts_with(b"HTTP/1.1 200 ") && self.answer.ends_with(&self.body),
+            "{}",
+            String::from_utf8_lossy(&self.answer)
+        );
+    }
+}
+
+/// Requests per second in one round, with a thread for each connection.
+fn rate(connections: &mut [Connection]) -> [f64; 1] {
+    let started = Instant::now();
+    let served: u32 = thread::scope(|scope| {
+        let ask_on = |connection: &mut Connection| {
+            let mut served = 0;
+            while started.elapsed() < ROUND {
+                connection.ask();
+                served += 1;
+            }
+            served
+        };
+        let clients: Vec<_> = connections
+            .iter_mut()
+            .map(|connection| scope.spawn(move || ask_on(connection)))
+            .collect();
+        clients.into_iter().map(|one| one.join().unwrap()).sum()
+    });
+    [f64::from(served) / started.elapsed().as_secs_f64()]
+}
+
+/// The median and the 99th percentile of the round trips of one round on one connection, in µs.
+fn latency(connections: &mut [Connection]) -> [f64; 2] {
+    let started = Instant::now();
+    let mut took = Vec::new();
+    while started.elapsed() < ROUND {
+        let asked = Instant::now();
+        connections[0].ask();
+        took.push(asked.elapsed().as_secs_f64() * 1e6);
+    }
+    took.sort_by(f64::total_cmp);
+    [took[took.len() / 2], took[took.len() * 99 / 100]]
+}
+
+/// Measures all in turns, and prints each figure of each and how the first compares to the others.
+fn compare<const N: usize>(
+    titles: [&str; N],
+    crowds: &mut [Crowd],
+    measure: impl Fn(&mut [Connection]) -> [f64; N],
+) {
+    let mut figures = vec![[const { Vec::new() }; N]; crowds.len()];
+    for round in 0..=ROUNDS {
+        for (crowd, figures) in crowds.iter_mut().zip(&mut figures) {
+            let measured = measure(&mut crowd.connections);
+            if round > 0 {
+                for (all, figure) in figures.iter_mut().zip(measured) {
+                    all.push(figure);
+                }
+            }
+        }
+    }
+    for (number, title) in titles.iter().enumerate() {
+        println!("\n{title:<56}  median     min     max   ratio");
+        let mut first = None;
+        for (crowd, figures) in crowds.iter().zip(&mut figures) {
+            let figures = &mut figures[number];
+            figures.sort_by(f64::total_cmp);
+            let (median, last) = (figures[ROUNDS / 2], figures[ROUNDS - 1]);
+            let ratio = *first.get_or_insert(median) / median;
+            println!(
+                "  {:<54} {median:>7.0} {:>7.0} {last:>7.0}   {ratio:>5.2}",
+                crowd.name, figures[0]
+            );
+        }
+    }
+}
+
+/// A rival: tiny_http as a program without a gate would use it.
+fn bare(answer: &str) {
+    let server = tiny_http::Server::http("127.0.0.1:0").unwrap();
+    println!("{}", server.server_addr());
+    let serve = || {
+        for mut request in server.incoming_requests() {
+            let mut body = Vec::new();
+            request.as_reader().read_to_end(&mut body).unwrap();
+            // It fails where the client has gone.
+            let _ = request.respond(tiny_http::Response::from_string(answer));
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(serve);
+        }
+    });
+}
+
+/// A rival: as little as a server can do, with a thread for each connection.
+fn raw(answer: &str, pem: Option<&str>) {
+    let identity = pem.map(|pem| tls::Identity::load(pem.into()).unwrap());
+    let answer = format!(
+        "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{answer}",
+        answer.len()
+    );
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    println!("{}", listener.local_addr().unwrap());
+    thread::scope(|scope| {
+        for stream in listener.incoming() {
+            let (stream, answer) = (stream.unwrap(), answer.as_bytes());
+            stream.set_nodelay(true).unwrap();
+            match &identity {
+                None => scope.spawn(move || answer_all(stream, answer)),
+                Some(identity) => {
+                    let server = ServerConnection::new(identity.config()).unwrap();
+                    scope.spawn(move || answer_all(StreamOwned::new(server, stream), answer))
+                }
+            };
+        }
+    });
+}
+
+/// Answers every request on a connection. Anything but well-formed requests, one at a time, would
+/// confuse it.
+fn answer_all(mut stream: impl Read + Write, answer: &[u8]) {
+    let (mut request, mut piece) = (String::new(), [0; 4096]);
+    while let Ok(read @ 1..) = stream.read(&mut piece) {
+        request += str::from_utf8(&piece[..read]).unwrap();
+        let Some((head, body)) = request.split_once("\r\n\r\n") else {
+            continue;
+        };
+        let length = head
+            .split_once("Content-Length: ")
+            .map_or(0, |(_, rest)| rest.lines().next().unwrap().parse().unwrap());
+        if body.len() == length {
+            if stream.write_all(answer).is_err() {
+                return;
+            }
+            request.clear();
+        }
+    }
+}
+
+fn trusting(ca: &Path) -> Arc<ClientConfig> {
+    let mut roots = RootCertStore::empty();
+    roots
+        .add(CertificateDer::from_pem_file(ca).unwrap())
+        .unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Arc::new(config)
+}
