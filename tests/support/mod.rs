@@ -93,21 +93,27 @@ impl Service {
         Self::start(&[&tls, arguments].concat())
     }
 
-    /// A service that runs as a user of its own who may have so many threads.
-    pub fn start_with_threads(most: u32, arguments: &[&str]) -> Self {
+    /// A service that runs as a user of its own who may have so many threads; none where the tests
+    /// do not run as root, who alone can have that.
+    pub fn start_with_threads(most: u32) -> Option<Self> {
+        use std::os::unix::fs::{MetadataExt, PermissionsExt};
         let folder = Arc::new(tempfile::tempdir().unwrap());
-        let everyone = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+        if std::fs::metadata(folder.path()).unwrap().uid() != 0 {
+            return None;
+        }
+        let everyone = PermissionsExt::from_mode(0o777);
         std::fs::set_permissions(folder.path(), everyone).unwrap();
+        // Where that user can get at it.
+        let copy = folder.path().join("export-service");
+        std::fs::copy(program(), &copy).unwrap();
         let mut command = Command::new("setpriv");
-        command.env_clear().args([
-            "--reuid=64123",
-            "--clear-groups",
-            "prlimit",
-            &format!("--nproc={most}"),
-        ]);
-        command.arg(program());
-        let arguments = [&["--allow-network", "127.0.0.0/8"], arguments].concat();
-        Self::launch(folder, command, &arguments)
+        command
+            .env_clear()
+            .args(["--reuid=64123", "--clear-groups", "prlimit"])
+            .arg(format!("--nproc={most}"))
+            .arg(copy);
+        let arguments = ["--allow-network", "127.0.0.0/8"];
+        Some(Self::launch(folder, command, Some(SECRET), &arguments))
     }
 
     /// A service that may not send to this machine, as the others here may.
