@@ -520,12 +520,15 @@ fn deadlines_are_moments_and_a_byte_now_and_then_prolongs_none() {
             // Asks and asks and reads nothing; in the end nothing more is taken from it.
             let mut stream = connect(&service);
             let requests = b"GET /status HTTP/1.1\r\nHost: x\r\n\r\n".repeat(1000);
-            let stalled = loop {
+            let mut stalled = Duration::ZERO;
+            loop {
                 let started = Instant::now();
-                if stream.write_all(&requests).is_err() {
-                    break started.elapsed();
+                let written = stream.write_all(&requests);
+                stalled = stalled.max(started.elapsed());
+                if written.is_err() {
+                    break;
                 }
-            };
+            }
             assert!(
                 stalled > Duration::from_secs(29) && stalled < PATIENCE,
                 "{stalled:?}"

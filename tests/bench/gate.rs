@@ -60,7 +60,7 @@ fn measure() {
     let everybody = [&program, &bare, &raw];
     compare(
         ["GET /status, 64 connections, requests/s"],
-        &mut everybody.map(|one| one.crowd(CROWD, status, "active")),
+        everybody.map(|one| one.crowd(CROWD, status, "active")),
         rate,
     );
     compare(
@@ -68,7 +68,7 @@ fn measure() {
             "GET /status, 1 connection, median in µs",
             "GET /status, 1 connection, 99th percentile in µs",
         ],
-        &mut everybody.map(|one| one.crowd(1, status, "active")),
+        everybody.map(|one| one.crowd(1, status, "active")),
         latency,
     );
 
@@ -76,7 +76,7 @@ fn measure() {
     let raw = Contestant::rival("bare loop", &["raw", &finished], None);
     compare(
         ["poll of a Finished export, 64 connections, requests/s"],
-        &mut [&program, &bare, &raw].map(|one| one.crowd(CROWD, &poll, &finished)),
+        [&program, &bare, &raw].map(|one| one.crowd(CROWD, &poll, &finished)),
         rate,
     );
 
@@ -84,11 +84,11 @@ fn measure() {
     let pem = identity.pem();
     let pem = pem.to_str().unwrap();
     let trust = trusting(&identity.ca());
-    let secure = Contestant::program("program, TLS", &["--tls-pem", pem], Some(&trust));
-    let raw = Contestant::rival("bare loop, TLS", &["raw", "active", pem], Some(&trust));
+    let secure = Contestant::program("program, TLS", &["--tls-pem", pem], trust.clone());
+    let raw = Contestant::rival("bare loop, TLS", &["raw", "active", pem], trust);
     compare(
         ["GET /status over TLS, 64 connections, requests/s"],
-        &mut [&secure, &program, &raw].map(|one| one.crowd(CROWD, status, "active")),
+        [&secure, &program, &raw].map(|one| one.crowd(CROWD, status, "active")),
         rate,
     );
 }
@@ -126,7 +126,7 @@ struct Contestant {
 
 impl Contestant {
     /// The real program. What it has to complain about is shown.
-    fn program(name: &'static str, arguments: &[&str], trust: Option<&Arc<ClientConfig>>) -> Self {
+    fn program(name: &'static str, arguments: &[&str], trust: Option<Arc<ClientConfig>>) -> Self {
         let mut child = support::command()
             .args(["serve", "--ephemeral", "--port", "0", "--bind", "127.0.0.1"])
             .args(["--log-format", "json", "--allow-network", "127.0.0.0/8"])
@@ -140,36 +140,30 @@ impl Contestant {
             .map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
         let listening = log.find(|line| line["event"] == "listening").unwrap();
         thread::spawn(move || {
-            for line in log.filter(|line| line["level"] != "INFO") {
-                eprintln!("{line}");
-            }
+            log.filter(|line| line["level"] != "info")
+                .for_each(|line| eprintln!("{line}"));
         });
         let address = listening["address"].as_str().unwrap().parse().unwrap();
         Self {
             name,
             child,
             address,
-            trust: trust.cloned(),
+            trust,
         }
     }
 
     /// This program again, as another server.
-    fn rival(name: &'static str, arguments: &[&str], trust: Option<&Arc<ClientConfig>>) -> Self {
-        let mut child = Command::new(env::current_exe().unwrap())
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut address = String::new();
-        BufReader::new(child.stdout.take().unwrap())
-            .read_line(&mut address)
-            .unwrap();
+    fn rival(name: &'static str, arguments: &[&str], trust: Option<Arc<ClientConfig>>) -> Self {
+        let mut command = Command::new(env::current_exe().unwrap());
+        let command = command.args(arguments).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let address = lines.next().unwrap().unwrap().parse().unwrap();
         Self {
             name,
             child,
-            address: address.trim_end().parse().unwrap(),
-            trust: trust.cloned(),
+            address,
+            trust,
         }
     }
 
@@ -185,20 +179,14 @@ impl Contestant {
     fn crowd(&self, size: usize, request: &[u8], body: &str) -> Crowd {
         let open = |_| {
             let stream = self.connect();
-            let stream: Box<dyn Stream> = match &self.trust {
-                None => Box::new(stream),
-                Some(trust) => {
-                    let name = ServerName::try_from("localhost").unwrap();
-                    let client = ClientConnection::new(trust.clone(), name).unwrap();
-                    Box::new(StreamOwned::new(client, stream))
-                }
+            let Some(trust) = &self.trust else {
+                return Connection::prove(Box::new(stream), request, body);
             };
-            Connection::prove(stream, request, body)
+            let name = ServerName::try_from("localhost").unwrap();
+            let client = ClientConnection::new(trust.clone(), name).unwrap();
+            Connection::prove(Box::new(StreamOwned::new(client, stream)), request, body)
         };
-        Crowd {
-            name: self.name,
-            connections: (0..size).map(open).collect(),
-        }
+        (self.name, (0..size).map(open).collect())
     }
 }
 
@@ -209,15 +197,12 @@ impl Drop for Contestant {
     }
 }
 
+/// The connections to one contestant, which has this name.
+type Crowd = (&'static str, Vec<Connection>);
+
 /// TCP or TLS.
 trait Stream: Read + Write + Send {}
 impl<S: Read + Write + Send> Stream for S {}
-
-/// The clients of one contestant.
-struct Crowd {
-    name: &'static str,
-    connections: Vec<Connection>,
-}
 
 /// A keep-alive connection that always asks the same.
 struct Connection {
@@ -231,9 +216,10 @@ struct Connection {
 impl Connection {
     /// Asks for the first time, and learns how long the answers are.
     fn prove(mut stream: Box<dyn Stream>, request: &[u8], body: &str) -> Self {
+        let body = body.as_bytes().to_vec();
         stream.write_all(request).unwrap();
         let (mut answer, mut piece) = (Vec::new(), [0; 4096]);
-        while !answer.ends_with(body.as_bytes()) {
+        while !answer.ends_with(&body) {
             let read = stream.read(&mut piece).unwrap();
             answer.extend_from_slice(&piece[..read]);
             assert!(read > 0, "{}", String::from_utf8_lossy(&answer));
@@ -241,41 +227,45 @@ impl Connection {
         Self {
             stream,
             request: request.to_vec(),
-            body: body.as_bytes().to_vec(),
+            body,
             answer,
         }
     }
 
     fn ask(&mut self) {
         self.stream.write_all(&self.request).unwrap();
+    }
+
+    fn hear(&mut self) {
         self.stream.read_exact(&mut self.answer).unwrap();
-        assert!(
-            self.answer.starts_with(b"HTTP/1.1 200 ") && self.answer.ends_with(&self.body),
-            "{}",
-            String::from_utf8_lossy(&self.answer)
-        );
+        let good = self.answer.starts_with(b"HTTP/1.1 200 ") && self.answer.ends_with(&self.body);
+        assert!(good, "{}", String::from_utf8_lossy(&self.answer));
     }
 }
 
-/// Requests per second in one round, with a thread for each connection.
+/// Requests per second in one round.
 fn rate(connections: &mut [Connection]) -> [f64; 1] {
+    let share = connections
+        .len()
+        .div_ceil(std::env::var("CT").map_or(CROWD, |c| c.parse().unwrap()));
     let started = Instant::now();
-    let served: u32 = thread::scope(|scope| {
-        let ask_on = |connection: &mut Connection| {
-            let mut served = 0;
-            while started.elapsed() < ROUND {
-                connection.ask();
-                served += 1;
-            }
-            served
-        };
-        let clients: Vec<_> = connections
-            .iter_mut()
-            .map(|connection| scope.spawn(move || ask_on(connection)))
-            .collect();
+    let served: usize = thread::scope(|scope| {
+        let shares = connections.chunks_mut(share);
+        let clients = shares.map(|share| {
+            scope.spawn(move || {
+                let mut served = 0;
+                while started.elapsed() < ROUND {
+                    share.iter_mut().for_each(Connection::ask);
+                    share.iter_mut().for_each(Connection::hear);
+                    served += share.len();
+                }
+                served
+            })
+        });
+        let clients: Vec<_> = clients.collect();
         clients.into_iter().map(|one| one.join().unwrap()).sum()
     });
-    [f64::from(served) / started.elapsed().as_secs_f64()]
+    [served as f64 / started.elapsed().as_secs_f64()]
 }
 
 /// The median and the 99th percentile of the round trips of one round on one connection, in µs.
@@ -285,6 +275,7 @@ fn latency(connections: &mut [Connection]) -> [f64; 2] {
     while started.elapsed() < ROUND {
         let asked = Instant::now();
         connections[0].ask();
+        connections[0].hear();
         took.push(asked.elapsed().as_secs_f64() * 1e6);
     }
     took.sort_by(f64::total_cmp);
@@ -294,32 +285,21 @@ fn latency(connections: &mut [Connection]) -> [f64; 2] {
 /// Measures all in turns, and prints each figure of each and how the first compares to the others.
 fn compare<const N: usize>(
     titles: [&str; N],
-    crowds: &mut [Crowd],
+    mut crowds: [Crowd; 3],
     measure: impl Fn(&mut [Connection]) -> [f64; N],
 ) {
-    let mut figures = vec![[const { Vec::new() }; N]; crowds.len()];
-    for round in 0..=ROUNDS {
-        for (crowd, figures) in crowds.iter_mut().zip(&mut figures) {
-            let measured = measure(&mut crowd.connections);
-            if round > 0 {
-                for (all, figure) in figures.iter_mut().zip(measured) {
-                    all.push(figure);
-                }
-            }
-        }
-    }
-    for (number, title) in titles.iter().enumerate() {
-        println!("\n{title:<56}  median     min     max   ratio");
+    let mut round = || crowds.each_mut().map(|(_, crowd)| measure(crowd));
+    round();
+    let rounds: [_; ROUNDS] = std::array::from_fn(|_| round());
+    for (figure, title) in titles.iter().enumerate() {
+        println!("\n{title:<54}  median     min     max   ratio");
         let mut first = None;
-        for (crowd, figures) in crowds.iter().zip(&mut figures) {
-            let figures = &mut figures[number];
-            figures.sort_by(f64::total_cmp);
-            let (median, last) = (figures[ROUNDS / 2], figures[ROUNDS - 1]);
+        for (place, (name, _)) in crowds.iter().enumerate() {
+            let mut all = rounds.map(|round| round[place][figure]);
+            all.sort_by(f64::total_cmp);
+            let (min, median, max) = (all[0], all[ROUNDS / 2], all[ROUNDS - 1]);
             let ratio = *first.get_or_insert(median) / median;
-            println!(
-                "  {:<54} {median:>7.0} {:>7.0} {last:>7.0}   {ratio:>5.2}",
-                crowd.name, figures[0]
-            );
+            println!("  {name:<52} {median:>7.0} {min:>7.0} {max:>7.0}   {ratio:>5.2}");
         }
     }
 }
@@ -376,10 +356,8 @@ fn answer_all(mut stream: impl Read + Write, answer: &[u8]) {
         let Some((head, body)) = request.split_once("\r\n\r\n") else {
             continue;
         };
-        let length = head
-            .split_once("Content-Length: ")
-            .map_or(0, |(_, rest)| rest.lines().next().unwrap().parse().unwrap());
-        if body.len() == length {
+        let length = head.split_once("Content-Length: ").map_or("0", |it| it.1);
+        if length.parse() == Ok(body.len()) {
             if stream.write_all(answer).is_err() {
                 return;
             }
@@ -388,7 +366,7 @@ fn answer_all(mut stream: impl Read + Write, answer: &[u8]) {
     }
 }
 
-fn trusting(ca: &Path) -> Arc<ClientConfig> {
+fn trusting(ca: &Path) -> Option<Arc<ClientConfig>> {
     let mut roots = RootCertStore::empty();
     roots
         .add(CertificateDer::from_pem_file(ca).unwrap())
@@ -399,5 +377,5 @@ fn trusting(ca: &Path) -> Arc<ClientConfig> {
         .unwrap()
         .with_root_certificates(roots)
         .with_no_client_auth();
-    Arc::new(config)
+    Some(Arc::new(config))
 }
