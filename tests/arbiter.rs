@@ -12,10 +12,13 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE;
 use export_service::arbiter::curve::{Cause, Client, RANDOM, Step, key_of_z85};
 use export_service::arbiter::zest::{self, Reply};
 use serde_json::{Value, json};
-use support::{Destination, PATIENCE, Peer, Response, Service, ok, payload, python, root, token};
+use support::{Destination, Identity, PATIENCE, Peer, Response, Service};
+use support::{ok, payload, python, root, token};
 use tempfile::TempDir;
 
 /// The Z85 key of RFC 32's example, which is no arbiter's.
@@ -146,6 +149,44 @@ fn the_secret_is_fetched_at_the_first_try_and_an_apps_token_is_good() {
     let body = json!({"uri": destination.url, "data": payload(1)});
     let response = service.post("/lp/export?timeout=20", token, &body);
     assert_eq!(response.json()["ext_response"]["body"], "ok");
+    assert_eq!(arbiter.asked(), 1);
+}
+
+#[test]
+fn an_app_exports_over_tls_with_nothing_but_what_a_databox_gives_it() {
+    let destination = Destination::start(|_| ok());
+    let (mut arbiter, identity) = (Arbiter::start(), Identity::new("rsa"));
+    fs::copy(identity.pem(), arbiter.file("DATABOX.pem")).unwrap();
+    fs::copy(identity.ca(), arbiter.file("DATABOX_ROOT_CA")).unwrap();
+    let service = arbiter.service();
+    service.event("secret is there", |_| true);
+    let token = arbiter.mint(&destination.url).unwrap();
+    // The arbiter's shape: v1, padded, with an empty identifier and location.
+    let plain = URL_SAFE.decode(&token).unwrap();
+    assert!(plain.starts_with(b"000elocation \n0010identifier \n"));
+    let caveats = ["path = ", "method = ", "target = ", "destination = "];
+    let places = caveats.map(|caveat| {
+        let wanted = format!("cid {caveat}");
+        plain
+            .windows(wanted.len())
+            .position(|part| part == wanted.as_bytes())
+    });
+    assert!(places.iter().all(Option::is_some) && places.is_sorted());
+
+    let body = json!({"uri": destination.url, "data": payload(1).to_string()}).to_string();
+    let port = service.address.port();
+    let exported = Command::new("curl")
+        .args(["--silent", "--show-error", "--cacert"])
+        .arg(arbiter.file("DATABOX_ROOT_CA"))
+        .args(["--header", &format!("X-Api-Key: {token}"), "--data", &body])
+        .args(["--resolve", &format!("export-service:{port}:127.0.0.1")])
+        .arg(format!("https://export-service:{port}/lp/export"))
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&exported.stderr);
+    let answer: Value = serde_json::from_slice(&exported.stdout).expect(&errors);
+    assert_eq!(answer["ext_response"]["status"], "200 OK");
+    assert_eq!(destination.arrival().text(), payload(1).to_string());
     assert_eq!(arbiter.asked(), 1);
 }
 
