@@ -3,6 +3,8 @@
 ARG RUST_IMAGE=rust:1.95-alpine
 
 FROM ${RUST_IMAGE} AS build
+# Where Alpine's own Rust has to serve, since there is no image with another.
+RUN command -v cargo || apk add --no-cache cargo gcc musl-dev
 WORKDIR /build
 ENV RUSTFLAGS="-C target-feature=+crt-static"
 # The dependencies in a layer of their own, built with an empty program: they take the longest
