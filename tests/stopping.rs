@@ -1,4 +1,4 @@
-//! How the service ends: signals, clients that break off, panics.
+//! How the service ends: signals and panics.
 
 mod support;
 
@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use serde_json::json;
-use support::{Destination, Response, Service, payload, python, token};
+use support::{Destination, Response, Service, payload, token};
 
 #[test]
 fn a_signal_answers_parked_polls_and_lets_the_attempt_under_way_end() {
@@ -80,31 +80,6 @@ fn a_second_signal_ends_it_at_once_and_loses_nothing() {
 fn service_is_running(service: &Service) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{}/status", service.pid())).unwrap();
     !status.lines().any(|line| line.starts_with("State:\tZ"))
-}
-
-#[test]
-fn clients_that_reset_their_connection_end_nothing() {
-    let service = Service::start(&[]);
-    let script = "
-import socket, struct, sys
-for number in range(400):
-    client = socket.create_connection((sys.argv[1], int(sys.argv[2])))
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-    client.sendall([b'GET /status HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n', b'GET /sta', b''][number % 3])
-    client.close()
-";
-    let address = service.address;
-    let status = python()
-        .args([
-            "-c",
-            script,
-            &address.ip().to_string(),
-            &address.port().to_string(),
-        ])
-        .status()
-        .unwrap();
-    assert!(status.success());
-    assert_eq!(service.request("GET", "/status", &[], b"").body, "active");
 }
 
 /// Not a test of its own: the one below runs it in a process that it may end.
