@@ -15,7 +15,6 @@ use std::env;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::iter::repeat_with;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::thread;
@@ -83,7 +82,7 @@ fn measure() {
 
     let identity = Identity::new("ec");
     let pem = &identity.pem().display().to_string();
-    let trust = trusting(&identity.ca());
+    let trust = trusting(&identity);
     let secure = Contestant::program("program, TLS", &["--tls-pem", pem], trust.clone());
     let raw = Contestant::rival("bare loop, TLS", &["raw", "active", pem], trust);
     compare(
@@ -340,10 +339,10 @@ fn answer_all(mut stream: impl Read + Write, answer: &[u8]) {
     }
 }
 
-/// What clients go by that trust this CA.
-fn trusting(ca: &Path) -> Option<Arc<ClientConfig>> {
+/// What clients go by that trust the CA of this certificate.
+fn trusting(identity: &Identity) -> Option<Arc<ClientConfig>> {
     let mut roots = RootCertStore::empty();
-    let ca = CertificateDer::from_pem_file(ca).unwrap();
+    let ca = CertificateDer::from_pem_file(identity.ca()).unwrap();
     roots.add(ca).unwrap();
     let builder = ClientConfig::builder().with_root_certificates(roots);
     Some(Arc::new(builder.with_no_client_auth()))
