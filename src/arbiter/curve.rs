@@ -714,7 +714,10 @@ impl Connection {
             let started = Instant::now();
             self.client.ping();
             match self.until(started + PONG, Client::take_pong) {
-                Ok(()) => answers = true,
+                Ok(()) => {
+                    log::trace!("the arbiter has answered a PING");
+                    answers = true;
+                }
                 Err(error) if error.cause == Cause::Late && !answers => {}
                 Err(error) => return error,
             }
