@@ -39,6 +39,11 @@ pub fn token(arguments: &TokenArgs, now: SystemTime) -> Result<String, String> {
         format!("target = {name}"),
         format!("destination = {url}"),
     ];
+    if arguments.expires.is_some_and(|expires| expires.is_zero()) {
+        return Err(
+            "--expires is 0, so nobody could use the token: give some time, like 1h".into(),
+        );
+    }
     if let Some(expires) = arguments.expires {
         let end = now
             .checked_add(expires)
@@ -133,7 +138,7 @@ pub fn healthcheck(arguments: &HealthcheckArgs) -> Result<(), String> {
         .get(&url)
         .call()
         .and_then(|mut response| response.body_mut().read_to_string())
-        .map_err(|error| format!("{url}: {error}; is the service running, on this port?"))?;
+        .map_err(|error| format!("{url}: {error}; is the service running, on this port, and with this --tls-pem or --secrets-dir?"))?;
     if body == "active" {
         Ok(())
     } else {

@@ -32,6 +32,8 @@ use crate::logging::Format;
 
 /// Bytes that large requests and answers may take in memory at a time, all together.
 const LARGE_REQUESTS: usize = 16 * 1024 * 1024;
+/// The smallest store that has room for anything, in bytes.
+const LEAST_STORE: u64 = 256 * 1024;
 /// The longest file that is read from the secrets folder, in bytes; theirs have a hundred.
 const LONGEST_FILE: u64 = 4096;
 /// The file with the token that the arbiter knows this service by.
@@ -427,6 +429,13 @@ impl ServeArgs {
             65_536,
         )?;
         within("--max-body", self.max_body, 1024, 64 * 1024 * 1024)?;
+        within("--max-pending", self.max_pending, 1, usize::MAX)?;
+        if self.max_store < LEAST_STORE {
+            return Err(ConfigError(format!(
+                "--max-store is {}: it must be {LEAST_STORE} at least",
+                self.max_store
+            )));
+        }
         within("--max-response", self.max_response, 0, 16 * 1024 * 1024)?;
         if self.retention.is_zero() {
             return Err(ConfigError(
@@ -466,7 +475,7 @@ impl ServeArgs {
         {
             Some(None) => {
                 return Err(ConfigError(
-                    "--signing-secret is none: it must be whsec_ and base64 of 24 to 64 bytes"
+                    "--signing-secret cannot be used: it must be whsec_ and base64 of 24 to 64 bytes"
                         .into(),
                 ));
             }

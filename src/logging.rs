@@ -46,8 +46,9 @@ pub fn of_clients(tell: impl FnOnce()) {
     }
 }
 
-/// One line for a request that is not carried out. Of the target only its path is shown, and cut:
-/// what a client sends is not to fill the log.
+/// One line for a request that is not carried out. Of the target only its path is shown, and what is
+/// longer than any that are served is cut, as the method is: what a client sends is not to fill the
+/// log, and may be a token in the wrong place.
 pub fn refused(
     method: &str,
     target: &str,
@@ -57,13 +58,19 @@ pub fn refused(
 ) {
     of_clients(|| {
         let path = target.split('?').next().unwrap_or_default();
-        let path: String = path.chars().take(80).collect();
+        let path: String = path.chars().take(LONGEST_PATH).collect();
+        let method: String = method.chars().take(LONGEST_METHOD).collect();
         log::info!(
-            method, path = path.as_str(), status, code, reason:% = reason, client;
+            method = method.as_str(), path = path.as_str(), status, code, reason:% = reason, client;
             "refused"
         );
     });
 }
+
+/// What is shown of a path, in characters.
+const LONGEST_PATH: usize = 16;
+/// What is shown of a method.
+const LONGEST_METHOD: usize = 8;
 
 /// How many lines about clients may come at once.
 const BURST: f64 = 100.0;

@@ -572,6 +572,41 @@ fn many_large_requests_at_a_time_wait_for_each_other_and_all_arrive() {
 }
 
 #[test]
+fn a_request_that_has_to_make_room_is_told_so_and_the_log_says_why() {
+    let service = Service::start(&["--max-connections-per-peer", "2"]);
+    let beginnings = [
+        "GET /status HTTP/1.1\r\nHo",
+        "POST /export HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{",
+    ];
+    let begun = beginnings.map(|beginning| {
+        let mut stream = connect(&service);
+        stream.write_all(beginning.as_bytes()).unwrap();
+        stream
+    });
+    for _ in &begun {
+        assert_eq!(service.request("GET", "/status", &[], b"").body, "active");
+        // Its place is free as soon as its client has gone; one that stays takes it.
+        let mut idle = connect(&service);
+        idle.write_all(b"G").unwrap();
+        std::mem::forget(idle);
+    }
+    for stream in begun {
+        let answer = Response::read(stream);
+        assert_eq!((answer.status, answer.code()), (503, "busy".into()));
+    }
+    service.events("refused", 2);
+    // Bodies that do not come make room for others too.
+    let service = Service::start(&[]);
+    let large = "POST /export HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n{";
+    let mut begun: Vec<_> = (0..17).map(|_| connect(&service)).collect();
+    for stream in &mut begun {
+        stream.write_all(large.as_bytes()).unwrap();
+    }
+    let answer = Response::read(begun.remove(0));
+    assert_eq!((answer.status, answer.code()), (503, "busy".into()));
+}
+
+#[test]
 fn a_flood_of_refused_requests_does_not_fill_the_log() {
     let service = Service::start(&[]);
     let mut stream = connect(&service);

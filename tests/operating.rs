@@ -84,6 +84,16 @@ fn settings_that_cannot_work_are_refused_before_anything_starts() {
             vec![],
             ["--signing-secret", "whsec_"],
         ),
+        (
+            vec!["--max-pending", "0"],
+            vec![],
+            ["--max-pending is 0", "from 1"],
+        ),
+        (
+            vec!["--max-store", "1"],
+            vec![],
+            ["--max-store is 1", "at least"],
+        ),
         (vec!["--no-such-flag"], vec![], ["--no-such-flag", "--help"]),
     ] {
         let secret = ("EXPORT_SECRET", SECRET);
@@ -268,6 +278,19 @@ fn each_request_and_delivery_has_one_log_line_with_its_figures() {
             .unwrap()
             .starts_with("127.0.0.1:")
     );
+}
+
+#[test]
+fn a_token_in_the_wrong_place_of_a_request_is_not_logged() {
+    let service = Service::start(&[]);
+    let token = token("https://a.example/");
+    let plain = token.trim_end_matches('=');
+    for (method, path) in [(plain, "/status".to_owned()), ("GET", format!("/{plain}"))] {
+        service.request(method, &path, &[], b"");
+    }
+    service.events("refused", 2);
+    let log = service.log().concat();
+    assert!(!log.contains(&plain[..16]), "{log}");
 }
 
 /// A sink of the program's own, ended when it is dropped.

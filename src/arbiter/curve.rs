@@ -222,9 +222,10 @@ impl fmt::Display for Error {
             (Step::Greeting, _) => {
                 f.write_str("; check that it is the arbiter which listens at --arbiter")
             }
-            (Step::Hello, Cause::Closed | Cause::Sealed) => {
-                f.write_str("; check that ZMQ_PUBLIC_KEY is this arbiter's key")
-            }
+            (Step::Hello, Cause::Closed | Cause::Sealed) => f.write_str(
+                "; check that ZMQ_PUBLIC_KEY is this arbiter's key, and restart \
+                              this service after a change",
+            ),
             (Step::Initiate, Cause::Closed | Cause::Refused(_)) => {
                 f.write_str("; check whom the arbiter's access rules (ZAP) admit")
             }

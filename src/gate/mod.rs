@@ -374,6 +374,9 @@ impl Connection<'_> {
                 seen = phase;
             }
             match (self.framer.read_from(&mut self.wire), &seen) {
+                (Ok(0), Phase::Head | Phase::Body(_)) if self.slot.is_evicted() => {
+                    return Err(Refusal::Busy.into());
+                }
                 (Ok(0), Phase::Body(_)) => return Err(Refusal::Incomplete.into()),
                 (Ok(0), _) => return Err(End::Silent),
                 (Ok(_), _) => {}
@@ -419,7 +422,7 @@ impl Connection<'_> {
         self.set_deadline(ANSWER);
         self.wire.write_all(answer)?;
         self.wire.flush()?;
-        self.slot.release();
+        self.slot.answered();
         Ok(())
     }
 

@@ -56,6 +56,8 @@ struct Inner {
 
 struct Waiting {
     peer: IpAddr,
+    /// It is being sent an answer, and not read from.
+    is_answered: bool,
     memory: usize,
     /// Since when it keeps that memory.
     keeping_since: Instant,
@@ -125,7 +127,7 @@ impl Slots {
             memory: 0,
             turned_away,
         };
-        slot.enter(&mut inner);
+        slot.enter(&mut inner, false);
         Some(slot)
     }
 
@@ -173,7 +175,7 @@ impl Slot {
         inner.waiting.remove(&key).map(|_| ()).ok_or(Evicted)
     }
 
-    /// From now on it waits for its client again.
+    /// From now on it waits for its client again, first for it to take an answer.
     ///
     /// # Errors
     /// Where the service stops, and the connection is to end after what it is about to send.
@@ -184,16 +186,34 @@ impl Slot {
             return Err(Evicted);
         }
         if self.waiting.is_none() {
-            self.enter(&mut inner);
+            self.enter(&mut inner, true);
         }
         Ok(())
     }
 
-    fn enter(&mut self, inner: &mut Inner) {
+    /// The client has its answer, and is waited for to send something.
+    pub fn answered(&mut self) {
+        let slots = self.slots.clone();
+        let mut inner = slots.inner.lock();
+        self.set_memory(&mut inner, 0);
+        if let Some(waiting) = self.waiting.and_then(|key| inner.waiting.get_mut(&key)) {
+            waiting.is_answered = false;
+        }
+    }
+
+    /// Whether the connection was closed to make room, or because the service stops.
+    pub fn is_evicted(&self) -> bool {
+        let inner = self.slots.inner.lock();
+        self.waiting
+            .is_some_and(|key| !inner.waiting.contains_key(&key))
+    }
+
+    fn enter(&mut self, inner: &mut Inner, is_answered: bool) {
         let key = inner.next;
         inner.next += 1;
         let waiting = Waiting {
             peer: self.peer,
+            is_answered,
             memory: self.memory,
             keeping_since: Instant::now(),
             socket: self.socket.clone(),
@@ -215,7 +235,7 @@ impl Slot {
             let now = Instant::now();
             let evicted = self
                 .waiting
-                .is_none_or(|key| !inner.waiting.contains_key(&key));
+                .is_some_and(|key| !inner.waiting.contains_key(&key));
             if evicted || now >= deadline {
                 return Err(Evicted);
             }
@@ -265,16 +285,22 @@ impl Waiting {
 
 impl Slots {
     /// Closes the longest waiting connection of those that may be; false where there is none. Its
-    /// thread finds that out, whether it reads from the client or waits for memory, and gives the
-    /// slot back.
+    /// thread finds that out, whether it reads from the client, writes to it or waits for memory, and
+    /// gives the slot back.
     fn evict(&self, inner: &mut Inner, may_be: impl Fn(&Waiting) -> bool) -> bool {
         let found = inner.waiting.iter().find(|(_, waiting)| may_be(waiting));
         let Some(key) = found.map(|(key, _)| *key) else {
             return false;
         };
         if let Some(waiting) = inner.waiting.remove(&key) {
+            // Who is in the middle of a request can still be told why nothing comes of it.
+            let how = if waiting.is_answered {
+                Shutdown::Both
+            } else {
+                Shutdown::Read
+            };
             // It fails where the client has gone already, and then the thread is on its way.
-            let _ = waiting.socket.shutdown(Shutdown::Both);
+            let _ = waiting.socket.shutdown(how);
         }
         self.freed.notify_all();
         true

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use rustls::ServerConfig;
-use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 /// A PEM file and what was last read from it.
@@ -59,15 +59,18 @@ impl fmt::Debug for Identity {
 }
 
 fn read(path: &PathBuf) -> Result<Arc<ServerConfig>, String> {
-    let pem = fs::read(path).map_err(|error| format!("cannot be read: {error}"))?;
-    let damaged = |error| format!("is damaged: {error}");
-    let chain = CertificateDer::pem_slice_iter(&pem)
+    let text = fs::read(path).map_err(|error| format!("cannot be read: {error}"))?;
+    let damaged = |error| match error {
+        pem::Error::MissingSectionEnd { .. } => "is damaged: a block in it has no end".to_owned(),
+        error => format!("is damaged: {error}"),
+    };
+    let chain = CertificateDer::pem_slice_iter(&text)
         .collect::<Result<Vec<_>, _>>()
         .map_err(damaged)?;
     if chain.is_empty() {
         return Err("holds no certificate: it must have a BEGIN CERTIFICATE block".into());
     }
-    let mut keys = PrivateKeyDer::pem_slice_iter(&pem)
+    let mut keys = PrivateKeyDer::pem_slice_iter(&text)
         .collect::<Result<Vec<_>, _>>()
         .map_err(damaged)?;
     let key = match (keys.pop(), keys.is_empty()) {
