@@ -30,8 +30,9 @@ const QUESTION: &[u8] = b"GET /status HTTP/1.1\r\n\r\n";
 /// Socket pairs that can be had before a link is opened. tiny_http needs two descriptors and we
 /// one; the rest is for what other threads open meanwhile.
 const SPARE_PAIRS: usize = 4;
-/// Threads that can be had before a link is opened. tiny_http needs one.
-const SPARE_THREADS: usize = 2;
+/// Threads that can be had before a link is opened. tiny_http needs one; the system may still count
+/// one or the other of these when they have ended.
+const SPARE_THREADS: usize = 4;
 /// Links that are kept however long they are not used.
 const KEPT: usize = 8;
 /// How long the others are kept.
@@ -165,12 +166,17 @@ fn make_sure_of_room() -> io::Result<()> {
         pairs.push(UnixStream::pair()?);
     }
     let (running, ended) = bounded::<()>(0);
+    let mut threads = Vec::with_capacity(SPARE_THREADS);
     for _ in 0..SPARE_THREADS {
         let ended = ended.clone();
         // They are all there at the same time: each waits until `running` is dropped.
-        thread::Builder::new().spawn(move || ended.recv())?;
+        threads.push(thread::Builder::new().spawn(move || ended.recv())?);
     }
     drop(running);
+    // As long as they are on their way out they still count.
+    for thread in threads {
+        let _ = thread.join();
+    }
     Ok(())
 }
 
