@@ -105,8 +105,7 @@ impl Slots {
                 break false;
             }
             self.evict(&mut inner, |waiting| !peer_is_full || waiting.peer == peer);
-            let in_time = !self.freed.wait_until(&mut inner, deadline).timed_out();
-            if !in_time {
+            if self.freed.wait_until(&mut inner, deadline).timed_out() {
                 break true;
             }
         };
@@ -203,7 +202,10 @@ impl Slot {
 
     /// Whether the connection was closed to make room, or because the service stops.
     pub fn is_evicted(&self) -> bool {
-        let inner = self.slots.inner.lock();
+        self.was_removed(&self.slots.inner.lock())
+    }
+
+    fn was_removed(&self, inner: &Inner) -> bool {
         self.waiting
             .is_some_and(|key| !inner.waiting.contains_key(&key))
     }
@@ -231,12 +233,9 @@ impl Slot {
         let slots = self.slots.clone();
         let mut inner = slots.inner.lock();
         self.set_memory(&mut inner, 0);
-        while bytes > 0 && inner.memory + bytes > slots.limits.memory {
+        while inner.memory + bytes > slots.limits.memory {
             let now = Instant::now();
-            let evicted = self
-                .waiting
-                .is_some_and(|key| !inner.waiting.contains_key(&key));
-            if evicted || now >= deadline {
+            if self.was_removed(&inner) || now >= deadline {
                 return Err(Evicted);
             }
             slots.make_room(&mut inner, now, deadline);
