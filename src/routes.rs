@@ -29,6 +29,8 @@ const LONGEST_WAIT: Duration = Duration::from_secs(60);
 const DEEPEST: usize = 128;
 /// How soon a client may come back after a 429 or 503, in seconds.
 const RETRY_AFTER: u32 = 5;
+/// The same where only its connection was one too many.
+const RETRY_AFTER_BUSY: u32 = 1;
 
 /// Credentials of Basic auth are standard base64 (RFC 7617).
 const BASIC: GeneralPurpose = GeneralPurpose::new(
@@ -513,6 +515,9 @@ pub fn refusal(refusal: &Refusal) -> Response {
                 response.headers.push(("WWW-Authenticate", challenge));
             }
         }
+        Refusal::Busy => response
+            .headers
+            .push(("Retry-After", RETRY_AFTER_BUSY.to_string())),
         _ if matches!(status, 429 | 503) => response
             .headers
             .push(("Retry-After", RETRY_AFTER.to_string())),

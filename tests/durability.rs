@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 use serde_json::json;
-use support::{Destination, MARK, PATIENCE, SECRET, Service, command, ok, payload, token};
+use support::{Destination, Ends, MARK, PATIENCE, SECRET, Service, command, ok, payload, token};
 
 /// Tries to start a service on a folder and waits for it to give up.
 fn refused(folder: &Path) -> (Option<i32>, String) {
@@ -40,6 +40,7 @@ fn two_hundred_exports_survive_five_kills() {
     let count = || accepted.lock().unwrap().len();
     let body = json!({"uri": url, "data": payload(1)}).to_string();
     thread::scope(|scope| {
+        let ends = Ends(&done);
         for _ in 0..4 {
             scope.spawn(|| {
                 let token = token(url);
@@ -64,7 +65,7 @@ fn two_hundred_exports_survive_five_kills() {
         while count() < 200 {
             thread::yield_now();
         }
-        done.store(true, Ordering::Relaxed);
+        drop(ends);
     });
     let service = running.into_inner().unwrap().unwrap();
     let accepted = accepted.into_inner().unwrap();

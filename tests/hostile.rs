@@ -10,7 +10,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use support::{Destination, Identity, PATIENCE, Response, Service, ok, payload, python, token};
+use support::{
+    Destination, Ends, Identity, PATIENCE, Response, Service, ok, payload, python, token,
+};
 
 /// What the service may take at most, in kB, whatever is done to it.
 const MEMORY: u64 = 60_000;
@@ -34,8 +36,9 @@ fn withstands(arguments: &[&str], attack: impl FnOnce(&Service)) {
             }
             slowest
         });
+        let ends = Ends(&over);
         attack(&service);
-        over.store(true, Ordering::Relaxed);
+        drop(ends);
         normal.join().unwrap()
     });
     let peak = service.figure("VmHWM");
@@ -380,16 +383,21 @@ fn a_crowd_of_slow_clients_keeps_nobody_out() {
                 b"POST /export HTTP/1.1\r\nHost: x\r\nContent-Length: 900000\r\n\r\n",
                 &[b'a'; 600_000][..],
             ];
-            let crowds = [
-                (500, b"GET /status HTTP/1.1\r\nA: ".to_vec()),
-                (500, body.concat()),
-            ];
-            // To a TLS port these are handshakes that come to nothing.
-            let crowds = crowds.into_iter().chain([(200, b"\x16\x03\x01".to_vec())]);
+            let handshake = b"\x16\x03\x01".to_vec();
+            let crowds = if secure {
+                vec![(1200, handshake)]
+            } else {
+                vec![
+                    (500, b"GET /status HTTP/1.1\r\nA: ".to_vec()),
+                    (500, body.concat()),
+                    (200, handshake),
+                ]
+            };
             for (count, beginning) in crowds {
                 let (service, over) = (&service, &over);
                 scope.spawn(move || drip(service, count, &beginning, over));
             }
+            let ends = Ends(&over);
             let started = Instant::now();
             while started.elapsed() < Duration::from_secs(14) {
                 for (from, slowest) in [
@@ -422,7 +430,7 @@ fn a_crowd_of_slow_clients_keeps_nobody_out() {
                     *slowest = (*slowest).max(started.elapsed());
                 }
             }
-            over.store(true, Ordering::Relaxed);
+            drop(ends);
         });
         let peak = service.figure("VmHWM");
         eprintln!(
@@ -452,7 +460,10 @@ fn one_more_than_there_may_be_is_told_so_when_all_others_are_being_served() {
     assert_eq!((refused.status, refused.code()), (503, "busy".into()));
     assert!(refused.header("retry-after").is_some());
 
-    // Another client has the third place, however many want it who send nothing.
+    // Another client has the third place, however many want it who send nothing, and however many
+    // of the first one's stand before it.
+    let started = Instant::now();
+    let in_vain: Vec<_> = (0..40).map(|_| connect(&service)).collect();
     let idle: Vec<_> = (0..5)
         .map(|_| service.connect_from([127, 0, 0, 2]))
         .collect();
@@ -461,7 +472,8 @@ fn one_more_than_there_may_be_is_told_so_when_all_others_are_being_served() {
         .write_all(&Service::written("GET", "/status", &[], b""))
         .unwrap();
     assert_eq!(Response::read(other).body, "active");
-    drop(idle);
+    assert!(started.elapsed() < Duration::from_secs(20));
+    drop((idle, in_vain));
 
     gate.open();
     for poll in polls {

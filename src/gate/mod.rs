@@ -49,6 +49,8 @@ const TURNING_AWAY: Duration = Duration::from_secs(2);
 /// How long a client has to read the last answer before the connection is gone. Closing at once
 /// with something unread would take the answer away from it.
 const LINGER: Duration = Duration::from_secs(2);
+/// The same where the connection was closed to make room for another.
+const LEAVING: Duration = Duration::from_millis(100);
 /// How often links that nobody uses any more are looked for, and how long accepting must have gone
 /// well to be called well.
 const HOUSEKEEPING: Duration = Duration::from_secs(10);
@@ -65,8 +67,8 @@ const STACK: usize = 256 * 1024;
 const BACKLOG: i32 = 1024;
 /// Descriptors that a connection needs with its link: the client's, ours to tiny_http, two there.
 const DESCRIPTORS: u64 = 4;
-/// Descriptors for everything else: the store, attempts, spares.
-const OTHER_DESCRIPTORS: u64 = 512;
+/// Descriptors for everything else: the store, attempts, spares, connections without a place.
+const OTHER_DESCRIPTORS: u64 = 512 + slots::BESIDE as u64;
 
 /// How connections are treated.
 #[derive(Debug)]
@@ -307,9 +309,9 @@ impl From<Refusal> for End {
     }
 }
 
-impl From<slots::Evicted> for End {
+impl From<slots::Evicted> for Refusal {
     fn from(_: slots::Evicted) -> Self {
-        Self::Silent
+        Self::Busy
     }
 }
 
@@ -318,12 +320,12 @@ impl Connection<'_> {
         loop {
             let mut request = match self.read() {
                 Ok(request) => request,
-                Err(End::Silent) => return self.wire.end(),
+                Err(End::Silent) => return self.end(),
                 Err(End::Refused(refusal)) => return self.refuse(None, &refusal),
             };
             let mut answer = match self.pass_on(&mut request) {
                 Ok(answer) => answer,
-                Err(End::Silent) => return self.wire.end(),
+                Err(End::Silent) => return self.end(),
                 Err(End::Refused(refusal)) => return self.refuse(Some(&request), &refusal),
             };
             let stays =
@@ -359,9 +361,12 @@ impl Connection<'_> {
                         self.set_deadline(HEAD);
                     }
                     Phase::Body(bytes) => {
-                        let deadline = self.set_deadline(BODY);
-                        if bytes > SMALL && self.slot.keep(bytes, deadline).is_err() {
+                        if self.slot.is_turned_away() {
                             return Err(Refusal::Busy.into());
+                        }
+                        let deadline = self.set_deadline(BODY);
+                        if bytes > SMALL {
+                            self.slot.keep(bytes, deadline).map_err(Refusal::from)?;
                         }
                         if self.framer.takes_continue() {
                             let leave = self.wire.write_all(b"HTTP/1.1 100 Continue\r\n\r\n");
@@ -392,7 +397,7 @@ impl Connection<'_> {
 
     /// Has a request answered by the service.
     fn pass_on(&mut self, request: &mut Request) -> Result<Vec<u8>, End> {
-        self.slot.serve()?;
+        self.slot.serve().map_err(Refusal::from)?;
         let mut link = self.shared.links.take().map_err(|error| {
             log::warn!(reason:% = error; "no connection to tiny_http: it will be tried again");
             Refusal::Busy
@@ -419,7 +424,7 @@ impl Connection<'_> {
         if answer.len() > SMALL {
             self.slot.keep_anyway(answer.len());
         }
-        self.set_deadline(ANSWER);
+        self.set_deadline(self.patience(ANSWER));
         self.wire.write_all(answer)?;
         self.wire.flush()?;
         self.slot.answered();
@@ -437,10 +442,14 @@ impl Connection<'_> {
         self.linger();
     }
 
-    /// Waits until the client has closed its side too, for a moment.
-    fn linger(&mut self) {
-        self.set_deadline(LINGER);
+    fn end(&mut self) {
+        self.set_deadline(self.patience(LINGER));
         self.wire.end();
+    }
+
+    /// Ends it and waits until the client has closed its side too, for a moment.
+    fn linger(&mut self) {
+        self.end();
         let mut unread = [0; 1024];
         while self
             .wire
@@ -448,6 +457,15 @@ impl Connection<'_> {
             .read(&mut unread)
             .is_ok_and(|read| read > 0)
         {}
+    }
+
+    /// How long it waits for its client, if nobody else waits for it to be gone.
+    fn patience(&self, usual: Duration) -> Duration {
+        if self.slot.is_evicted() {
+            LEAVING
+        } else {
+            usual
+        }
     }
 
     /// Gives the client so long from now for what comes next.

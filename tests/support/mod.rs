@@ -11,6 +11,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
@@ -39,6 +40,16 @@ pub fn program() -> PathBuf {
         || env!("CARGO_BIN_EXE_export-service").into(),
         PathBuf::from,
     )
+}
+
+/// Tells other threads that it is over when it is dropped: by a failed assertion too, so that they
+/// are not waited for in vain.
+pub struct Ends<'a>(pub &'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// The program with an environment in which nothing of the tester's own is set.
