@@ -123,8 +123,8 @@ impl Recorder {
                 for report in self.reports.drain(..) {
                     self.exports.written(report);
                 }
-                for (accept, (effect, refusal)) in accepts.into_iter().zip(effects) {
-                    self.accepted(accept, effect, refusal);
+                for (accept, effect) in accepts.into_iter().zip(effects) {
+                    self.accepted(accept, effect);
                 }
             }
             Err(error) => {
@@ -150,7 +150,9 @@ impl Recorder {
     fn write_reports_one_by_one(&mut self) {
         while let Some(report) = self.reports.first() {
             let now = self.exports.now();
-            let written = self.writer.commit(&[Change::Report(report)], now);
+            let written = self
+                .writer
+                .commit(&[Change::Report(report)], now, |_| Ok(()));
             if written.is_err() || self.writer.empty_log().is_err() {
                 return;
             }
@@ -159,8 +161,8 @@ impl Recorder {
     }
 
     /// Writes the waiting reports first, so that a repeated submission sees them. Returns for each
-    /// submission what became of it, and why there would be no room for it.
-    fn commit(&mut self, accepts: &[Accept]) -> Result<Vec<(Effect, Error)>, store::Error> {
+    /// submission what became of it.
+    fn commit(&mut self, accepts: &[Accept]) -> Result<Vec<Effect>, store::Error> {
         let mut size = self.writer.size()?;
         for report in &mut self.reports {
             if let News::Finished { response, .. } = &mut report.news {
@@ -170,37 +172,31 @@ impl Recorder {
                 size += response.get().len() as u64;
             }
         }
+        let reports = self.reports.iter().map(Change::Report);
+        let submissions = accepts.iter().map(|accept| Change::Accept(&accept.export));
+        let changes: Vec<_> = reports.chain(submissions).collect();
         let mut pending = HashMap::new();
-        let mut refusals = Vec::with_capacity(accepts.len());
-        let mut changes: Vec<_> = self.reports.iter().map(Change::Report).collect();
-        for Accept { export, .. } in accepts {
-            let owner = export.owner.as_slice();
+        let (exports, limits) = (&self.exports, &self.limits);
+        let has_room = |export: &NewExport| {
             let count = pending
-                .entry(owner)
-                .or_insert_with(|| self.exports.states.count_of(owner));
+                .entry(export.owner.clone())
+                .or_insert_with_key(|owner| exports.states.count_of(owner));
             let bytes = (export.payload.len() + ROW) as u64;
-            let too_many = *count >= self.limits.max_pending;
-            let room = !too_many && size + bytes <= self.limits.max_store;
-            refusals.push(if too_many {
-                Error::TooMany(*count)
-            } else {
-                Error::StoreFull
-            });
-            if room {
-                *count += 1;
-                size += bytes;
+            if *count >= limits.max_pending {
+                return Err(Error::TooMany(*count));
             }
-            changes.push(Change::Accept { export, room });
-        }
-        let mut effects = self.writer.commit(&changes, self.exports.now())?;
-        Ok(effects
-            .split_off(self.reports.len())
-            .into_iter()
-            .zip(refusals)
-            .collect())
+            if size + bytes > limits.max_store {
+                return Err(Error::StoreFull);
+            }
+            *count += 1;
+            size += bytes;
+            Ok(())
+        };
+        let mut effects = self.writer.commit(&changes, exports.now(), has_room)?;
+        Ok(effects.split_off(self.reports.len()))
     }
 
-    fn accepted(&self, accept: Accept, effect: Effect, refusal: Error) {
+    fn accepted(&self, accept: Accept, effect: Effect) {
         let Accept {
             export,
             received,
@@ -255,7 +251,7 @@ impl Recorder {
                 }
             }
             Effect::Conflict => Poll::Now(reply, Err(Error::KeyReused)),
-            Effect::NoRoom => Poll::Now(reply, Err(refusal)),
+            Effect::NoRoom(why) => Poll::Now(reply, Err(why)),
         };
         match answer {
             Poll::Parked => {}

@@ -21,6 +21,7 @@ use uuid::Uuid;
 
 use crate::delivery::addresses::Destination;
 use crate::delivery::schedule::Backoff;
+use crate::exports;
 
 /// The file's name in the data folder.
 pub const FILE: &str = "exports.db";
@@ -164,12 +165,7 @@ pub struct IdempotencyKey {
 /// One thing for [`Writer::commit`] to write down.
 pub enum Change<'a> {
     /// A new export.
-    Accept {
-        /// What is to be written.
-        export: &'a NewExport,
-        /// Whether there is room for it; a repeat of an earlier submission needs none.
-        room: bool,
-    },
+    Accept(&'a NewExport),
     /// News of an export that was accepted before.
     Report(&'a Report),
 }
@@ -217,8 +213,8 @@ pub enum Effect {
     },
     /// The idempotency key was used before for another submission. Nothing was written.
     Conflict,
-    /// There is no room for it. Nothing was written.
-    NoRoom,
+    /// There is no room for it, and why. Nothing was written.
+    NoRoom(exports::Error),
 }
 
 /// An export as it is found in the store.
@@ -380,16 +376,22 @@ impl Writer {
     }
 
     /// Writes all of `changes` in one transaction and returns what became of each, in order.
-    /// Blocks until the disk has them: that is what a 200 to an app stands for.
+    /// `has_room` is asked about each new export, but for repeats of an earlier submission, which
+    /// need none. Blocks until the disk has them: that is what a 200 to an app stands for.
     ///
     /// # Errors
     /// Nothing of it was written.
-    pub fn commit(&mut self, changes: &[Change<'_>], now: i64) -> Result<Vec<Effect>, Error> {
+    pub fn commit(
+        &mut self,
+        changes: &[Change<'_>],
+        now: i64,
+        mut has_room: impl FnMut(&NewExport) -> Result<(), exports::Error>,
+    ) -> Result<Vec<Effect>, Error> {
         let transaction = self.connection.transaction()?;
         let mut effects = Vec::with_capacity(changes.len());
         for change in changes {
             effects.push(match change {
-                Change::Accept { export, room } => accept(&transaction, export, *room)?,
+                Change::Accept(export) => accept(&transaction, export, &mut has_room)?,
                 Change::Report(report) => write_report(&transaction, report, now)?,
             });
         }
@@ -488,14 +490,18 @@ fn json(text: Option<String>) -> Result<Option<Arc<RawValue>>, Error> {
     Ok(parsed.map_err(|_| Error::Damaged)?.map(Arc::from))
 }
 
-fn accept(transaction: &Transaction<'_>, export: &NewExport, room: bool) -> Result<Effect, Error> {
+fn accept(
+    transaction: &Transaction<'_>,
+    export: &NewExport,
+    has_room: impl FnOnce(&NewExport) -> Result<(), exports::Error>,
+) -> Result<Effect, Error> {
     if let Some(key) = &export.key
         && let Some(earlier) = earlier(transaction, &export.owner, key)?
     {
         return Ok(earlier);
     }
-    if !room {
-        return Ok(Effect::NoRoom);
+    if let Err(why) = has_room(export) {
+        return Ok(Effect::NoRoom(why));
     }
     transaction
         .prepare_cached(
@@ -696,6 +702,54 @@ fn private_file(path: &Path) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn new_export(owner: &str, key: Option<&str>, content: u8) -> NewExport {
+        NewExport {
+            id: Uuid::now_v7(),
+            owner: owner.into(),
+            destination: Destination::parse("https://a.example/").unwrap(),
+            payload: vec![content],
+            accepted_at: 0,
+            key: key.map(|key| IdempotencyKey {
+                key: key.into(),
+                fingerprint: [content; 32],
+            }),
+        }
+    }
+
+    #[test]
+    fn only_what_is_written_needs_room() {
+        let mut writer = Writer::open(&Place::Memory).unwrap();
+        let exports = [
+            new_export("me", Some("k"), 1),
+            new_export("me", Some("k"), 1),
+            new_export("me", Some("k"), 2),
+            new_export("me", None, 3),
+            new_export("you", Some("k"), 4),
+        ];
+        let changes: Vec<_> = exports.iter().map(Change::Accept).collect();
+        let mut asked = Vec::new();
+        let effects = writer
+            .commit(&changes, 0, |export| {
+                asked.push(export.payload[0]);
+                match export.payload[0] {
+                    4 => Err(exports::Error::StoreFull),
+                    _ => Ok(()),
+                }
+            })
+            .unwrap();
+        assert_eq!(asked, [1, 3, 4]);
+        assert!(matches!(
+            effects[..],
+            [
+                Effect::Written,
+                Effect::Repeat { .. },
+                Effect::Conflict,
+                Effect::Written,
+                Effect::NoRoom(exports::Error::StoreFull)
+            ]
+        ));
+    }
 
     #[test]
     fn commits_reach_the_disk_and_what_is_deleted_is_overwritten() {
