@@ -331,10 +331,16 @@ struct Body<'a> {
 }
 
 fn read_body(body: &[u8]) -> Result<Body<'_>, Refusal> {
+    const SHAPE: &str =
+        "the body must be a JSON object with `id` and `uri` as strings and each field once";
+    // serde takes an array for a struct too, by the order of its fields.
+    if body.trim_ascii_start().first() == Some(&b'[') {
+        return Err(Refusal::Malformed(SHAPE.into()));
+    }
     serde_json::from_slice(body).map_err(|error| {
         // serde_json's own message may quote a value.
         let what = if error.is_data() {
-            "the body must be a JSON object with `id` and `uri` as strings and each field once"
+            SHAPE
         } else {
             "the body is not valid JSON"
         };
@@ -666,6 +672,16 @@ mod tests {
             assert!(!refusal.to_string().contains("s3cret"), "{refusal}");
             assert_eq!(refusal.status().0, 400);
         }
+    }
+
+    #[test]
+    fn a_body_that_is_no_object_is_refused_even_where_it_holds_the_same() {
+        let fields = format!(r#"["","{URL}",{{}}]"#);
+        for body in [fields.as_str(), "[]", "null", "17", r#""x""#, ""] {
+            let refusal = decided("/export", body).err().unwrap();
+            assert_eq!(refusal.status().0, 400, "{body}");
+        }
+        assert!(decided("/export", &format!(" \n{{\"uri\":\"{URL}\",\"data\":[]}} ")).is_ok());
     }
 
     #[test]

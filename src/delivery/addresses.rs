@@ -51,7 +51,11 @@ impl Destination {
         }
         // What stands behind the host must be a port that fits, or nothing.
         let behind = authority.strip_prefix(host).unwrap_or(authority);
-        if !behind.is_empty() && uri.port_u16().is_none_or(|port| port == 0) {
+        let port = behind.strip_prefix(':').filter(|port| {
+            let digits = port.bytes().all(|byte| byte.is_ascii_digit());
+            digits && port.parse::<u16>().is_ok_and(|port| port > 0)
+        });
+        if !behind.is_empty() && port.is_none() {
             return Err(BadUrl::Port);
         }
         // The authority stands right behind "scheme://" in the text as it was given.
@@ -290,10 +294,9 @@ fn canonical(ip: IpAddr) -> IpAddr {
     if let Some(mapped) = v6.to_ipv4_mapped() {
         return mapped.into();
     }
-    let [.., a, b, c, d] = v6.octets();
-    // ::a.b.c.d, which is deprecated (RFC 4291); :: and ::1 are not of its kind.
-    let compatible = v6.segments()[..6] == [0; 6] && v6.to_bits() > 1;
-    if compatible || NAT64.contains(&v6) {
+    // Not ::a.b.c.d, which is deprecated (RFC 4291) and leads nowhere.
+    if NAT64.contains(&v6) {
+        let [.., a, b, c, d] = v6.octets();
         return Ipv4Addr::new(a, b, c, d).into();
     }
     ip
@@ -369,6 +372,8 @@ mod tests {
             ("https://a.example:0/", BadUrl::Port),
             ("https://a.example:99999/", BadUrl::Port),
             ("https://a.example:/", BadUrl::Port),
+            ("https://a.example:+443/", BadUrl::Port),
+            ("https://[2606:4700::1111]x:443/", BadUrl::Port),
             ("https://ä.example/", BadUrl::NotAscii),
             ("https://a.example/a b", BadUrl::Malformed),
             ("https://a.example/\r\nX: y", BadUrl::Malformed),
@@ -440,6 +445,7 @@ mod tests {
             "::ffff:a9fe:a9fe",
             "::127.0.0.1",
             "::a00:1",
+            "::1.1.1.1",
             "64:ff9b::10.0.0.1",
             "64:ff9b::7f00:1",
             "64:ff9b::192.168.0.1",
