@@ -4,7 +4,7 @@
 mod support;
 
 use std::collections::HashMap;
-use std::io::Write;
+use std::io::{BufReader, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,7 +16,7 @@ use export_service::delivery::attempt::{Client, Kind, Outcome, Settings};
 use export_service::delivery::tls::Trust;
 use serde_json::{Value, json};
 use support::{
-    Destination, PATIENCE, Reaction, Service, ok, payload, python, root, token, token_of,
+    Destination, PATIENCE, Reaction, Response, Service, ok, payload, python, root, token, token_of,
 };
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::NextTimeout;
@@ -161,6 +161,34 @@ fn a_restart_does_not_fire_what_waits() {
             .count(),
         0
     );
+}
+
+#[test]
+fn after_more_than_a_day_off_exports_that_never_had_a_turn_get_one() {
+    let (url, address) = nowhere();
+    let service = Service::start(&[]);
+    let ids: Vec<_> = (0..20)
+        .map(|number| service.submit(&url, &payload(number)))
+        .collect();
+    service.reports(1);
+    let (database, destination) = (service.folder().join("exports.db"), Mutex::new(None));
+    let service = service.kill_and_restart_after(|| {
+        // As if all of that had been 25 hours ago, and the destination were back by now.
+        let changed = rusqlite::Connection::open(&database)
+            .unwrap()
+            .execute(
+                "UPDATE exports SET accepted_at = accepted_at - 90000000,
+                     next_attempt_at = next_attempt_at - 90000000",
+                [],
+            )
+            .unwrap();
+        assert_eq!(changed, ids.len());
+        *destination.lock().unwrap() = Some(Destination::start_at(address, |_| ok()));
+    });
+    for id in &ids {
+        let result = service.result(&url, id);
+        assert_eq!(result["status_code"], 200, "{result}");
+    }
 }
 
 #[test]
@@ -444,25 +472,41 @@ fn hostile_answers_cost_no_memory_and_the_next_export_works() {
         url
     };
     let megabyte = vec![b'x'; 1024 * 1024];
+    // More than is taken, and with an end: no server would send it twice differently.
+    let large_head = [&[b'y'; 20_000][..], b"\r\nContent-Length: 0\r\n\r\n"].concat();
     let none = Duration::ZERO;
     let close = "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n";
     let gzip = "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nConnection: close\r\n\r\n";
     let cases = [
-        ("50 MB", repeat(close, megabyte.clone(), 50, none), "200 OK"),
+        (
+            "50 MB",
+            repeat(close, megabyte.clone(), 50, none),
+            "200 OK",
+            None,
+        ),
         (
             "gzip bomb",
             repeat(gzip, megabyte.clone(), 50, none),
             "200 OK",
+            None,
+        ),
+        (
+            "a large head",
+            repeat("HTTP/1.1 200 OK\r\nX: ", large_head, 1, none),
+            "502 Bad Gateway",
+            Some("protocol"),
         ),
         (
             "endless header",
             repeat("HTTP/1.1 200 OK\r\nX: ", megabyte.clone(), 50, none),
             "502 Bad Gateway",
+            Some("protocol"),
         ),
         (
             "endless headers",
             repeat("HTTP/1.1 200 OK\r\n", b"X: y\r\n".repeat(20_000), 50, none),
             "502 Bad Gateway",
+            Some("protocol"),
         ),
         (
             "one byte a second",
@@ -473,30 +517,40 @@ fn hostile_answers_cost_no_memory_and_the_next_export_works() {
                 Duration::from_secs(1),
             ),
             "504 Gateway Timeout",
+            Some("timeout"),
         ),
         (
             "a body of one byte a second",
             repeat(close, b"x".to_vec(), 60, Duration::from_secs(1)),
             "200 OK",
+            None,
         ),
         (
             "garbage",
             repeat("\u{1}\u{2}garbage\r\n\r\n", megabyte, 50, none),
             "502 Bad Gateway",
+            Some("protocol"),
         ),
         (
             "closed before the request",
             closing(false),
             "502 Bad Gateway",
+            Some("closed"),
         ),
-        ("closed after the request", closing(true), "502 Bad Gateway"),
+        (
+            "closed after the request",
+            closing(true),
+            "502 Bad Gateway",
+            Some("closed"),
+        ),
     ];
     let service = Service::start(&["--attempt-timeout", "2s", "--give-up-after", "1s"]);
     let healthy = Destination::start(|_| ok());
-    for (what, url, status) in cases {
+    for (what, url, status, kind) in cases {
         let id = service.submit(&url, &payload(1));
         let result = service.result(&url, &id);
         assert_eq!(result["status"], status, "{what}: {result:.300}");
+        assert_eq!(result["error"]["kind"].as_str(), kind, "{what}");
         let id = service.submit(&healthy.url, &payload(2));
         assert_eq!(
             service.result(&healthy.url, &id)["status_code"],
@@ -553,7 +607,7 @@ fn closing(after_reading: bool) -> String {
 fn private_addresses_are_refused_in_every_spelling_and_nothing_is_sent() {
     let inside = Destination::start(|_| ok());
     let port = inside.url.split([':', '/']).nth(4).unwrap().to_owned();
-    // The usual arguments allow 127.0.0.0/8; later ones add to them.
+    // The usual arguments allow this machine; later ones add to them.
     let service = Service::start_bare(&["--give-up-after", "200ms"]);
     for host in [
         "127.0.0.1",
@@ -611,6 +665,42 @@ fn private_addresses_are_refused_in_every_spelling_and_nothing_is_sent() {
         (&json!(403), &json!("forbidden_http"))
     );
     assert!(inside.arrivals().is_empty());
+}
+
+#[test]
+fn without_a_thread_for_a_look_up_an_export_waits_and_the_service_goes_on() {
+    let Some(mut service) = Service::start_with_threads(60) else {
+        return eprintln!("not tried: it takes root to run the service as another user");
+    };
+    let destination = Destination::start(|_| ok());
+    let url = destination.url.replace("127.0.0.1", "localhost");
+    // A connection that has its threads already.
+    let mut stream = service.connect_from([127, 0, 0, 1]);
+    let keep = ("Connection", "keep-alive");
+    stream
+        .write_all(&Service::written("GET", "/status", &[keep], b""))
+        .unwrap();
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    assert_eq!(Response::next(&mut reader).status, 200);
+    service.limit_threads(1);
+    let token = token(&url);
+    let body = json!({"uri": url, "data": payload(1)}).to_string();
+    let headers = [keep, ("X-Api-Key", &token)];
+    stream
+        .write_all(&Service::written(
+            "POST",
+            "/export",
+            &headers,
+            body.as_bytes(),
+        ))
+        .unwrap();
+    let id = Response::next(&mut reader).json()["id"].clone();
+    let failed = service.event("failed", |_| true);
+    assert_eq!(failed["kind"], "dns", "{failed}");
+    service.limit_threads(60);
+    let result = service.result(&url, id.as_str().unwrap());
+    assert_eq!(result["status_code"], 200, "{result}");
+    assert!(service.is_running());
 }
 
 #[test]

@@ -18,7 +18,6 @@ use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::bounded;
 use crypto_box::aead::Aead;
 use crypto_box::{PublicKey, SalsaBox, SecretKey};
 use rustls::crypto::ring;
@@ -760,22 +759,15 @@ impl Connection {
     }
 }
 
-/// The addresses of a host. The system's look-up has no limit of its own, so it has a thread to
-/// itself, which ends some time later where it is not waited for.
+/// The addresses of a host. The system's look-up has no limit of its own.
 fn look_up(endpoint: &Endpoint) -> io::Result<Vec<SocketAddr>> {
     if let Ok(ip) = endpoint.host.parse::<IpAddr>() {
         return Ok(vec![(ip, endpoint.port).into()]);
     }
-    let (sender, found) = bounded(1);
     let name = (endpoint.host.clone(), endpoint.port);
-    threads::try_spawn("look-up", move || {
-        let addresses = name.to_socket_addrs().map(Vec::from_iter);
-        // Nobody may be waiting any more.
-        let _ = sender.send(addresses);
-    })?;
-    found
-        .recv_timeout(LOOK_UP)
-        .map_err(|_| io::Error::from(ErrorKind::TimedOut))?
+    threads::within(LOOK_UP, "look-up", move || {
+        name.to_socket_addrs().map(Vec::from_iter)
+    })
 }
 
 fn connect(addresses: &[SocketAddr]) -> io::Result<TcpStream> {

@@ -9,11 +9,11 @@
 use std::cell::Cell;
 use std::fmt;
 use std::io::{self, ErrorKind, Read};
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ureq::http::{Uri, header};
-use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
+use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, Connector, NextTimeout, TcpConnector, Transport,
 };
@@ -23,6 +23,7 @@ use uuid::Uuid;
 use super::addresses::{Destination, Forbidden, Rules, bare};
 use super::signature::SigningKey;
 use super::tls::{self, TlsConnector, Trust};
+use crate::threads;
 
 /// Looking a name up may take this long.
 pub const RESOLVE: Duration = Duration::from_secs(5);
@@ -30,8 +31,12 @@ pub const RESOLVE: Duration = Duration::from_secs(5);
 pub const CONNECT: Duration = Duration::from_secs(5);
 /// ureq's own buffers are eight times as large, for downloads that this program never makes.
 const BUFFER: usize = 16 * 1024;
-/// A response head larger than this is an error, not a reason to use memory.
-const RESPONSE_HEAD: usize = 32 * 1024;
+/// A response head larger than this is an error, not a reason to use memory. With a limit that
+/// the buffer cannot pass, ureq would take it for a connection that was closed.
+const RESPONSE_HEAD: usize = BUFFER - 1;
+
+/// The most addresses of a name that ureq has room for.
+const MOST_ADDRESSES: usize = 16;
 
 const USER_AGENT: &str = concat!("export-service/", env!("CARGO_PKG_VERSION"));
 
@@ -83,6 +88,9 @@ pub enum Kind {
     Connect,
     /// The TLS handshake failed: most often the certificate.
     Tls,
+    /// The certificate is not valid yet. It is this machine's clock that is wrong, more likely: one
+    /// without a battery has to be told the time after each start.
+    TlsTooEarly,
     /// A step took longer than it may.
     Timeout,
     /// The connection ended before a response.
@@ -103,7 +111,7 @@ impl Kind {
         match self {
             Self::Dns => "dns",
             Self::Connect => "connect",
-            Self::Tls => "tls",
+            Self::Tls | Self::TlsTooEarly => "tls",
             Self::Timeout => "timeout",
             Self::Closed => "closed",
             Self::Protocol => "protocol",
@@ -141,7 +149,7 @@ pub struct Client {
 impl Client {
     /// A client that looks names up as the system does.
     pub fn new(settings: Settings) -> Self {
-        Self::with_names(settings, DefaultResolver::default())
+        Self::with_names(settings, SystemNames)
     }
 
     /// A client that has `names` look names up.
@@ -265,10 +273,13 @@ impl Client {
                     };
                     (kind, format!("nothing is sent to {host}: {forbidden}"))
                 }
-                None => (
-                    Kind::Protocol,
-                    format!("the attempt at {host} failed: {other}"),
-                ),
+                None => match other.downcast_ref::<io::Error>() {
+                    Some(error) => (Kind::Dns, format!("looking up {host} failed: {error}")),
+                    None => (
+                        Kind::Protocol,
+                        format!("the attempt at {host} failed: {other}"),
+                    ),
+                },
             },
             ureq::Error::Timeout(Timeout::Resolve) => (
                 Kind::Timeout,
@@ -289,10 +300,10 @@ impl Client {
                 Kind::Timeout,
                 format!("{host} did not answer within {whole}"),
             ),
-            ureq::Error::Rustls(error) => (Kind::Tls, tls::explain(error, host)),
+            ureq::Error::Rustls(error) => (tls::kind(error), tls::explain(error, host)),
             ureq::Error::Tls(reason) => (Kind::Tls, format!("TLS with {host} failed: {reason}")),
             ureq::Error::Io(error) => match tls::cause(error) {
-                Some(error) => (Kind::Tls, tls::explain(error, host)),
+                Some(error) => (tls::kind(error), tls::explain(error, host)),
                 None if step == Step::Connecting => (Kind::Connect, refusal(error, host)),
                 None if is_closed(error) => (
                     Kind::Closed,
@@ -441,14 +452,17 @@ impl<R: Resolver> Resolver for JudgingResolver<R> {
         timeout: NextTimeout,
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
         let found = match literal(uri) {
-            // ureq's resolver starts a thread per look-up, which is what it takes to time one,
-            // but four times the cost of a whole local POST.
+            // A look-up takes a thread, which costs more than a whole local POST.
             Some(address) => {
                 let mut found = self.empty();
                 found.push(address);
                 found
             }
             None => match self.names.resolve(uri, config, timeout) {
+                // There was no thread for it.
+                Err(ureq::Error::Io(error)) if error.kind() == ErrorKind::WouldBlock => {
+                    return Err(ureq::Error::Other(error.into()));
+                }
                 // The system's look-up reports a missing name as an I/O error like any other.
                 Err(ureq::Error::Io(_)) => return Err(ureq::Error::HostNotFound),
                 found => found?,
@@ -465,16 +479,51 @@ impl<R: Resolver> Resolver for JudgingResolver<R> {
     }
 }
 
+/// Looks names up as the system does. ureq's own resolver ends the process where there is no thread
+/// for that.
+#[derive(Debug)]
+struct SystemNames;
+
+impl Resolver for SystemNames {
+    fn resolve(
+        &self,
+        uri: &Uri,
+        _: &ureq::config::Config,
+        timeout: NextTimeout,
+    ) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        let name = (uri.host().unwrap_or_default().to_owned(), port(uri));
+        let addresses = threads::within(*timeout.after, "look-up", move || {
+            name.to_socket_addrs().map(Vec::from_iter)
+        });
+        let addresses = addresses.map_err(|error| match error.kind() {
+            ErrorKind::TimedOut => ureq::Error::Timeout(timeout.reason),
+            _ => ureq::Error::Io(error),
+        })?;
+        let mut found = self.empty();
+        // As many as there is room for; no others are dialled.
+        for address in addresses.into_iter().take(MOST_ADDRESSES) {
+            found.push(address);
+        }
+        if found.is_empty() {
+            return Err(ureq::Error::HostNotFound);
+        }
+        Ok(found)
+    }
+}
+
 /// The address that a URL names by itself, without a look-up.
 fn literal(uri: &Uri) -> Option<SocketAddr> {
-    let host = uri.host()?;
-    let ip: IpAddr = bare(host).parse().ok()?;
+    let ip: IpAddr = bare(uri.host()?).parse().ok()?;
+    Some(SocketAddr::new(ip, port(uri)))
+}
+
+fn port(uri: &Uri) -> u16 {
     let default = if uri.scheme_str() == Some("https") {
         443
     } else {
         80
     };
-    Some(SocketAddr::new(ip, uri.port_u16().unwrap_or(default)))
+    uri.port_u16().unwrap_or(default)
 }
 
 /// Whether an address is one of this machine's: only those can be bound to.

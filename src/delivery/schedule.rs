@@ -26,8 +26,11 @@ const FIRST_WAIT: Millis = 1000;
 const LONGEST_WAIT: Millis = 15 * 60 * 1000;
 /// Waits differ by up to this part either way, so that boxes do not come back all at once.
 const JITTER: f64 = 0.2;
-/// The longest wait that a destination's `Retry-After` can ask for.
-pub const LONGEST_RETRY_AFTER: Millis = 60 * 60 * 1000;
+/// The longest wait that a destination's `Retry-After` can ask for. An export whose time is over
+/// before that is given up then.
+const LONGEST_RETRY_AFTER: Millis = 24 * 60 * 60 * 1000;
+/// The longest that a restart goes on with a wait: the clock may have been wrong when it was noted.
+pub const LONGEST_RESUMED: Millis = 60 * 60 * 1000;
 /// What an export has left after a restart that finds its time over: while the box was off, or by
 /// a clock that was wrong then, there was no chance to deliver it.
 const LAST_CHANCE: Millis = 60 * 1000;
@@ -113,6 +116,10 @@ pub fn retry(outcome: &Outcome, retry_on: &[u16], now: SystemTime) -> Option<Ret
         Outcome::Failed(failure) => match failure.kind {
             Kind::Dns | Kind::Connect | Kind::Timeout | Kind::Closed => Some(Retry {
                 to_end: failure.connected,
+                least_wait: 0,
+            }),
+            Kind::TlsTooEarly => Some(Retry {
+                to_end: false,
                 least_wait: 0,
             }),
             Kind::Tls
@@ -214,8 +221,7 @@ impl Schedule {
         if let Some(stored) = resume
             && stored.not_before >= queue.backoff.not_before
         {
-            // The clock may have been wrong then, or be so now: no wait is longer than the longest.
-            let not_before = stored.not_before.min(now + LONGEST_RETRY_AFTER);
+            let not_before = stored.not_before.min(now + LONGEST_RESUMED);
             queue.backoff = Backoff {
                 not_before,
                 ..stored
@@ -580,7 +586,7 @@ mod tests {
         };
         schedule.add(export(2, 0), Some(wild), 17_000);
         attempt(&mut schedule, 17_000);
-        let tried = attempt(&mut schedule, 17_000 + LONGEST_RETRY_AFTER);
+        let tried = attempt(&mut schedule, 17_000 + LONGEST_RESUMED);
         assert_eq!(tried.key.owner[0], 2);
     }
 
@@ -671,6 +677,8 @@ mod tests {
         ] {
             assert_eq!(retry(&failed(kind, true), &[], now), None);
         }
+        let too_early = retry(&failed(Kind::TlsTooEarly, true), &[], now);
+        assert_eq!(too_early, Some(DOWN));
         let answered = |retry_after: Option<&str>| {
             let retry_after = retry_after.map(str::to_owned);
             Outcome::Answered(Answer {

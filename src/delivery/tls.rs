@@ -22,7 +22,7 @@ use ureq::unversioned::transport::{
 };
 
 use super::addresses::bare;
-use super::attempt::{STEP, Step};
+use super::attempt::{Kind, STEP, Step};
 
 /// What certificates of destinations are verified against, and how.
 #[derive(Clone)]
@@ -79,6 +79,16 @@ impl fmt::Debug for Trust {
     /// Without the hundred roots.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Trust")
+    }
+}
+
+/// What kind of failure a failed handshake is.
+pub fn kind(error: &rustls::Error) -> Kind {
+    match error {
+        rustls::Error::InvalidCertificate(
+            CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. },
+        ) => Kind::TlsTooEarly,
+        _ => Kind::Tls,
     }
 }
 

@@ -441,7 +441,13 @@ fn cut_text(error: std::string::FromUtf8Error) -> (String, Option<String>) {
 fn failed(failure: Failure, attempts: u32) -> ExtResponse {
     let status = match failure.kind {
         Kind::Timeout => 504,
-        Kind::Dns | Kind::Connect | Kind::Tls | Kind::Closed | Kind::Protocol | Kind::Lost => 502,
+        Kind::Dns
+        | Kind::Connect
+        | Kind::Tls
+        | Kind::TlsTooEarly
+        | Kind::Closed
+        | Kind::Protocol
+        | Kind::Lost => 502,
         Kind::ForbiddenAddress | Kind::ForbiddenHttp => 403,
     };
     let kind = failure.kind.name().into();

@@ -24,7 +24,7 @@ use uuid::Uuid;
 
 use crate::auth::Grant;
 use crate::delivery::addresses::Destination;
-use crate::delivery::schedule::{Backoff, Export, LONGEST_RETRY_AFTER, Millis, QueueKey};
+use crate::delivery::schedule::{Backoff, Export, LONGEST_RESUMED, Millis, QueueKey};
 use recorder::Recorder;
 pub use states::Reply;
 use states::{Poll, Progress, States, Trouble};
@@ -193,7 +193,7 @@ impl Query {
 pub struct Queued {
     /// Which export.
     pub export: Export,
-    /// The backoff that was stored with it, where a restart found it unfinished.
+    /// Its queue's backoff as far as it was stored, where a restart found it unfinished.
     pub resume: Option<Backoff>,
 }
 
@@ -467,8 +467,8 @@ impl Exports {
         );
         if let (Some(error), Some(backoff)) = (last_error, backoff) {
             let wait = backoff.not_before - self.now();
-            // The clock may have been wrong: the schedule waits no longer than this either.
-            let wait = Duration::from_millis(wait.clamp(0, LONGEST_RETRY_AFTER).unsigned_abs());
+            // As long as the schedule waits.
+            let wait = Duration::from_millis(wait.clamp(0, LONGEST_RESUMED).unsigned_abs());
             self.states.delay(
                 &key,
                 Trouble {
@@ -488,7 +488,7 @@ impl Exports {
             queue,
             Queued {
                 export,
-                resume: backoff,
+                resume: Some(backoff.unwrap_or_default()),
             },
         );
     }

@@ -25,6 +25,8 @@ use tempfile::TempDir;
 pub const SECRET: &str = "MARK-secret";
 /// Part of every payload here; it must not be in any log.
 pub const MARK: &str = "MARK-payload";
+/// This machine, whichever address the system takes `localhost` for.
+const LOOPBACK: &str = "127.0.0.0/8,::1/128";
 /// How every v1 token begins; it must not be in any log either.
 const TOKEN: &str = "MDAwZWxvY2F0aW9u";
 
@@ -117,14 +119,29 @@ impl Service {
         // Where that user can get at it.
         let copy = folder.path().join("export-service");
         std::fs::copy(program(), &copy).unwrap();
+        let mut command = Self::as_other_user("prlimit");
+        command.arg(format!("--nproc={most}")).arg(copy);
+        let arguments = ["--allow-network", LOOPBACK];
+        Some(Self::launch(folder, command, Some(SECRET), &arguments))
+    }
+
+    fn as_other_user(program: &str) -> Command {
         let mut command = Command::new("setpriv");
         command
             .env_clear()
-            .args(["--reuid=64123", "--clear-groups", "prlimit"])
-            .arg(format!("--nproc={most}"))
-            .arg(copy);
-        let arguments = ["--allow-network", "127.0.0.0/8"];
-        Some(Self::launch(folder, command, Some(SECRET), &arguments))
+            .args(["--reuid=64123", "--clear-groups", program]);
+        command
+    }
+
+    /// Lets a service with few threads start another only while it has less than so many; not more
+    /// than it was started with.
+    pub fn limit_threads(&self, most: u32) {
+        let done = Self::as_other_user("prlimit")
+            .arg(format!("--pid={}", self.pid()))
+            .arg(format!("--nproc={most}:"))
+            .status()
+            .unwrap();
+        assert!(done.success());
     }
 
     /// A service that may not send to this machine, as the others here may.
@@ -136,7 +153,7 @@ impl Service {
     /// A service that is given no secret.
     pub fn start_without_secret(arguments: &[&str]) -> Self {
         let folder = Arc::new(tempfile::tempdir().unwrap());
-        let arguments = [&["--allow-network", "127.0.0.0/8"], arguments].concat();
+        let arguments = [&["--allow-network", LOOPBACK], arguments].concat();
         Self::launch(folder, command(), None, &arguments)
     }
 
@@ -163,7 +180,7 @@ impl Service {
             &script,
             "export-service",
         ]);
-        let arguments = ["--allow-network", "127.0.0.0/8"];
+        let arguments = ["--allow-network", LOOPBACK];
         Self::launch(folder, command, Some(SECRET), &arguments)
     }
 
@@ -179,7 +196,7 @@ impl Service {
     }
 
     fn start_in(folder: Arc<TempDir>, arguments: &[&str]) -> Self {
-        let arguments = [&["--allow-network", "127.0.0.0/8"], arguments].concat();
+        let arguments = [&["--allow-network", LOOPBACK], arguments].concat();
         Self::launch(folder, command(), Some(SECRET), &arguments)
     }
 
@@ -354,9 +371,15 @@ impl Service {
 
     /// Ends the process at once and starts it again on the same folder.
     pub fn kill_and_restart(self) -> Self {
+        self.kill_and_restart_after(|| {})
+    }
+
+    /// The same, with something done while it does not run.
+    pub fn kill_and_restart_after(self, meanwhile: impl FnOnce()) -> Self {
         let (folder, arguments) = (self.folder.clone(), self.arguments.clone());
         let secret = self.secret;
         drop(self);
+        meanwhile();
         Self::launch(
             folder,
             command(),
