@@ -4,7 +4,7 @@
 //! Not here: attempts themselves ([`crate::delivery::attempt`]).
 
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use rustls::ClientConnection;
@@ -13,8 +13,9 @@ use serde::Serialize;
 
 use crate::config::CheckArgs;
 use crate::delivery::addresses::{Destination, Rules};
-use crate::delivery::attempt::{CONNECT, is_own};
+use crate::delivery::attempt::{CONNECT, RESOLVE, is_own};
 use crate::delivery::tls::{self, Trust};
+use crate::dial;
 
 /// One step of the way and how it went.
 #[derive(Serialize)]
@@ -24,8 +25,8 @@ struct Finding {
     message: String,
 }
 
-/// Checks a destination and prints one line for each step. Blocks for the look-up, and for ten
-/// seconds at most after it. True where an export could go there now.
+/// Checks a destination and prints one line for each step. Blocks for fifteen seconds at the most.
+/// True where an export could go there now.
 ///
 /// # Errors
 /// Where nobody reads what is printed, or the CA file cannot be used.
@@ -95,8 +96,8 @@ fn follow(url: &str, rules: &Rules, trust: &Trust) -> Vec<Finding> {
     );
     let (host, port) = destination.host_and_port();
     let encrypted = destination.is_encrypted();
-    let addresses: Vec<SocketAddr> = match (host, port).to_socket_addrs() {
-        Ok(found) => found.collect(),
+    let addresses = match dial::look_up(host, port, RESOLVE) {
+        Ok(found) => found,
         Err(error) => {
             note(
                 "look-up",
@@ -122,7 +123,9 @@ fn follow(url: &str, rules: &Rules, trust: &Trust) -> Vec<Finding> {
     if !permitted {
         return findings;
     }
-    let (stream, address) = match connect(&addresses) {
+    let connected = dial::connect(&addresses, CONNECT)
+        .and_then(|stream| stream.peer_addr().map(|address| (stream, address)));
+    let (stream, address) = match connected {
         Ok(connected) => connected,
         Err(error) => {
             note(
@@ -137,19 +140,6 @@ fn follow(url: &str, rules: &Rules, trust: &Trust) -> Vec<Finding> {
         note("certificate", handshake(stream, host, trust));
     }
     findings
-}
-
-fn connect(addresses: &[SocketAddr]) -> io::Result<(TcpStream, SocketAddr)> {
-    // Five seconds for all of them together, as an attempt has.
-    let each = CONNECT / u32::try_from(addresses.len().max(1)).unwrap_or(u32::MAX);
-    let mut last = io::Error::other("there is no address");
-    for address in addresses {
-        match TcpStream::connect_timeout(address, each.max(Duration::from_millis(10))) {
-            Ok(stream) => return Ok((stream, *address)),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
 }
 
 /// A connection with one deadline for all that is read and written.

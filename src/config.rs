@@ -557,9 +557,7 @@ impl ServeArgs {
                 self.arbiter
             ))
         })?;
-        // One line end is the editor's; anything else may be the token's.
-        let token = token.strip_suffix(b"\n").unwrap_or(&token);
-        arbiter::Settings::new(endpoint, server_key, token, &self.secret.name).ok_or_else(|| {
+        arbiter::Settings::new(endpoint, server_key, &token, &self.secret.name).ok_or_else(|| {
             ConfigError("--name is too long: the arbiter knows no name of over 65535 bytes".into())
         })
     }
@@ -570,10 +568,14 @@ impl ServeArgs {
         let mut content = Vec::new();
         let read = File::open(&path)
             .and_then(|file| file.take(LONGEST_FILE + 1).read_to_end(&mut content))
-            .and_then(|length| match length as u64 {
-                0 => Err(io::Error::other("it is empty")),
-                1..=LONGEST_FILE => Ok(content),
-                _ => Err(io::Error::other("it is too long for one")),
+            .and_then(|length| {
+                // One line end is the editor's; anything else may be the token's.
+                content.pop_if(|last| *last == b'\n');
+                match length as u64 {
+                    _ if content.is_empty() => Err(io::Error::other("it is empty")),
+                    0..=LONGEST_FILE => Ok(content),
+                    _ => Err(io::Error::other("it is too long for one")),
+                }
             });
         read.map_err(|error| {
             ConfigError(format!(

@@ -20,7 +20,8 @@
 //! failures; an export that has its *result* is *finished*, and *settled* once that is stored.
 //!
 //! Beside the way: [`logging`] says what may be shown, [`threads`] makes a panic the end of the
-//! process, [`check`] and [`commands`] hold the small tools for a person at the keyboard.
+//! process, [`dial`] looks names up and connects, [`check`] and [`commands`] hold the small tools for
+//! a person at the keyboard.
 
 // A line printed in passing would bypass the log and its rules on what may be shown.
 #![warn(clippy::dbg_macro, clippy::print_stdout, clippy::print_stderr)]
@@ -31,6 +32,7 @@ pub mod check;
 pub mod commands;
 pub mod config;
 pub mod delivery;
+pub mod dial;
 pub mod exports;
 pub mod gate;
 pub mod logging;

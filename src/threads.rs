@@ -3,7 +3,7 @@
 //! Not here: threads of libraries. tiny_http's panic when a client resets its connection, which
 //! must not end anything.
 
-use std::io::{self, ErrorKind};
+use std::io;
 use std::panic;
 use std::process;
 use std::thread;
@@ -53,26 +53,6 @@ pub fn try_spawn(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<
             drop(running);
         })?;
     Ok(Thread { ended })
-}
-
-/// Runs what may block for longer than anybody wants to wait, on a thread of its own, and waits so
-/// long for the result. Where that is not long enough, the thread goes on to its end for nothing.
-///
-/// # Errors
-/// Those of `run`; `ErrorKind::TimedOut`; and where the system has no thread to give.
-pub fn within<T: Send + 'static>(
-    limit: Duration,
-    name: &str,
-    run: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> io::Result<T> {
-    let (sender, result) = bounded(1);
-    try_spawn(name, move || {
-        // Nobody may be waiting any more.
-        let _ = sender.send(run());
-    })?;
-    result
-        .recv_timeout(limit)
-        .map_err(|_| io::Error::from(ErrorKind::TimedOut))?
 }
 
 /// From now on a panic in a thread that has a name ends the process with [`EXIT_PANIC`], rather

@@ -568,8 +568,10 @@ fn a_file_that_is_missing_or_wrong_is_named_with_what_works_without_it() {
         );
     };
     named("ARBITER_TOKEN", "No such file");
-    fs::write(file("ARBITER_TOKEN"), "").unwrap();
-    named("ARBITER_TOKEN", "empty");
+    for nothing in ["", "\n"] {
+        fs::write(file("ARBITER_TOKEN"), nothing).unwrap();
+        named("ARBITER_TOKEN", "empty");
+    }
     fs::write(file("ARBITER_TOKEN"), "MARK".repeat(1025)).unwrap();
     named("ARBITER_TOKEN", "too long");
     fs::write(file("ARBITER_TOKEN"), "MARK-secret").unwrap();

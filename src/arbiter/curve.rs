@@ -14,7 +14,7 @@ use std::convert::Infallible;
 use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
 use std::mem;
-use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, TcpStream};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
@@ -22,11 +22,11 @@ use crypto_box::aead::Aead;
 use crypto_box::{PublicKey, SalsaBox, SecretKey};
 use rustls::crypto::ring;
 
-use crate::threads;
+use crate::dial;
 
 /// How long finding the arbiter's address may take.
 const LOOK_UP: Duration = Duration::from_secs(5);
-/// How long connecting to one of its addresses may take.
+/// How long connecting to it may take.
 const CONNECT: Duration = Duration::from_secs(5);
 /// How long everything from the greeting to READY may take.
 const HANDSHAKE: Duration = Duration::from_secs(15);
@@ -35,8 +35,9 @@ const HANDSHAKE: Duration = Duration::from_secs(15);
 const ANSWER: Duration = Duration::from_secs(30);
 /// How often the arbiter is asked for a sign of life.
 const PING_EVERY: Duration = Duration::from_secs(15);
-/// How long the sign of life may take.
-const PONG: Duration = Duration::from_secs(10);
+/// How long the sign of life may take, which costs all tokens where it is missed. A restart shows by
+/// the connection's end; this is for a loss that nothing else tells of.
+const PONG: Duration = Duration::from_secs(30);
 
 /// The length of keys in bytes.
 pub const KEY: usize = 32;
@@ -667,8 +668,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects and shakes hands. Blocks for `LOOK_UP`, `CONNECT` for each address, and
-    /// `HANDSHAKE` at the most.
+    /// Connects and shakes hands. Blocks for `LOOK_UP`, `CONNECT` and `HANDSHAKE` at the most.
     ///
     /// # Errors
     /// The step that failed.
@@ -677,11 +677,11 @@ impl Connection {
             step,
             cause: Cause::Failed(format!("{endpoint}: {cause}")),
         };
-        let stream = look_up(endpoint)
-            .map_err(|error| failed(Step::LookUp, &error))
-            .and_then(|addresses| {
-                connect(&addresses).map_err(|error| failed(Step::Connect, &error))
-            })?;
+        let addresses = dial::look_up(&endpoint.host, endpoint.port, LOOK_UP)
+            .map_err(|error| failed(Step::LookUp, &error))?;
+        let stream = dial::connect(&addresses, CONNECT)
+            .and_then(|stream| stream.set_nodelay(true).map(|()| stream))
+            .map_err(|error| failed(Step::Connect, &error))?;
         let mut random = [0; RANDOM];
         ring::default_provider()
             .secure_random
@@ -757,31 +757,6 @@ impl Connection {
             }
         }
     }
-}
-
-/// The addresses of a host. The system's look-up has no limit of its own.
-fn look_up(endpoint: &Endpoint) -> io::Result<Vec<SocketAddr>> {
-    if let Ok(ip) = endpoint.host.parse::<IpAddr>() {
-        return Ok(vec![(ip, endpoint.port).into()]);
-    }
-    let name = (endpoint.host.clone(), endpoint.port);
-    threads::within(LOOK_UP, "look-up", move || {
-        name.to_socket_addrs().map(Vec::from_iter)
-    })
-}
-
-fn connect(addresses: &[SocketAddr]) -> io::Result<TcpStream> {
-    let mut last = io::Error::new(ErrorKind::NotFound, "the name has no address");
-    for address in addresses {
-        match TcpStream::connect_timeout(address, CONNECT) {
-            Ok(stream) => {
-                stream.set_nodelay(true)?;
-                return Ok(stream);
-            }
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
 }
 
 /// What is left, but not nothing: a timeout of zero means none.

@@ -32,8 +32,8 @@ pub struct Keeper {
 pub struct Found {
     /// The secret itself.
     pub secret: Vec<u8>,
-    /// Whether the arbiter must be asked again, as it may have forgotten this one.
-    pub doubtful: bool,
+    /// Why the arbiter must be asked again, if it may have forgotten this one.
+    pub doubt: Option<&'static str>,
 }
 
 /// What stands in the file.
@@ -78,9 +78,14 @@ impl Keeper {
             // Anybody could mint with that.
             return Err(strange());
         }
-        // Where boots cannot be told apart, none is known to be this one.
-        let doubtful = self.boot.is_empty() || kept.boot.as_ref() != Some(&self.boot);
-        Ok(Some(Found { secret, doubtful }))
+        let doubt = match kept.boot {
+            None => Some("the connection to the arbiter was lost since it came"),
+            // Then no boot is known to be this one.
+            _ if self.boot.is_empty() => Some("the system does not tell its boots apart"),
+            Some(boot) if boot != self.boot => Some("the machine was started since it came"),
+            Some(_) => None,
+        };
+        Ok(Some(Found { secret, doubt }))
     }
 
     /// Keeps a secret that was just given. Blocks until it is on the disk.
@@ -149,8 +154,8 @@ mod tests {
         ours.keep(b"\0s3cret\xff").unwrap();
         let found = ours.find().unwrap().unwrap();
         assert_eq!(
-            (&found.secret[..], found.doubtful),
-            (&b"\0s3cret\xff"[..], false)
+            (&found.secret[..], found.doubt),
+            (&b"\0s3cret\xff"[..], None)
         );
         assert!(keeper(folder.path(), "another").find().unwrap().is_none());
         let mode = fs::metadata(folder.path().join(FILE))
@@ -167,9 +172,10 @@ mod tests {
         ours.keep(b"old").unwrap();
         ours.doubt(b"old").unwrap();
         let found = ours.find().unwrap().unwrap();
-        assert_eq!((&found.secret[..], found.doubtful), (&b"old"[..], true));
+        assert_eq!(&found.secret[..], b"old");
+        assert!(found.doubt.unwrap().contains("was lost"));
         ours.keep(b"new").unwrap();
-        assert!(!ours.find().unwrap().unwrap().doubtful);
+        assert_eq!(ours.find().unwrap().unwrap().doubt, None);
     }
 
     #[test]
@@ -177,12 +183,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut ours = keeper(folder.path(), "ours");
         ours.keep(b"old").unwrap();
-        for boot in ["another", ""] {
+        for (boot, words) in [("another", "was started"), ("", "does not tell")] {
             ours.boot = boot.into();
-            assert!(ours.find().unwrap().unwrap().doubtful);
+            assert!(ours.find().unwrap().unwrap().doubt.unwrap().contains(words));
         }
         ours.keep(b"old").unwrap();
-        assert!(ours.find().unwrap().unwrap().doubtful);
+        assert!(ours.find().unwrap().unwrap().doubt.is_some());
     }
 
     #[test]

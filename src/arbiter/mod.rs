@@ -180,8 +180,11 @@ impl Link {
     fn take_up_kept(&mut self) {
         match self.keeper.as_ref().map(Keeper::find) {
             Some(Ok(Some(found))) => {
-                self.must_ask = found.doubtful;
+                self.must_ask = found.doubt.is_some();
                 self.put_in_force(found.secret, "kept");
+                if let Some(reason) = found.doubt {
+                    log::info!(reason; "the arbiter will be asked for a new secret");
+                }
             }
             Some(Err(error)) => {
                 log::warn!(file = kept::FILE, reason:% = error; "cannot use the kept secret");

@@ -9,7 +9,7 @@
 use std::cell::Cell;
 use std::fmt;
 use std::io::{self, ErrorKind, Read};
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ureq::http::{Uri, header};
@@ -23,7 +23,7 @@ use uuid::Uuid;
 use super::addresses::{Destination, Forbidden, Rules, bare};
 use super::signature::SigningKey;
 use super::tls::{self, TlsConnector, Trust};
-use crate::threads;
+use crate::dial;
 
 /// Looking a name up may take this long.
 pub const RESOLVE: Duration = Duration::from_secs(5);
@@ -491,10 +491,8 @@ impl Resolver for SystemNames {
         _: &ureq::config::Config,
         timeout: NextTimeout,
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        let name = (uri.host().unwrap_or_default().to_owned(), port(uri));
-        let addresses = threads::within(*timeout.after, "look-up", move || {
-            name.to_socket_addrs().map(Vec::from_iter)
-        });
+        let host = uri.host().unwrap_or_default();
+        let addresses = dial::look_up(host, port(uri), *timeout.after);
         let addresses = addresses.map_err(|error| match error.kind() {
             ErrorKind::TimedOut => ureq::Error::Timeout(timeout.reason),
             _ => ureq::Error::Io(error),
