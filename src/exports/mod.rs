@@ -526,6 +526,7 @@ fn fingerprint(destination: &Destination, payload: &[u8]) -> [u8; 32] {
 
 /// Unix milliseconds that go on evenly from the start of the process: a clock that is set right
 /// meanwhile, as at the boot of a box without one of its own, must neither end nor prolong a wait.
+/// What is stored follows the wall clock: see [`Recorder::follow_clock`].
 struct Clock {
     started: Instant,
     wall: Millis,
@@ -533,18 +534,25 @@ struct Clock {
 
 impl Clock {
     fn new() -> Self {
-        let since = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
         Self {
             started: Instant::now(),
-            wall: as_millis(since),
+            wall: wall_clock(),
         }
     }
 
     fn now(&self) -> Millis {
         self.wall.saturating_add(as_millis(self.started.elapsed()))
     }
+
+    /// By how much the wall clock is ahead of this one by now.
+    fn behind(&self) -> Millis {
+        wall_clock().saturating_sub(self.now())
+    }
+}
+
+fn wall_clock() -> Millis {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    as_millis(since.unwrap_or_default())
 }
 
 fn as_millis(duration: Duration) -> Millis {

@@ -29,6 +29,8 @@ const RETRY: Duration = Duration::from_secs(1);
 const LOG_AGE: Duration = Duration::from_secs(5);
 /// How long until it is tried again, where somebody who reads the store was in the way.
 const LOG_BUSY: Duration = Duration::from_secs(5);
+/// A difference between clocks, in milliseconds, that says that the clock was set.
+const CLOCK_SET: Millis = 1000;
 /// The longest the recorder sleeps.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 
@@ -67,8 +69,24 @@ impl Recorder {
                 housekeeping.empty_log(&mut self.writer);
                 return;
             }
+            self.follow_clock();
             let now = self.exports.now();
             housekeeping.run(&mut self.writer, self.retention, now);
+        }
+    }
+
+    /// Looks whether the wall clock was set, and corrects what was stored by it since the start. A
+    /// box without a battery starts with the time of its last stop: without this, results of this
+    /// run would be old, and exports overdue, after the next start.
+    fn follow_clock(&mut self) {
+        let clock = &self.exports.clock;
+        let by = clock.behind() - self.writer.clock_offset();
+        if by.abs() < CLOCK_SET {
+            return;
+        }
+        match self.writer.clock_was_set(clock.wall, clock.now(), by) {
+            Ok(()) => log::info!(ms = by; "the clock was set, and stored times with it"),
+            Err(error) => log::warn!(reason:% = error; "cannot correct stored times yet"),
         }
     }
 

@@ -34,7 +34,7 @@ const APPLICATION_ID: i32 = 0x4558_5053;
 const SCHEMA_VERSION: i32 = 1;
 
 /// `payload` is null once finished, `finished_at` and `response` are null before. Times are Unix
-/// milliseconds. `attempts` and `last_error` are the export's own; `failures` and
+/// milliseconds by the wall clock. `attempts` and `last_error` are the export's own; `failures` and
 /// `next_attempt_at` are its queue's backoff as it was after the export's last attempt. `turn`
 /// stands for `seq` in the order of delivery once the export was moved to the end of its queue, which
 /// happened at `moved_at`.
@@ -246,8 +246,13 @@ pub struct Unfinished {
 }
 
 /// The one connection that writes. Dropping it gives the folder free for another process.
+///
+/// Times come and go as the process counts them, which a clock that is set does not change, and
+/// are stored by the wall clock: see [`Writer::clock_was_set`].
 pub struct Writer {
     connection: Connection,
+    /// What the wall clock is ahead of the process's count, in milliseconds.
+    clock_offset: i64,
     /// The file, or a URI for a database in memory.
     path: PathBuf,
     /// Held for as long as the folder is in use; the operating system lets go of it in any case.
@@ -273,6 +278,7 @@ impl Writer {
                     })?;
                 Ok(Self {
                     connection,
+                    clock_offset: 0,
                     path,
                     _lock: None,
                 })
@@ -311,6 +317,7 @@ impl Writer {
         prepare_folder(&connection).map_err(|error| unusable("use", &error))?;
         Ok(Self {
             connection,
+            clock_offset: 0,
             path,
             _lock: Some(lock),
         })
@@ -387,12 +394,13 @@ impl Writer {
         now: i64,
         mut has_room: impl FnMut(&NewExport) -> Result<(), exports::Error>,
     ) -> Result<Vec<Effect>, Error> {
+        let offset = self.clock_offset;
         let transaction = self.connection.transaction()?;
         let mut effects = Vec::with_capacity(changes.len());
         for change in changes {
             effects.push(match change {
-                Change::Accept(export) => accept(&transaction, export, &mut has_room)?,
-                Change::Report(report) => write_report(&transaction, report, now)?,
+                Change::Accept(export) => accept(&transaction, export, offset, &mut has_room)?,
+                Change::Report(report) => write_report(&transaction, report, offset, now)?,
             });
         }
         transaction.commit()?;
@@ -405,6 +413,8 @@ impl Writer {
     /// # Errors
     /// Where the store cannot be written.
     pub fn expire(&mut self, limit: i64) -> Result<(usize, Option<i64>), Error> {
+        let offset = self.clock_offset;
+        let limit = limit.saturating_add(offset);
         let mut deleted = 0;
         let oldest = |connection: &Connection| {
             connection
@@ -420,7 +430,40 @@ impl Writer {
                 )?
                 .execute(params![limit, EXPIRY_STEP])?;
         }
-        Ok((deleted, oldest(&self.connection)?))
+        let oldest = oldest(&self.connection)?.map(|oldest| oldest.saturating_sub(offset));
+        Ok((deleted, oldest))
+    }
+
+    /// What the wall clock is known to be ahead of the process's count, in milliseconds.
+    pub fn clock_offset(&self) -> i64 {
+        self.clock_offset
+    }
+
+    /// The wall clock was set forward by so many milliseconds: moves the times of acceptance and
+    /// finish that were stored since the process started, and those to come. Results from a future
+    /// that the clock has taken back are taken for finished now, or they would be kept until then.
+    /// `started` and `now` are as the process counts them.
+    ///
+    /// # Errors
+    /// Where the store cannot be written; then everything is as it was, and can be tried again.
+    pub fn clock_was_set(&mut self, started: i64, now: i64, by: i64) -> Result<(), Error> {
+        let (from, to) = (started + self.clock_offset, now + self.clock_offset);
+        let transaction = self.connection.transaction()?;
+        for column in ["accepted_at", "finished_at", "moved_at"] {
+            transaction.execute(
+                &format!(
+                    "UPDATE exports SET {column} = {column} + ? WHERE {column} BETWEEN ? AND ?"
+                ),
+                [by, from, to],
+            )?;
+        }
+        transaction.execute(
+            "UPDATE exports SET finished_at = :now WHERE finished_at > :now",
+            [to.saturating_add(by)],
+        )?;
+        transaction.commit()?;
+        self.clock_offset += by;
+        Ok(())
     }
 
     /// Moves what the write-ahead log holds into the database and empties the log, which until
@@ -493,6 +536,7 @@ fn json(text: Option<String>) -> Result<Option<Arc<RawValue>>, Error> {
 fn accept(
     transaction: &Transaction<'_>,
     export: &NewExport,
+    clock_offset: i64,
     has_room: impl FnOnce(&NewExport) -> Result<(), exports::Error>,
 ) -> Result<Effect, Error> {
     if let Some(key) = &export.key
@@ -514,7 +558,7 @@ fn accept(
             export.owner,
             export.destination.as_str(),
             export.payload,
-            export.accepted_at,
+            export.accepted_at.saturating_add(clock_offset),
             export.key.as_ref().map(|key| &key.key),
             export.key.as_ref().map(|key| key.fingerprint),
         ])?;
@@ -547,8 +591,14 @@ fn earlier(
     }))
 }
 
-fn write_report(transaction: &Transaction<'_>, report: &Report, now: i64) -> Result<Effect, Error> {
+fn write_report(
+    transaction: &Transaction<'_>,
+    report: &Report,
+    clock_offset: i64,
+    now: i64,
+) -> Result<Effect, Error> {
     let id = report.id.to_string();
+    let now = now.saturating_add(clock_offset);
     match &report.news {
         News::Finished {
             response,
@@ -588,7 +638,7 @@ fn write_report(transaction: &Transaction<'_>, report: &Report, now: i64) -> Res
                     ":attempts": attempts,
                     ":error": error.get(),
                     ":failures": backoff.failures,
-                    ":not_before": backoff.not_before,
+                    ":not_before": backoff.not_before.saturating_add(clock_offset),
                     ":to_end": to_end,
                     ":now": now,
                     ":id": id,
@@ -749,6 +799,69 @@ mod tests {
                 Effect::NoRoom(exports::Error::StoreFull)
             ]
         ));
+    }
+
+    #[test]
+    fn what_was_stored_by_a_wrong_clock_is_corrected_with_it() {
+        const DAY: i64 = 86_400_000;
+        let mut writer = Writer::open(&Place::Memory).unwrap();
+        let times = |writer: &Writer| {
+            let mut statement = writer
+                .connection
+                .prepare("SELECT accepted_at, finished_at FROM exports ORDER BY seq")
+                .unwrap();
+            statement
+                .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))
+                .unwrap()
+                .collect::<Result<Vec<(i64, Option<i64>)>, _>>()
+                .unwrap()
+        };
+        let submit = |writer: &mut Writer, accepted_at, finished_at| {
+            let export = NewExport {
+                accepted_at,
+                ..new_export("me", None, 1)
+            };
+            let report = Report {
+                id: export.id,
+                news: News::Finished {
+                    response: RawValue::from_string("{}".into()).unwrap().into(),
+                    recovered: false,
+                },
+            };
+            let changes = [Change::Accept(&export), Change::Report(&report)];
+            let all = if finished_at > 0 { 2 } else { 1 };
+            writer
+                .commit(&changes[..all], finished_at, |_| Ok(()))
+                .unwrap();
+        };
+        // An earlier run's, by the right time; then this one's, which starts three days late.
+        submit(&mut writer, 100 * DAY, 100 * DAY + 1);
+        let start = 101 * DAY;
+        submit(&mut writer, start + 2, start + 3);
+        submit(&mut writer, start + 4, 0);
+        writer.clock_was_set(start, start + 5, 3 * DAY).unwrap();
+        submit(&mut writer, start + 6, start + 7);
+        let right = 104 * DAY;
+        assert_eq!(
+            times(&writer),
+            [
+                (100 * DAY, Some(100 * DAY + 1)),
+                (right + 2, Some(right + 3)),
+                (right + 4, None),
+                (right + 6, Some(right + 7)),
+            ]
+        );
+        // Expiry counts on evenly: what is older by the right time goes, and no more.
+        assert_eq!(writer.expire(start - DAY).unwrap(), (1, Some(start + 3)));
+
+        // Set back to before everything: nothing is left in the future.
+        writer.clock_was_set(start, start + 8, -50 * DAY).unwrap();
+        let now = right + 8 - 50 * DAY;
+        assert!(
+            times(&writer)
+                .iter()
+                .all(|(_, finished)| *finished <= Some(now))
+        );
     }
 
     #[test]
