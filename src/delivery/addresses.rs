@@ -77,6 +77,14 @@ impl Destination {
         self.url.clone()
     }
 
+    /// The same URL in the memory of another text of it.
+    pub fn sharing(mut self, url: &Arc<str>) -> Self {
+        if self.url == *url {
+            self.url = url.clone();
+        }
+        self
+    }
+
     /// Scheme, host and port: what logs and error messages may show. Paths and queries stay
     /// out of them, because with many webhooks they are the credential.
     pub fn origin(&self) -> &str {

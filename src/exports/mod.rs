@@ -457,9 +457,9 @@ impl Exports {
             owner: owner.into(),
             destination: destination.shared(),
         };
-        self.states.insert(
+        let key = self.states.insert(
             id,
-            key.clone(),
+            key,
             Progress {
                 attempts,
                 last_error: last_error.clone(),
@@ -479,8 +479,8 @@ impl Exports {
         }
         let export = Export {
             id,
+            destination: destination.sharing(&key.destination),
             key,
-            destination,
             accepted_at,
             attempts,
         };

@@ -242,13 +242,13 @@ impl Recorder {
                     owner: owner.into(),
                     destination: destination.shared(),
                 };
-                states.insert(id, key.clone(), Progress::default());
+                let key = states.insert(id, key, Progress::default());
                 // Before the worker knows of it, so that the first answer is always Pending.
                 let poll = states.poll(id, anyone, deadline, reply);
                 let export = Export {
                     id,
+                    destination: destination.sharing(&key.destination),
                     key,
-                    destination,
                     accepted_at,
                     attempts: 0,
                 };

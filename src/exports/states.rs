@@ -91,18 +91,22 @@ pub enum Poll {
 }
 
 impl States {
-    /// Adds an export as Pending.
-    pub fn insert(&self, id: Uuid, key: QueueKey, progress: Progress) {
+    /// Adds an export as Pending. Returns its key with the text that all of its queue share: ten
+    /// thousand copies of a long URL are a lot of memory.
+    pub fn insert(&self, id: Uuid, key: QueueKey, progress: Progress) -> QueueKey {
         let mut inner = self.inner.lock();
+        let known = inner.queues.get_key_value(&key);
+        let key = known.map_or(key, |(known, _)| known.clone());
         inner.queues.entry(key.clone()).or_default().exports += 1;
         *inner.owners.entry(key.owner.clone()).or_default() += 1;
         let entry = Entry {
-            key,
+            key: key.clone(),
             state: State::Pending,
             progress,
             parked: Vec::new(),
         };
         inner.unfinished.insert(id, entry);
+        key
     }
 
     /// How many exports are not finished.
