@@ -4,7 +4,7 @@ mod support;
 
 use std::io::{BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -616,6 +616,116 @@ fn a_request_that_has_to_make_room_is_told_so_and_the_log_says_why() {
     }
     let refused = service.event("refused", |_| true);
     assert_eq!(refused["code"], "busy");
+}
+
+#[test]
+fn over_tls_too_a_request_that_has_to_make_room_is_told_so() {
+    let identity = Identity::new("ec");
+    let service = Service::start_secure(&identity, &["--max-connections-per-peer", "2"]);
+    let mut client = Command::new("openssl")
+        .args(["s_client", "-quiet", "-ign_eof", "-CAfile"])
+        .arg(identity.ca())
+        .args(["-connect", &service.address.to_string()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    // The answer to the first says that half of the second is there too.
+    let mut request = client.stdin.take().unwrap();
+    request
+        .write_all(b"GET /status HTTP/1.1\r\nHost: x\r\n\r\nGET /status HTTP/1.1\r\nHo")
+        .unwrap();
+    let mut answers = BufReader::new(client.stdout.take().unwrap());
+    assert_eq!(Response::next(&mut answers).body, "active");
+    let idle = [connect(&service), connect(&service)];
+    let answer = Response::next(&mut answers);
+    assert_eq!((answer.status, answer.code()), (503, "busy".into()));
+    drop((request, idle));
+    client.wait().unwrap();
+}
+
+#[test]
+fn clients_that_never_stop_sending_nothing_make_room_too() {
+    let service = Service::start(&["--max-connections-per-peer", "80"]);
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let lines = b"\r\n".repeat(32 * 1024);
+            let mut streams: Vec<_> = (0..80).map(|_| connect(&service)).collect();
+            for stream in &streams {
+                stream.set_nonblocking(true).unwrap();
+            }
+            while !over.load(Ordering::Relaxed) {
+                streams.iter_mut().for_each(|stream| {
+                    let _ = stream.write(&lines);
+                });
+            }
+        });
+        let _ends = Ends(&over);
+        while service.threads("connection") < 80 {
+            thread::yield_now();
+        }
+        let _newcomers: Vec<_> = (0..80).map(|_| connect(&service)).collect();
+        for _ in 0..20 {
+            let mut other = service.connect_from([127, 0, 0, 2]);
+            other
+                .write_all(&Service::written("GET", "/status", &[], b""))
+                .unwrap();
+            assert_eq!(Response::read(other).body, "active");
+        }
+    });
+}
+
+#[test]
+fn what_a_refused_request_has_sent_takes_no_memory_while_its_client_lingers() {
+    withstands(&[], |service| {
+        let chunk = format!("DBBA0\r\n{}\r\n", "x".repeat(0xDBBA0));
+        let request = format!(
+            "POST /export HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n{chunk}no size\r\n"
+        );
+        let lingering: Vec<_> = (0..100)
+            .map(|_| {
+                let mut stream = connect(service);
+                stream.write_all(request.as_bytes()).unwrap();
+                let answer = Response::read(stream.try_clone().unwrap());
+                assert_eq!(answer.code(), "bad_request");
+                stream
+            })
+            .collect();
+        drop(lingering);
+    });
+}
+
+#[test]
+fn a_client_that_announces_much_and_sends_nothing_does_not_hold_up_anothers_large_request() {
+    let service = Service::start(&[]);
+    let over = AtomicBool::new(false);
+    let head = b"POST /export HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n";
+    let destination = Destination::start(|_| ok());
+    let url = &destination.url;
+    let large = json!({"uri": url, "data": {"text": "x".repeat(100_000)}}).to_string();
+    let token = token(url);
+    let request = Service::written(
+        "POST",
+        "/export",
+        &[("X-Api-Key", &token)],
+        large.as_bytes(),
+    );
+    thread::scope(|scope| {
+        scope.spawn(|| drip(&service, 200, head, &over));
+        let _ends = Ends(&over);
+        while service.threads("connection") < 200 {
+            thread::yield_now();
+        }
+        for _ in 0..3 {
+            let mut other = service.connect_from([127, 0, 0, 2]);
+            let started = Instant::now();
+            other.write_all(&request).unwrap();
+            assert_eq!(Response::read(other).status, 200);
+            assert!(started.elapsed() < Duration::from_secs(8));
+        }
+    });
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 use std::thread;
 
@@ -40,6 +41,28 @@ fn a_signal_answers_parked_polls_and_lets_the_attempt_under_way_end() {
             1,
             "the first was not sent twice"
         );
+    }
+}
+
+#[test]
+fn a_crowd_that_comes_as_it_stops_does_not_make_it_fail() {
+    for _ in 0..5 {
+        let mut service = Service::start(&[]);
+        thread::scope(|scope| {
+            // Each needs a way to the inside of its own, which are opened one after the other.
+            for _ in 0..100 {
+                scope.spawn(|| {
+                    let request = Service::written("GET", "/status", &[], b"");
+                    let stream = std::net::TcpStream::connect(service.address);
+                    let _ = stream.and_then(|mut stream| {
+                        stream.write_all(&request)?;
+                        stream.read_to_end(&mut Vec::new())
+                    });
+                });
+            }
+            service.signal("TERM");
+        });
+        assert_eq!(service.ended().code(), Some(0));
     }
 }
 

@@ -150,7 +150,8 @@ impl Framer {
     pub fn phase(&self) -> Phase {
         match &self.body {
             Some(body) => Phase::Body(body.head.framing.most(self.max_body)),
-            None if self.buffer.is_empty() => Phase::Idle,
+            // A CR may be half of an empty line, which counts for nothing.
+            None if matches!(self.buffer[..], [] | [b'\r']) => Phase::Idle,
             None => Phase::Head,
         }
     }

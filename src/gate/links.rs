@@ -11,6 +11,7 @@ use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -53,6 +54,8 @@ pub struct Links {
     returned: Condvar,
     /// Held while a link is opened.
     opening: Mutex<()>,
+    /// tiny_http is about to stop, and then it is right that it does not answer.
+    closing: AtomicBool,
 }
 
 /// A connection to tiny_http.
@@ -72,10 +75,16 @@ impl Links {
             idle: Mutex::default(),
             returned: Condvar::new(),
             opening: Mutex::default(),
+            closing: AtomicBool::new(false),
         };
         let first = links.take()?;
         links.give_back(first);
         Ok(links)
+    }
+
+    /// From now on it is no harm if tiny_http does not answer.
+    pub fn close(&self) {
+        self.closing.store(true, Ordering::Release);
     }
 
     /// A link for one request. Blocks while others are opened, and where there are not descriptors
@@ -112,7 +121,7 @@ impl Links {
         make_sure_of_room()?;
         match Link::open(&self.path) {
             Ok(link) => Ok(link),
-            Err(error) if is_shortage(&error) => Err(error),
+            Err(error) if is_shortage(&error) || self.closing.load(Ordering::Acquire) => Err(error),
             Err(error) => deaf(&error),
         }
     }
@@ -147,6 +156,7 @@ impl Links {
         if make_sure_of_room().is_ok()
             && let Err(error) = Link::open(&self.path)
             && !is_shortage(&error)
+            && !self.closing.load(Ordering::Acquire)
         {
             deaf(&error);
         }

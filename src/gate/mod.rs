@@ -42,15 +42,15 @@ const BODY: Duration = Duration::from_secs(30);
 const IDLE: Duration = Duration::from_secs(60);
 /// How long it may take to read an answer.
 const ANSWER: Duration = Duration::from_secs(30);
-/// How long a connection may wait for its client altogether, from one to the next request.
+/// How old a connection may become: then it is closed after an answer, or when it is idle.
 const LIFE: Duration = Duration::from_secs(60 * 60);
-/// How long one that is turned away may take for all of it.
+/// How long a handshake may take of one that is let in only to be turned away.
 const TURNING_AWAY: Duration = Duration::from_secs(2);
 /// How long a client has to read the last answer before the connection is gone. Closing at once
 /// with something unread would take the answer away from it.
 const LINGER: Duration = Duration::from_secs(2);
-/// The same where the connection was closed to make room for another.
-const LEAVING: Duration = Duration::from_millis(100);
+/// How long a connection that was closed to make room has for each step to its end.
+const HURRY: Duration = Duration::from_millis(100);
 /// How often links that nobody uses any more are looked for, and how long accepting must have gone
 /// well to be called well.
 const HOUSEKEEPING: Duration = Duration::from_secs(10);
@@ -94,7 +94,7 @@ impl Settings {
 /// A listener and its connections.
 pub struct Gate {
     listener: Arc<TcpListener>,
-    slots: Arc<Slots>,
+    shared: Arc<Shared>,
     accepting: Thread,
 }
 
@@ -115,26 +115,27 @@ impl Gate {
         limits.connections = possible_connections(limits.connections);
         rustix::net::listen(&listener, BACKLOG)?;
         set_socket_timeout(&listener, Timeout::Recv, Some(HOUSEKEEPING))?;
-        let slots = Slots::new(limits);
         let shared = Arc::new(Shared {
-            slots: slots.clone(),
+            slots: Slots::new(limits),
             links: Links::open(inside)?,
             max_body: settings.max_body,
             identity: settings.identity,
         });
         let listener = Arc::new(listener);
-        let incoming = listener.clone();
-        let accepting = threads::spawn("gate", move || shared.accept_all(&incoming));
+        let (incoming, welcoming) = (listener.clone(), shared.clone());
+        let accepting = threads::spawn("gate", move || welcoming.accept_all(&incoming));
         Ok(Self {
             listener,
-            slots,
+            shared,
             accepting,
         })
     }
 
     /// Lets nobody in any more, and closes all connections that have no whole request.
     pub fn close(&self) {
-        self.slots.close();
+        // First, since tiny_http stops after this.
+        self.shared.links.close();
+        self.shared.slots.close();
         // Wakes the thread in `accept`; where it fails, that thread ends with the process.
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
     }
@@ -143,7 +144,7 @@ impl Gate {
     pub fn drain(self, limit: Duration) {
         let deadline = Instant::now() + limit;
         self.accepting.ends_within(limit);
-        self.slots.wait_until_free(deadline);
+        self.shared.slots.wait_until_free(deadline);
     }
 }
 
@@ -250,13 +251,12 @@ impl Shared {
     /// The whole life of a connection.
     fn serve(&self, slot: Slot, stream: Arc<TcpStream>, client: SocketAddr) {
         let born = Instant::now();
-        let life = born
-            + if slot.is_turned_away() {
-                TURNING_AWAY
-            } else {
-                LIFE
-            };
-        let socket = Socket::new(stream, life.min(born + HEAD));
+        let handshake = if slot.is_turned_away() {
+            TURNING_AWAY
+        } else {
+            HEAD
+        };
+        let socket = Socket::new(stream, born + handshake);
         let config = self.identity.as_ref().map(|identity| identity.config());
         let (wire, failed) = match Wire::accept(socket, config) {
             Ok(wire) => (wire, None),
@@ -268,9 +268,11 @@ impl Shared {
             wire,
             framer: Framer::new(self.max_body),
             client,
-            life,
+            life: born + LIFE,
         };
         match failed {
+            // It need not send what is not going to be read.
+            None if connection.slot.is_turned_away() => connection.refuse(None, &Refusal::Busy),
             None => connection.serve(),
             Some(error) if error.kind() == ErrorKind::InvalidInput => {
                 connection.refuse(
@@ -291,7 +293,7 @@ struct Connection<'a> {
     wire: Wire,
     framer: Framer,
     client: SocketAddr,
-    /// When its life is over, however busy it is.
+    /// When it is to end, after the answer to its last request.
     life: Instant,
 }
 
@@ -325,8 +327,7 @@ impl Connection<'_> {
             };
             let mut answer = match self.pass_on(&mut request) {
                 Ok(answer) => answer,
-                Err(End::Silent) => return self.end(),
-                Err(End::Refused(refusal)) => return self.refuse(Some(&request), &refusal),
+                Err(refusal) => return self.refuse(Some(&request), &refusal),
             };
             let stays =
                 self.slot.wait().is_ok() && request.keeps_alive() && Instant::now() < self.life;
@@ -337,6 +338,7 @@ impl Connection<'_> {
             }
             let written = self.write(&answer);
             if written.is_err() || !stays {
+                drop(answer);
                 return self.linger();
             }
         }
@@ -345,12 +347,10 @@ impl Connection<'_> {
     /// Reads the next whole request.
     fn read(&mut self) -> Result<Request, End> {
         let mut seen = Phase::Idle;
-        self.set_deadline(IDLE);
+        let mut hurried = false;
+        self.set_deadline(IDLE.min(self.life.saturating_duration_since(Instant::now())));
         loop {
             if let Some(request) = self.framer.take()? {
-                if self.slot.is_turned_away() {
-                    return Err(Refusal::Busy.into());
-                }
                 return Ok(request);
             }
             let phase = self.framer.phase();
@@ -361,25 +361,30 @@ impl Connection<'_> {
                         self.set_deadline(HEAD);
                     }
                     Phase::Body(bytes) => {
-                        if self.slot.is_turned_away() {
-                            return Err(Refusal::Busy.into());
-                        }
                         let deadline = self.set_deadline(BODY);
                         if bytes > SMALL {
                             self.slot.keep(bytes, deadline).map_err(Refusal::from)?;
                         }
                         if self.framer.takes_continue() {
+                            // Cut off or not, there is one more thing to send.
+                            let _ = self.slot.wait();
                             let leave = self.wire.write_all(b"HTTP/1.1 100 Continue\r\n\r\n");
                             leave
                                 .and_then(|()| self.wire.flush())
                                 .map_err(|_| End::Silent)?;
+                            self.slot.listen();
                         }
                     }
                 }
                 seen = phase;
             }
+            // What has arrived may still be a whole request, but not for ever.
+            if self.slot.is_cut_off() && !hurried {
+                hurried = true;
+                self.set_deadline(HURRY);
+            }
             match (self.framer.read_from(&mut self.wire), &seen) {
-                (Ok(0), Phase::Head | Phase::Body(_)) if self.slot.is_evicted() => {
+                (Ok(0) | Err(_), Phase::Head | Phase::Body(_)) if self.slot.is_cut_off() => {
                     return Err(Refusal::Busy.into());
                 }
                 (Ok(0), Phase::Body(_)) => return Err(Refusal::Incomplete.into()),
@@ -396,14 +401,15 @@ impl Connection<'_> {
     }
 
     /// Has a request answered by the service.
-    fn pass_on(&mut self, request: &mut Request) -> Result<Vec<u8>, End> {
-        self.slot.serve().map_err(Refusal::from)?;
+    fn pass_on(&mut self, request: &mut Request) -> Result<Vec<u8>, Refusal> {
+        let head = request.normalised_head(self.client);
+        let body = request.take_body();
+        self.slot.serve()?;
         let mut link = self.shared.links.take().map_err(|error| {
             log::warn!(reason:% = error; "no connection to tiny_http: it will be tried again");
             Refusal::Busy
         })?;
-        let head = request.normalised_head(self.client);
-        let sent = link.send(head, request.take_body());
+        let sent = link.send(head, body);
         // A long poll is not to keep the memory of what it has sent.
         self.slot.release();
         match sent.and_then(|()| link.answer(request.method() == "HEAD")) {
@@ -415,7 +421,7 @@ impl Connection<'_> {
                 log::warn!(reason:% = error; "a request was not answered");
                 drop(link);
                 self.shared.links.prove();
-                Err(Refusal::Unanswered.into())
+                Err(Refusal::Unanswered)
             }
         }
     }
@@ -424,10 +430,11 @@ impl Connection<'_> {
         if answer.len() > SMALL {
             self.slot.keep_anyway(answer.len());
         }
-        self.set_deadline(self.patience(ANSWER));
+        self.set_deadline(ANSWER);
         self.wire.write_all(answer)?;
         self.wire.flush()?;
-        self.slot.answered();
+        self.slot.release();
+        self.slot.listen();
         Ok(())
     }
 
@@ -436,6 +443,8 @@ impl Connection<'_> {
             request.map_or(("-", "-"), |request| (request.method(), request.target()));
         let client = self.client.to_string();
         logging::refused(method, target, refusal.status(), refusal, &client);
+        // What it has sent is of no use any more, and is not to be kept while it lingers.
+        self.framer = Framer::new(self.shared.max_body);
         // Where one of these fails the client or the service has gone: there is nobody to tell.
         let _ = self.slot.wait();
         let _ = self.write(&refused(refusal));
@@ -443,7 +452,7 @@ impl Connection<'_> {
     }
 
     fn end(&mut self) {
-        self.set_deadline(self.patience(LINGER));
+        self.set_deadline(LINGER);
         self.wire.end();
     }
 
@@ -459,18 +468,15 @@ impl Connection<'_> {
         {}
     }
 
-    /// How long it waits for its client, if nobody else waits for it to be gone.
-    fn patience(&self, usual: Duration) -> Duration {
-        if self.slot.is_evicted() {
-            LEAVING
-        } else {
-            usual
-        }
-    }
-
-    /// Gives the client so long from now for what comes next.
+    /// Gives the client so long from now for what comes next, or less where others wait for this
+    /// connection to be gone.
     fn set_deadline(&mut self, time: Duration) -> Instant {
-        let deadline = self.life.min(Instant::now() + time);
+        let time = if self.slot.is_leaving() {
+            time.min(HURRY)
+        } else {
+            time
+        };
+        let deadline = Instant::now() + time;
         self.wire.set_deadline(deadline);
         deadline
     }
