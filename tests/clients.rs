@@ -363,17 +363,7 @@ fn a_certificate_file_that_cannot_work_is_refused_at_start_with_the_reason() {
 fn a_new_certificate_is_taken_at_sighup_and_open_connections_stay() {
     let identity = Identity::new("ec");
     let service = Service::start_secure(&identity, &[]);
-    let mut child = Command::new("openssl")
-        .args(["s_client", "-quiet", "-CAfile"])
-        .arg(identity.ca())
-        .args(["-connect", &service.address.to_string()])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let (mut stdin, stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-    let mut answers = BufReader::new(stdout);
+    let (mut stdin, mut answers) = identity.client(&service);
     let mut ask = || {
         stdin.write_all(STATUS.as_bytes()).unwrap();
         assert_eq!(Response::next(&mut answers).body, "active");
@@ -392,8 +382,6 @@ fn a_new_certificate_is_taken_at_sighup_and_open_connections_stay() {
     service.event("the old certificate stays", |_| true);
     ask();
     assert!(text(&s_client(&service, &identity, &[], LAST_STATUS)).ends_with("active"));
-    child.kill().unwrap();
-    child.wait().unwrap();
 
     let plain = Service::start(&[]);
     plain.signal("HUP");

@@ -4,7 +4,7 @@ mod support;
 
 use std::io::{BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -622,27 +622,16 @@ fn a_request_that_has_to_make_room_is_told_so_and_the_log_says_why() {
 fn over_tls_too_a_request_that_has_to_make_room_is_told_so() {
     let identity = Identity::new("ec");
     let service = Service::start_secure(&identity, &["--max-connections-per-peer", "2"]);
-    let mut client = Command::new("openssl")
-        .args(["s_client", "-quiet", "-ign_eof", "-CAfile"])
-        .arg(identity.ca())
-        .args(["-connect", &service.address.to_string()])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
+    let (mut request, mut answers) = identity.client(&service);
     // The answer to the first says that half of the second is there too.
-    let mut request = client.stdin.take().unwrap();
     request
         .write_all(b"GET /status HTTP/1.1\r\nHost: x\r\n\r\nGET /status HTTP/1.1\r\nHo")
         .unwrap();
-    let mut answers = BufReader::new(client.stdout.take().unwrap());
     assert_eq!(Response::next(&mut answers).body, "active");
     let idle = [connect(&service), connect(&service)];
     let answer = Response::next(&mut answers);
     assert_eq!((answer.status, answer.code()), (503, "busy".into()));
     drop((request, idle));
-    client.wait().unwrap();
 }
 
 #[test]

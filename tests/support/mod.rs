@@ -695,6 +695,23 @@ impl Identity {
     pub fn ca(&self) -> PathBuf {
         self.folder.path().join("ca.pem")
     }
+
+    /// A client of openssl's, connected to a service: what to write to it, and what comes back. It
+    /// ends when the service closes the connection.
+    pub fn client(&self, service: &Service) -> (ChildStdin, BufReader<ChildStdout>) {
+        let mut child = Command::new("openssl")
+            .args(["s_client", "-quiet", "-CAfile"])
+            .arg(self.ca())
+            .args(["-connect", &service.address.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let (stdin, stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        thread::spawn(move || child.wait());
+        (stdin, BufReader::new(stdout))
+    }
 }
 
 /// What arrived at a destination.
