@@ -33,8 +33,8 @@ pub fn look_up(host: &str, port: u16, limit: Duration) -> io::Result<Vec<SocketA
         .map_err(|_| io::Error::from(ErrorKind::TimedOut))?
 }
 
-/// Connects to the first of these addresses that lets it. Blocks for `limit` at the most, which
-/// the addresses share, so that a dead one does not use up all of it.
+/// Connects to the first of these addresses that lets it. Blocks for `limit` and a moment at the
+/// most, which the addresses share, so that a dead one does not use up all of it.
 ///
 /// # Errors
 /// The last address's, or that there is none.

@@ -526,7 +526,7 @@ fn fingerprint(destination: &Destination, payload: &[u8]) -> [u8; 32] {
 
 /// Unix milliseconds that go on evenly from the start of the process: a clock that is set right
 /// meanwhile, as at the boot of a box without one of its own, must neither end nor prolong a wait.
-/// What is stored follows the wall clock: see [`Recorder::follow_clock`].
+/// What is stored follows the wall clock: see [`Writer::clock_was_set`].
 struct Clock {
     started: Instant,
     wall: Millis,

@@ -14,7 +14,8 @@ use serde_json::value::RawValue;
 use super::states::{Poll, Progress};
 use super::store::{self, Change, Effect, NewExport, News, Report, Writer};
 use super::{
-    Accept, Error, Exports, ExtResponse, Limits, Queued, UNWRITTEN_REPORTS, View, enqueue, raw,
+    Accept, Clock, Error, Exports, ExtResponse, Limits, Queued, UNWRITTEN_REPORTS, View, enqueue,
+    raw,
 };
 use crate::delivery::schedule::{Export, Millis, QueueKey};
 use crate::logging::millis;
@@ -58,6 +59,7 @@ impl Recorder {
         let mut housekeeping = Housekeeping::due_now();
         loop {
             let stopping = self.sleep(stop, &housekeeping);
+            housekeeping.follow_clock(&self.exports.clock, &mut self.writer);
             while self.take_waiting() {
                 let written = self.write();
                 housekeeping.wrote();
@@ -69,24 +71,8 @@ impl Recorder {
                 housekeeping.empty_log(&mut self.writer);
                 return;
             }
-            self.follow_clock();
             let now = self.exports.now();
             housekeeping.run(&mut self.writer, self.retention, now);
-        }
-    }
-
-    /// Looks whether the wall clock was set, and corrects what was stored by it since the start. A
-    /// box without a battery starts with the time of its last stop: without this, results of this
-    /// run would be old, and exports overdue, after the next start.
-    fn follow_clock(&mut self) {
-        let clock = &self.exports.clock;
-        let by = clock.behind() - self.writer.clock_offset();
-        if by.abs() < CLOCK_SET {
-            return;
-        }
-        match self.writer.clock_was_set(clock.wall, clock.now(), by) {
-            Ok(()) => log::info!(ms = by; "the clock was set, and stored times with it"),
-            Err(error) => log::warn!(reason:% = error; "cannot correct stored times yet"),
         }
     }
 
@@ -300,6 +286,8 @@ fn without_body(response: &Arc<RawValue>) -> Arc<RawValue> {
 struct Housekeeping {
     expire_at: Instant,
     empty_log_at: Option<Instant>,
+    /// Not to be tried again before this.
+    follow_clock_at: Instant,
 }
 
 impl Housekeeping {
@@ -308,6 +296,28 @@ impl Housekeeping {
         Self {
             expire_at: now,
             empty_log_at: Some(now),
+            follow_clock_at: now,
+        }
+    }
+
+    /// Looks whether the wall clock was set, and corrects what was stored by it since the start. A
+    /// box without a battery starts with the time of its last stop: without this, results of this
+    /// run would be old, and exports overdue, after the next start. The time for which a machine was
+    /// asleep counts for nothing in the same way.
+    fn follow_clock(&mut self, clock: &Clock, writer: &mut Writer) {
+        let by = clock.behind() - writer.clock_offset();
+        if by.abs() < CLOCK_SET || Instant::now() < self.follow_clock_at {
+            return;
+        }
+        match writer.clock_was_set(clock.wall, clock.now(), by) {
+            Ok(()) => {
+                self.wrote();
+                log::info!(ms = by; "the clock was set, and stored times with it");
+            }
+            Err(error) => {
+                self.follow_clock_at = Instant::now() + LONGEST_SLEEP;
+                log::warn!(reason:% = error; "cannot correct stored times yet");
+            }
         }
     }
 

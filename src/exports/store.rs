@@ -439,8 +439,8 @@ impl Writer {
         self.clock_offset
     }
 
-    /// The wall clock was set forward by so many milliseconds: moves the times of acceptance and
-    /// finish that were stored since the process started, and those to come. Results from a future
+    /// The wall clock was set forward by so many milliseconds: moves the times that were stored since
+    /// the process started, and those to come. Results from a future
     /// that the clock has taken back are taken for finished now, or they would be kept until then.
     /// `started` and `now` are as the process counts them.
     ///
@@ -449,14 +449,17 @@ impl Writer {
     pub fn clock_was_set(&mut self, started: i64, now: i64, by: i64) -> Result<(), Error> {
         let (from, to) = (started + self.clock_offset, now + self.clock_offset);
         let transaction = self.connection.transaction()?;
-        for column in ["accepted_at", "finished_at", "moved_at"] {
-            transaction.execute(
-                &format!(
-                    "UPDATE exports SET {column} = {column} + ? WHERE {column} BETWEEN ? AND ?"
-                ),
-                [by, from, to],
-            )?;
-        }
+        // Waits lie ahead of the time at which they were stored.
+        transaction.execute(
+            "UPDATE exports SET
+                 accepted_at = accepted_at + iif(accepted_at BETWEEN :from AND :to, :by, 0),
+                 finished_at = finished_at + iif(finished_at BETWEEN :from AND :to, :by, 0),
+                 moved_at = moved_at + iif(moved_at BETWEEN :from AND :to, :by, 0),
+                 next_attempt_at = next_attempt_at + iif(next_attempt_at >= :from, :by, 0)
+             WHERE accepted_at BETWEEN :from AND :to OR finished_at BETWEEN :from AND :to
+                 OR moved_at BETWEEN :from AND :to OR next_attempt_at >= :from",
+            named_params! { ":from": from, ":to": to, ":by": by },
+        )?;
         transaction.execute(
             "UPDATE exports SET finished_at = :now WHERE finished_at > :now",
             [to.saturating_add(by)],

@@ -94,7 +94,7 @@ impl Links {
     /// Where none is, for five seconds.
     ///
     /// # Panics
-    /// Where tiny_http does not answer, which ends the process.
+    /// Where tiny_http does not answer, unless it is to close; that ends the process.
     pub fn take(&self) -> io::Result<Link> {
         let deadline = Instant::now() + SHORTAGE;
         loop {

@@ -178,11 +178,13 @@ impl Slot {
             return Ok(());
         };
         if inner.waiting.remove(&key).is_none() {
-            let again = !self.turned_away && !inner.closing;
+            let hurried = inner.leaving.get(&key).is_none_or(|left| left.hurried);
+            let again = !hurried && !self.turned_away && !inner.closing;
             if !again || !inner.admit(&self.slots.limits, self.peer) {
                 return Err(Evicted);
             }
             inner.leaving.remove(&key);
+            self.slots.left.notify_all();
         }
         self.key = None;
         Ok(())
@@ -237,10 +239,11 @@ impl Slot {
                 deadline
             } else if inner.memory + bytes <= slots.limits.memory {
                 break Ok(());
-            } else if inner.evict_dawdler(self.peer, now) {
-                // The memory comes back as soon as that one's thread has noticed.
-                now + DAWDLING
             } else {
+                let lacks = |inner: &Inner| {
+                    inner.memory - inner.coming_back() + bytes > slots.limits.memory
+                };
+                while lacks(&inner) && inner.evict_dawdler(self.peer, now) {}
                 inner.next_dawdling(now)
             };
             let changed = &self.handle.changed;
@@ -299,9 +302,14 @@ impl Slot {
             peer.memory = peer.memory - self.memory + bytes;
         });
         self.memory = bytes;
-        if let Some(waiting) = self.key.and_then(|key| inner.waiting.get_mut(&key)) {
-            waiting.memory = bytes;
-            waiting.keeping_since = Instant::now();
+        if let Some(key) = self.key {
+            if let Some(waiting) = inner.waiting.get_mut(&key) {
+                waiting.memory = bytes;
+                waiting.keeping_since = Instant::now();
+            }
+            if let Some(leaving) = inner.leaving.get_mut(&key) {
+                leaving.memory = bytes;
+            }
         }
         inner.wake_next_in_line();
     }
@@ -334,7 +342,7 @@ struct Inner {
     /// By how long they have been waiting: the longest first.
     waiting: BTreeMap<u64, Waiting>,
     /// Closed to make room, and not gone yet.
-    leaving: BTreeMap<u64, Arc<Handle>>,
+    leaving: BTreeMap<u64, Leaving>,
     /// Who waits for memory, in the order of coming. Only the next may take some, see
     /// [`Inner::next_in_line`]: so the others need not be woken whenever some comes free.
     in_line: BTreeMap<u64, (Arc<Handle>, IpAddr)>,
@@ -360,6 +368,14 @@ struct Waiting {
     memory: usize,
     /// Since when it keeps that memory.
     keeping_since: Instant,
+}
+
+struct Leaving {
+    handle: Arc<Handle>,
+    /// What it still keeps, and gives back when its thread has noticed.
+    memory: usize,
+    /// Nothing more can be told to its client.
+    hurried: bool,
 }
 
 impl Waiting {
@@ -423,7 +439,12 @@ impl Inner {
         let Some(waiting) = self.waiting.remove(&key) else {
             return false;
         };
-        let Waiting { handle, peer, .. } = waiting;
+        let Waiting {
+            handle,
+            peer,
+            memory,
+            ..
+        } = waiting;
         handle.cut_off.store(true, Ordering::Relaxed);
         // Who is in the middle of a request can still be told why nothing comes of it. Who does not
         // take what is sent could not, unless it has only just begun and the service stops.
@@ -435,7 +456,12 @@ impl Inner {
         // It fails where the client has gone already, and then the thread is on its way.
         let _ = handle.socket.shutdown(how);
         handle.changed.notify_one();
-        self.leaving.insert(key, handle);
+        let leaving = Leaving {
+            handle,
+            memory,
+            hurried: false,
+        };
+        self.leaving.insert(key, leaving);
         if !waiting.turned_away {
             self.give_up_place(peer);
         }
@@ -444,10 +470,16 @@ impl Inner {
 
     /// Has the one that has been leaving longest tell its client nothing more, which wakes its
     /// thread wherever that waits.
-    fn hurry_oldest(&self) {
-        if let Some((_, handle)) = self.leaving.first_key_value() {
-            let _ = handle.socket.shutdown(Shutdown::Both);
+    fn hurry_oldest(&mut self) {
+        if let Some(mut oldest) = self.leaving.first_entry() {
+            oldest.get_mut().hurried = true;
+            let _ = oldest.get().handle.socket.shutdown(Shutdown::Both);
         }
+    }
+
+    /// The memory that those who leave still keep.
+    fn coming_back(&self) -> usize {
+        self.leaving.values().map(|leaving| leaving.memory).sum()
     }
 
     /// Whose turn it is to get memory: of the peers that keep least of it, the one that came first.
@@ -478,7 +510,7 @@ impl Inner {
             && self.evict(|waiting| waiting.peer == peer && waiting.dawdles(now))
     }
 
-    /// When to look again for connections that dawdle.
+    /// When to look again for connections that dawdle, or for what should have come back.
     fn next_dawdling(&self, now: Instant) -> Instant {
         let keeping = self.waiting.values().filter(|waiting| waiting.memory > 0);
         let since = keeping.map(|waiting| waiting.keeping_since + DAWDLING);
