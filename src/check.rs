@@ -86,7 +86,7 @@ fn follow(url: &str, rules: &Rules, trust: &Trust) -> Vec<Finding> {
     let destination = match Destination::parse(url) {
         Ok(destination) => destination,
         Err(error) => {
-            note("url", Err(error.to_string()));
+            note("url", Err(error.to_string().replace("`uri`", "it")));
             return findings;
         }
     };
@@ -130,7 +130,10 @@ fn follow(url: &str, rules: &Rules, trust: &Trust) -> Vec<Finding> {
         Err(error) => {
             note(
                 "connection",
-                Err(format!("no connection to {host}: {error}")),
+                Err(format!(
+                    "no connection to {}: {error}",
+                    destination.authority()
+                )),
             );
             return findings;
         }

@@ -39,6 +39,12 @@ pub fn token(arguments: &TokenArgs, now: SystemTime) -> Result<String, String> {
         format!("target = {name}"),
         format!("destination = {url}"),
     ];
+    if !arguments.path.starts_with(['/', '*']) {
+        return Err(format!(
+            "--path {}: no request has a path like that: begin it with a slash, like /lp/export",
+            arguments.path
+        ));
+    }
     if arguments.expires.is_some_and(|expires| expires.is_zero()) {
         return Err(
             "--expires is 0, so nobody could use the token: give some time, like 1h".into(),

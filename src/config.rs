@@ -220,7 +220,8 @@ impl SecretArgs {
 /// Where data may go.
 #[derive(Args)]
 pub struct DestinationArgs {
-    /// Private network that exports may go to, over plain HTTP too, like 192.168.1.7/32; repeatable
+    /// Private network that exports may go to, over plain HTTP too, like 192.168.1.7/32; repeatable,
+    /// in the variable with commas
     #[arg(
         long,
         env = "EXPORT_ALLOW_NETWORKS",
@@ -243,7 +244,7 @@ impl DestinationArgs {
             let address = |_| text.parse().map(|ip: IpAddr| ip.into());
             text.parse::<IpNet>().or_else(address).map_err(|_| {
                 ConfigError(format!(
-                    "--allow-network {text}: give a network like 192.168.1.0/24"
+                    "--allow-network {text}: give a network like 192.168.1.0/24, several with commas"
                 ))
             })
         };

@@ -5,12 +5,15 @@ mod support;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Instant;
 
 use clap::CommandFactory;
 use export_service::config::Cli;
-use support::{Destination, Reaction, SECRET, Service, command, ok, payload, root, token};
+use support::{
+    Destination, Identity, Reaction, SECRET, Service, command, ok, payload, root, token,
+};
 
 fn run(arguments: &[&str], environment: &[(&str, &str)]) -> (Option<i32>, String) {
     let output = command()
@@ -336,6 +339,11 @@ fn a_sink_prints_what_arrives_and_answers_with_it() {
 
 /// Runs `scripts/export` against a service.
 fn export(service: &Service, token: &str, url: &str, data: &[u8]) -> Output {
+    let at = format!("http://{}", service.address);
+    export_at(&at, None, token, url, data)
+}
+
+fn export_at(at: &str, ca: Option<&Path>, token: &str, url: &str, data: &[u8]) -> Output {
     let folder = tempfile::tempdir().unwrap();
     let token_file = folder.path().join("token");
     fs::write(&token_file, format!("{token}\n")).unwrap();
@@ -343,7 +351,8 @@ fn export(service: &Service, token: &str, url: &str, data: &[u8]) -> Output {
         .arg("--token-file")
         .arg(&token_file)
         .arg(url)
-        .env("EXPORT_SERVICE", format!("http://{}", service.address))
+        .env("EXPORT_SERVICE", at)
+        .envs(ca.map(|ca| ("CURL_CA_BUNDLE", ca)))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -396,6 +405,21 @@ fn the_shell_client_prints_the_answer_and_tells_success_by_its_exit_code() {
         assert_eq!(output.status.code(), Some(2), "{errors}");
         assert!(errors.contains(word), "{errors}");
     }
+}
+
+#[test]
+fn the_shell_client_says_at_once_that_a_certificate_is_not_trusted_and_what_to_do() {
+    let identity = Identity::new("ec");
+    let service = Service::start_secure(&identity, &[]);
+    let echo = Destination::start(|_| ok());
+    let at = format!("https://localhost:{}", service.address.port());
+    let token = token(&echo.url);
+    let output = export_at(&at, None, &token, &echo.url, b"{}");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{errors}");
+    assert!(errors.contains("CURL_CA_BUNDLE"), "{errors}");
+    let output = export_at(&at, Some(&identity.ca()), &token, &echo.url, b"{}");
+    assert_eq!(output.stdout, b"ok");
 }
 
 #[test]

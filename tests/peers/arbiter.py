@@ -218,9 +218,12 @@ def token_of(folder, endpoint, destination):
     options = [(URI_PATH, b"/token"), (URI_HOST, b"app"), (12, struct.pack(">H", 50))]
     token = (folder / "APP_TOKEN").read_bytes()
     client.send(compose(POST, json.dumps(ask).encode(), token, options))
-    code, _, _, payload = parse(client.recv())
+    try:
+        code, _, _, payload = parse(client.recv())
+    except zmq.Again:
+        sys.exit(f"no arbiter with the key in {folder} answers at {endpoint}")
     if code != CONTENT:
-        sys.exit(f"the arbiter answered {code}")
+        sys.exit(f"the arbiter answered {code}: it mints once export-service has asked for its secret")
     return payload.decode()
 
 
