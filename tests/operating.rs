@@ -49,6 +49,23 @@ fn without_a_secret_it_says_where_to_give_one_and_what_the_arbiter_would_need() 
 }
 
 #[test]
+fn a_token_that_nobody_could_use_is_not_minted() {
+    let token = ["token", "--destination", "https://a.example/"];
+    for (option, value, words) in [
+        ("--path", "export", "begin it with a slash"),
+        ("--expires", "0s", "give some time"),
+    ] {
+        let arguments = [&token[..], &[option, value]].concat();
+        let (code, message) = run(&arguments, &[("EXPORT_SECRET", SECRET)]);
+        assert_eq!(code, Some(2), "{message}");
+        assert!(
+            message.contains(option) && message.contains(words),
+            "{message}"
+        );
+    }
+}
+
+#[test]
 fn settings_that_cannot_work_are_refused_before_anything_starts() {
     for (arguments, environment, words) in [
         (
