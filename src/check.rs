@@ -86,7 +86,7 @@ fn follow(url: &str, rules: &Rules, trust: &Trust) -> Vec<Finding> {
     let destination = match Destination::parse(url) {
         Ok(destination) => destination,
         Err(error) => {
-            note("url", Err(error.to_string().replace("`uri`", "it")));
+            note("url", Err(format!("it {error}")));
             return findings;
         }
     };

@@ -31,8 +31,7 @@ const HEALTH: Duration = Duration::from_secs(3);
 pub fn token(arguments: &TokenArgs, now: SystemTime) -> Result<String, String> {
     let (name, key) = arguments.signer().map_err(|error| error.to_string())?;
     let url = &arguments.destination;
-    Destination::parse(url)
-        .map_err(|error| format!("--destination {url}: {error}").replace("`uri`", "it"))?;
+    Destination::parse(url).map_err(|error| format!("--destination {url}: it {error}"))?;
     let mut caveats = vec![
         format!("path = {}", arguments.path),
         format!("method = {}", arguments.method),

@@ -133,7 +133,7 @@ impl From<Denial> for Refusal {
 
 impl From<BadUrl> for Refusal {
     fn from(bad: BadUrl) -> Self {
-        Self::Malformed(bad.to_string().into())
+        Self::Malformed(format!("`uri` {bad}").into())
     }
 }
 
@@ -521,12 +521,13 @@ pub fn refusal(refusal: &Refusal) -> Response {
                 response.headers.push(("WWW-Authenticate", challenge));
             }
         }
-        Refusal::Busy => response
-            .headers
-            .push(("Retry-After", RETRY_AFTER_BUSY.to_string())),
-        _ if matches!(status, 429 | 503) => response
-            .headers
-            .push(("Retry-After", RETRY_AFTER.to_string())),
+        _ if matches!(status, 429 | 503) => {
+            let seconds = match refusal {
+                Refusal::Busy => RETRY_AFTER_BUSY,
+                _ => RETRY_AFTER,
+            };
+            response.headers.push(("Retry-After", seconds.to_string()));
+        }
         _ => {}
     }
     response

@@ -154,16 +154,19 @@ pub enum BadUrl {
 }
 
 impl fmt::Display for BadUrl {
+    /// As what follows the name by which the reader knows the URL.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::TooLong => "`uri` is longer than 8,192 bytes",
-            Self::NotAscii => "`uri` has characters outside ASCII: percent-encode them, and write the host in punycode",
-            Self::Fragment => "`uri` has a fragment (#…), which no server ever sees: leave it out",
-            Self::Malformed => "`uri` is not a URL: give one like https://host/path",
-            Self::Scheme => "`uri` must begin with http:// or https://",
-            Self::NoHost => "`uri` names no host: give one like https://host/path",
-            Self::UserInfo => "`uri` holds a user name or password, which is not sent: leave it out",
-            Self::Port => "`uri` has a port that is not 1 to 65535",
+            Self::TooLong => "is longer than 8,192 bytes",
+            Self::NotAscii => {
+                "has characters outside ASCII: percent-encode them, and write the host in punycode"
+            }
+            Self::Fragment => "has a fragment (#…), which no server ever sees: leave it out",
+            Self::Malformed => "is not a URL: give one like https://host/path",
+            Self::Scheme => "must begin with http:// or https://",
+            Self::NoHost => "names no host: give one like https://host/path",
+            Self::UserInfo => "holds a user name or password, which is not sent: leave it out",
+            Self::Port => "has a port that is not 1 to 65535",
         })
     }
 }

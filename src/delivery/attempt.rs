@@ -265,22 +265,7 @@ impl Client {
                 Kind::Dns,
                 format!("no address found for {host}: check the name, and this box's connection"),
             ),
-            ureq::Error::Other(other) => match other.downcast_ref::<Forbidden>() {
-                Some(forbidden) => {
-                    let kind = match forbidden {
-                        Forbidden::Plain(_) => Kind::ForbiddenHttp,
-                        Forbidden::Network(..) | Forbidden::Itself(_) => Kind::ForbiddenAddress,
-                    };
-                    (kind, format!("nothing is sent to {host}: {forbidden}"))
-                }
-                None => match other.downcast_ref::<io::Error>() {
-                    Some(error) => (Kind::Dns, format!("looking up {host} failed: {error}")),
-                    None => (
-                        Kind::Protocol,
-                        format!("the attempt at {host} failed: {other}"),
-                    ),
-                },
-            },
+            ureq::Error::Other(other) => explain_look_up(other.as_ref(), host),
             ureq::Error::Timeout(Timeout::Resolve) => (
                 Kind::Timeout,
                 format!("looking up {host} took over {} s", RESOLVE.as_secs()),
@@ -331,6 +316,24 @@ impl Client {
             connected,
         }
     }
+}
+
+/// Puts into words what a resolver of ours has ended an attempt for.
+fn explain_look_up(error: &(dyn std::error::Error + 'static), host: &str) -> (Kind, String) {
+    if let Some(forbidden) = error.downcast_ref::<Forbidden>() {
+        let kind = match forbidden {
+            Forbidden::Plain(_) => Kind::ForbiddenHttp,
+            Forbidden::Network(..) | Forbidden::Itself(_) => Kind::ForbiddenAddress,
+        };
+        return (kind, format!("nothing is sent to {host}: {forbidden}"));
+    }
+    if error.is::<io::Error>() {
+        return (Kind::Dns, format!("looking up {host} failed: {error}"));
+    }
+    (
+        Kind::Protocol,
+        format!("the attempt at {host} failed: {error}"),
+    )
 }
 
 fn refusal(error: &io::Error, host: &str) -> String {
@@ -458,15 +461,7 @@ impl<R: Resolver> Resolver for JudgingResolver<R> {
                 found.push(address);
                 found
             }
-            None => match self.names.resolve(uri, config, timeout) {
-                // There was no thread for it.
-                Err(ureq::Error::Io(error)) if error.kind() == ErrorKind::WouldBlock => {
-                    return Err(ureq::Error::Other(error.into()));
-                }
-                // The system's look-up reports a missing name as an I/O error like any other.
-                Err(ureq::Error::Io(_)) => return Err(ureq::Error::HostNotFound),
-                found => found?,
-            },
+            None => self.names.resolve(uri, config, timeout)?,
         };
         let encrypted = uri.scheme_str() == Some("https");
         for address in found.iter() {
@@ -495,7 +490,10 @@ impl Resolver for SystemNames {
         let addresses = dial::look_up(host, port(uri), *timeout.after);
         let addresses = addresses.map_err(|error| match error.kind() {
             ErrorKind::TimedOut => ureq::Error::Timeout(timeout.reason),
-            _ => ureq::Error::Io(error),
+            // There was no thread for it.
+            ErrorKind::WouldBlock => ureq::Error::Other(error.into()),
+            // The system reports a missing name as an error like any other.
+            _ => ureq::Error::HostNotFound,
         })?;
         let mut found = self.empty();
         // As many as there is room for; no others are dialled.

@@ -440,9 +440,9 @@ impl Writer {
     }
 
     /// The wall clock was set forward by so many milliseconds: moves the times that were stored since
-    /// the process started, and those to come. Results from a future
-    /// that the clock has taken back are taken for finished now, or they would be kept until then.
-    /// `started` and `now` are as the process counts them.
+    /// the process started, and those to come. Results from a future that the clock has taken back
+    /// are taken for finished now, or they would be kept until then. `started` and `now` are as the
+    /// process counts them.
     ///
     /// # Errors
     /// Where the store cannot be written; then everything is as it was, and can be tried again.

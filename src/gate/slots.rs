@@ -164,7 +164,8 @@ impl Slot {
 
     /// Whether the connection was closed, and has no place any more.
     pub fn is_leaving(&self) -> bool {
-        self.leaves(&self.slots.inner.lock())
+        // Without the lock for all those that were never closed, at each request.
+        self.is_cut_off() && self.leaves(&self.slots.inner.lock())
     }
 
     /// From now on a whole request is being served. One that was there before its connection was
@@ -433,18 +434,11 @@ impl Inner {
     /// place is free at once.
     fn evict(&mut self, may_be: impl Fn(&Waiting) -> bool) -> bool {
         let found = self.waiting.iter().find(|(_, waiting)| may_be(waiting));
-        let Some(key) = found.map(|(key, _)| *key) else {
+        let key = found.map(|(key, _)| *key);
+        let Some((key, waiting)) = key.and_then(|key| self.waiting.remove_entry(&key)) else {
             return false;
         };
-        let Some(waiting) = self.waiting.remove(&key) else {
-            return false;
-        };
-        let Waiting {
-            handle,
-            peer,
-            memory,
-            ..
-        } = waiting;
+        let handle = waiting.handle;
         handle.cut_off.store(true, Ordering::Relaxed);
         // Who is in the middle of a request can still be told why nothing comes of it. Who does not
         // take what is sent could not, unless it has only just begun and the service stops.
@@ -458,12 +452,12 @@ impl Inner {
         handle.changed.notify_one();
         let leaving = Leaving {
             handle,
-            memory,
+            memory: waiting.memory,
             hurried: false,
         };
         self.leaving.insert(key, leaving);
         if !waiting.turned_away {
-            self.give_up_place(peer);
+            self.give_up_place(waiting.peer);
         }
         true
     }
