@@ -1,21 +1,24 @@
 //! `check URL`: a dry run for the person at the keyboard. It goes the way of an attempt step by
-//! step, by the same rules and with the same certificates, and sends no request.
+//! step, through the same code and by the same rules, and sends no request.
 //!
 //! Not here: attempts themselves ([`crate::delivery::attempt`]).
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use rustls::ClientConnection;
-use rustls::pki_types::ServerName;
 use serde::Serialize;
 
 use crate::config::CheckArgs;
 use crate::delivery::addresses::{Destination, Rules};
-use crate::delivery::attempt::{CONNECT, RESOLVE, is_own};
+use crate::delivery::attempt::{explain_look_up, refusal};
+use crate::delivery::connect::is_own;
 use crate::delivery::tls::{self, Trust};
-use crate::dial;
+use crate::dial::{self, Names};
+use crate::socket::Socket;
+
+/// How long all steps together may take: as long as an attempt, where nothing else is set.
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// One step of the way and how it went.
 #[derive(Serialize)]
@@ -25,7 +28,7 @@ struct Finding {
     message: String,
 }
 
-/// Checks a destination and prints one line for each step. Blocks for fifteen seconds at the most.
+/// Checks a destination and prints one line for each step. Blocks for half a minute at the most.
 /// True where an export could go there now.
 ///
 /// # Errors
@@ -96,13 +99,11 @@ fn follow(url: &str, rules: &Rules, trust: &Trust) -> Vec<Finding> {
     );
     let (host, port) = destination.host_and_port();
     let encrypted = destination.is_encrypted();
-    let addresses = match dial::look_up(host, port, RESOLVE) {
+    let deadline = Instant::now() + LIMIT;
+    let addresses = match Names::default().look_up(host, port, deadline) {
         Ok(found) => found,
         Err(error) => {
-            note(
-                "look-up",
-                Err(format!("no address found for {host}: {error}")),
-            );
+            note("look-up", Err(explain_look_up(error, host)));
             return findings;
         }
     };
@@ -123,81 +124,37 @@ fn follow(url: &str, rules: &Rules, trust: &Trust) -> Vec<Finding> {
     if !permitted {
         return findings;
     }
-    let connected = dial::connect(&addresses, CONNECT)
+    let connected = dial::connect(&addresses, deadline)
         .and_then(|stream| stream.peer_addr().map(|address| (stream, address)));
     let (stream, address) = match connected {
         Ok(connected) => connected,
         Err(error) => {
-            note(
-                "connection",
-                Err(format!(
-                    "no connection to {}: {error}",
-                    destination.authority()
-                )),
-            );
+            note("connection", Err(refusal(&error, destination.authority())));
             return findings;
         }
     };
     note("connection", Ok(format!("{address} answers")));
     if encrypted {
-        note("certificate", handshake(stream, host, trust));
+        note("certificate", handshake(stream, deadline, host, trust));
     }
     findings
 }
 
-/// A connection with one deadline for all that is read and written.
-struct Timed {
+fn handshake(
     stream: TcpStream,
-    until: Instant,
-}
-
-impl Timed {
-    fn left(&self) -> io::Result<Option<Duration>> {
-        let left = self.until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            Err(io::ErrorKind::TimedOut.into())
-        } else {
-            Ok(Some(left))
-        }
-    }
-}
-
-impl Read for Timed {
-    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        self.stream.set_read_timeout(self.left()?)?;
-        self.stream.read(bytes)
-    }
-}
-
-impl Write for Timed {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.stream.set_write_timeout(self.left()?)?;
-        self.stream.write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.stream.flush()
-    }
-}
-
-fn handshake(stream: TcpStream, host: &str, trust: &Trust) -> Result<String, String> {
-    let name = ServerName::try_from(host.trim_end_matches('.').to_owned())
-        .map_err(|_| format!("{host} is no name that a certificate could have"))?;
-    let mut connection =
-        ClientConnection::new(trust.config(), name.clone()).map_err(|error| error.to_string())?;
-    let mut stream = Timed {
-        stream,
-        until: Instant::now() + CONNECT,
-    };
-    connection
-        .complete_io(&mut stream)
-        .map_err(|error| match tls::cause(&error) {
-            Some(cause) => tls::explain(cause, host),
-            None => format!("the TLS handshake with {host} failed: {error}"),
-        })?;
-    let until = tls::expiry(trust, &connection, &name).map(tls::date);
-    Ok(match until {
-        Some(day) => format!("certificate of {host} is good until {day}"),
-        None => format!("certificate of {host} is good"),
-    })
+    deadline: Instant,
+    host: &str,
+    trust: &Trust,
+) -> Result<String, String> {
+    let agreed = tls::handshake(trust, host, Socket::new(stream, deadline));
+    let stream = agreed.map_err(|error| match tls::cause(&error) {
+        Some(cause) => tls::explain(cause, host),
+        None => format!("the TLS handshake with {host} failed: {error}"),
+    })?;
+    Ok(
+        match tls::expiry(trust, &stream.conn, host).map(tls::date) {
+            Some(day) => format!("certificate of {host} is good until {day}"),
+            None => format!("certificate of {host} is good"),
+        },
+    )
 }

@@ -335,7 +335,7 @@ pub struct ServeArgs {
     #[arg(long, env = "EXPORT_SIGNING_SECRET", hide_env_values = true)]
     signing_secret: Option<String>,
     /// Bytes kept of a destination's response; the rest is cut off
-    #[arg(long, env = "EXPORT_MAX_RESPONSE", default_value_t = 64 * 1024)]
+    #[arg(long, env = "EXPORT_MAX_RESPONSE", default_value_t = 1024 * 1024)]
     max_response: usize,
     /// How log lines look
     #[arg(long, env = "EXPORT_LOG_FORMAT", default_value = "text")]

@@ -20,7 +20,8 @@
 //! failures; an export that has its *result* is *finished*, and *settled* once that is stored.
 //!
 //! Beside the way: [`logging`] says what may be shown, [`threads`] makes a panic the end of the
-//! process, [`dial`] looks names up and connects, [`check`] and [`commands`] hold the small tools for
+//! process, [`dial`] looks names up and connects, [`socket`] has one deadline for all that it does, [`memory`] is
+//! shared within a bound, [`check`] and [`commands`] hold the small tools for
 //! a person at the keyboard.
 
 // A line printed in passing would bypass the log and its rules on what may be shown.
@@ -36,6 +37,8 @@ pub mod dial;
 pub mod exports;
 pub mod gate;
 pub mod logging;
+pub mod memory;
 pub mod routes;
 pub mod server;
+pub mod socket;
 pub mod threads;

@@ -161,7 +161,7 @@ fn bodies_that_are_long_or_not_text_are_cut_and_encoded() {
         "[3]" => Reaction::Answer(200, vec![b'x'; 65_536]),
         _ => Reaction::Raw(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf".to_vec()),
     });
-    let service = Service::start(&[]);
+    let service = Service::start(&["--max-response", "65536"]);
     let result = |number: u32| {
         let id = service.submit(&destination.url, &json!([number]));
         service.result(&destination.url, &id)

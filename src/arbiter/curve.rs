@@ -22,10 +22,11 @@ use crypto_box::aead::Aead;
 use crypto_box::{PublicKey, SalsaBox, SecretKey};
 use rustls::crypto::ring;
 
-use crate::dial;
+use crate::dial::{self, Names};
 
-/// How long finding the arbiter's address may take.
-const LOOK_UP: Duration = Duration::from_secs(5);
+/// How long finding the arbiter's address may take: a silent name server must leave time for the
+/// next one.
+const LOOK_UP: Duration = Duration::from_secs(30);
 /// How long connecting to it may take.
 const CONNECT: Duration = Duration::from_secs(5);
 /// How long everything from the greeting to READY may take.
@@ -677,9 +678,10 @@ impl Connection {
             step,
             cause: Cause::Failed(format!("{endpoint}: {cause}")),
         };
-        let addresses = dial::look_up(&endpoint.host, endpoint.port, LOOK_UP)
+        let addresses = Names::default()
+            .look_up(&endpoint.host, endpoint.port, Instant::now() + LOOK_UP)
             .map_err(|error| failed(Step::LookUp, &error))?;
-        let stream = dial::connect(&addresses, CONNECT)
+        let stream = dial::connect(&addresses, Instant::now() + CONNECT)
             .and_then(|stream| stream.set_nodelay(true).map(|()| stream))
             .map_err(|error| failed(Step::Connect, &error))?;
         let mut random = [0; RANDOM];

@@ -1,42 +1,31 @@
-//! One attempt: one POST over ureq, every timeout and limit set, and what came of it.
+//! One attempt: one POST over ureq within one limit of time, and what came of it.
 //!
-//! The addresses of a destination are judged where ureq asks for them, so that what was judged is
-//! what is dialled: no second look-up can give another answer.
-//!
-//! Not here: whether a failed attempt is tried again ([`super::schedule`]), and what the app is
-//! told of it.
+//! Not here: how the destination is found and reached ([`super::connect`]), whether a failed attempt is tried
+//! again ([`super::schedule`]), and what the app is told of it.
 
-use std::cell::Cell;
 use std::fmt;
 use std::io::{self, ErrorKind, Read};
-use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use ureq::http::{Uri, header};
-use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
-use ureq::unversioned::transport::{
-    Buffers, ConnectionDetails, Connector, NextTimeout, TcpConnector, Transport,
-};
-use ureq::{Agent, Timeout};
+use ureq::Agent;
+use ureq::http::header;
+use ureq::unversioned::resolver::Resolver;
 use uuid::Uuid;
 
-use super::addresses::{Destination, Forbidden, Rules, bare};
+use super::addresses::{Destination, Forbidden, Rules};
+use super::connect::{self, Dialler, JudgingResolver, Step, is_closed};
+use super::response::NotHttp;
 use super::signature::SigningKey;
-use super::tls::{self, TlsConnector, Trust};
-use crate::dial;
+use super::tls::{self, Trust};
+use crate::dial::{LookUpError, Names};
+use crate::memory::{Budget, Reservation};
 
-/// Looking a name up may take this long.
-pub const RESOLVE: Duration = Duration::from_secs(5);
-/// Connecting, TLS handshake included, may take this long.
-pub const CONNECT: Duration = Duration::from_secs(5);
-/// ureq's own buffers are eight times as large, for downloads that this program never makes.
-const BUFFER: usize = 16 * 1024;
-/// A response head larger than this is an error, not a reason to use memory. With a limit that
-/// the buffer cannot pass, ureq would take it for a connection that was closed.
-const RESPONSE_HEAD: usize = BUFFER - 1;
-
-/// The most addresses of a name that ureq has room for.
-const MOST_ADDRESSES: usize = 16;
+/// What all bodies that are being read may take together, in bytes, and at least twice the limit of one.
+const BODIES: usize = 16 * 1024 * 1024;
+/// A body of so many bytes is not counted: as many attempts as there can be have room for theirs.
+const SMALL: usize = 64 * 1024;
+/// How much is read of a body at once, in bytes.
+const READ: usize = 16 * 1024;
 
 const USER_AGENT: &str = concat!("export-service/", env!("CARGO_PKG_VERSION"));
 
@@ -59,6 +48,8 @@ pub struct Answer {
     pub truncated: bool,
     /// The header `Retry-After`, as it was sent.
     pub retry_after: Option<String>,
+    /// The body's part of the memory that all of them share.
+    pub memory: Option<Reservation>,
 }
 
 impl fmt::Debug for Answer {
@@ -143,13 +134,14 @@ pub struct Client {
     agent: Agent,
     timeout: Duration,
     max_response: usize,
+    bodies: Budget,
     signing_key: Option<SigningKey>,
 }
 
 impl Client {
     /// A client that looks names up as the system does.
     pub fn new(settings: Settings) -> Self {
-        Self::with_names(settings, SystemNames)
+        Self::with_names(settings, Names::default())
     }
 
     /// A client that has `names` look names up.
@@ -166,24 +158,17 @@ impl Client {
             .max_redirects(0)
             .proxy(None)
             .user_agent(USER_AGENT)
-            .timeout_resolve(Some(RESOLVE))
-            .timeout_connect(Some(CONNECT))
-            .input_buffer_size(BUFFER)
-            .output_buffer_size(BUFFER)
-            .max_response_header_size(RESPONSE_HEAD)
             .max_idle_connections(4)
             .max_idle_connections_per_host(1)
             .build();
-        let connector = Begin
-            .chain(TcpConnector::default())
-            .chain(TlsConnector::new(trust))
-            .chain(ListenOn);
         let resolver = JudgingResolver { names, rules };
-        let agent = Agent::with_parts(config, connector, resolver);
+        let agent = Agent::with_parts(config, Dialler { trust }, resolver);
         Self {
             agent,
             timeout,
             max_response,
+            // One more than that may be read to its end.
+            bodies: Budget::new(BODIES.max(2 * max_response) - max_response),
             signing_key,
         }
     }
@@ -196,12 +181,11 @@ impl Client {
     pub fn post(&self, id: Uuid, destination: &Destination, payload: &[u8]) -> Outcome {
         let started = Instant::now();
         loop {
-            STEP.set(Step::Begun);
-            let left = self.timeout.saturating_sub(started.elapsed());
-            match self.post_once(id, destination, payload, left) {
+            connect::begin();
+            match self.post_once(id, destination, payload, started + self.timeout) {
                 Ok(answer) => return Outcome::Answered(answer),
                 Err(ureq::Error::Io(error))
-                    if STEP.get() == Step::Resolved && is_closed(&error) => {}
+                    if connect::step() == Step::Judged && is_closed(&error) => {}
                 Err(error) => return Outcome::Failed(self.explain(&error, destination)),
             }
         }
@@ -212,9 +196,10 @@ impl Client {
         id: Uuid,
         destination: &Destination,
         payload: &[u8],
-        timeout: Duration,
+        deadline: Instant,
     ) -> Result<Answer, ureq::Error> {
         let id = id.to_string();
+        let timeout = deadline.saturating_duration_since(Instant::now());
         let mut request = self
             .agent
             .post(destination.as_str())
@@ -237,89 +222,110 @@ impl Client {
         let retry_after = retry_after
             .and_then(|value| value.to_str().ok())
             .map(str::to_owned);
-        let mut body = Vec::new();
-        // One byte more than is kept tells a body of exactly the limit from a longer one. The
-        // status has arrived by now, so a body that breaks off is an answer cut short.
-        let read = response
-            .into_body()
-            .into_reader()
-            .take(self.max_response as u64 + 1)
-            .read_to_end(&mut body);
-        let truncated = read.is_err() || body.len() > self.max_response;
-        body.truncate(self.max_response);
+        let mut source = response.into_body().into_reader();
+        let (mut body, mut memory) = (Vec::new(), self.bodies.part());
+        let whole = self.read_body(&mut source, &mut body, &mut memory, deadline);
         Ok(Answer {
             status,
             body,
-            truncated,
+            truncated: !whole,
             retry_after,
+            memory: Some(memory),
         })
+    }
+
+    /// Reads a body up to the limit; true where that is all of it. The status has arrived by now, so one
+    /// that breaks off is an answer cut short.
+    fn read_body(
+        &self,
+        source: &mut impl Read,
+        body: &mut Vec<u8>,
+        memory: &mut Reservation,
+        deadline: Instant,
+    ) -> bool {
+        let mut piece = [0; READ];
+        loop {
+            let read = match source.read(&mut piece) {
+                Ok(0) => return true,
+                Ok(read) => read,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(_) => return false,
+            };
+            let room = self.max_response - body.len();
+            let length = body.len() + read.min(room);
+            if length > body.capacity() {
+                // In steps, so that a body takes no more memory than it is counted for.
+                let capacity = (body.len() + SMALL).max(length).min(self.max_response);
+                if capacity > SMALL && !memory.grow(capacity, deadline) {
+                    return false;
+                }
+                body.reserve_exact(capacity - body.len());
+            }
+            body.extend_from_slice(&piece[..read.min(room)]);
+            if read > room {
+                return false;
+            }
+        }
     }
 
     /// Puts a failed attempt into words.
     fn explain(&self, error: &ureq::Error, destination: &Destination) -> Failure {
         let host = destination.authority();
-        let step = STEP.get();
-        let whole = format!("{} s", self.timeout.as_secs_f64());
+        let step = connect::step();
         let (kind, message) = match error {
-            ureq::Error::HostNotFound => (
-                Kind::Dns,
-                format!("no address found for {host}: check the name, and this box's connection"),
-            ),
-            ureq::Error::Other(other) => explain_look_up(other.as_ref(), host),
-            ureq::Error::Timeout(Timeout::Resolve) => (
-                Kind::Timeout,
-                format!("looking up {host} took over {} s", RESOLVE.as_secs()),
-            ),
-            ureq::Error::Timeout(Timeout::Connect) if step == Step::Connected => (
-                Kind::Timeout,
-                format!(
-                    "{host} did not finish the TLS handshake within {} s",
-                    CONNECT.as_secs()
-                ),
-            ),
-            ureq::Error::Timeout(Timeout::Connect) => (
-                Kind::Timeout,
-                format!("connecting to {host} took over {} s", CONNECT.as_secs()),
-            ),
+            ureq::Error::Other(other) => explain_other(other.as_ref(), host),
             ureq::Error::Timeout(_) => (
                 Kind::Timeout,
-                format!("{host} did not answer within {whole}"),
+                format!(
+                    "{} within {} s",
+                    late(step, host),
+                    self.timeout.as_secs_f64()
+                ),
             ),
-            ureq::Error::Rustls(error) => (tls::kind(error), tls::explain(error, host)),
-            ureq::Error::Tls(reason) => (Kind::Tls, format!("TLS with {host} failed: {reason}")),
             ureq::Error::Io(error) => match tls::cause(error) {
                 Some(error) => (tls::kind(error), tls::explain(error, host)),
                 None if step == Step::Connecting => (Kind::Connect, refusal(error, host)),
+                None if is_closed(error) && step == Step::Handshaking => (
+                    Kind::Closed,
+                    format!("{host} closed the connection during the TLS handshake"),
+                ),
                 None if is_closed(error) => (
                     Kind::Closed,
                     format!("{host} closed the connection before it answered"),
                 ),
+                None if step == Step::Handshaking => {
+                    (Kind::Tls, format!("TLS with {host} failed: {error}"))
+                }
                 None => (
                     Kind::Closed,
                     format!("the connection to {host} broke: {error}"),
                 ),
             },
-            ureq::Error::ConnectionFailed => (Kind::Connect, format!("no connection to {host}")),
-            ureq::Error::LargeResponseHeader(..) => (
-                Kind::Protocol,
-                format!("{host} answered with a head over {RESPONSE_HEAD} bytes"),
-            ),
             _ => (
                 Kind::Protocol,
-                format!("what {host} answered is not HTTP/1.1"),
+                format!("the attempt at {host} failed: {error}"),
             ),
         };
-        let connected = matches!(step, Step::Resolved | Step::Connected);
         Failure {
             kind,
             message,
-            connected,
+            connected: matches!(step, Step::Judged | Step::Connected),
         }
     }
 }
 
-/// Puts into words what a resolver of ours has ended an attempt for.
-fn explain_look_up(error: &(dyn std::error::Error + 'static), host: &str) -> (Kind, String) {
+/// What a destination did not do in time.
+fn late(step: Step, host: &str) -> String {
+    match step {
+        Step::LookingUp => format!("no name server said what address {host} has"),
+        Step::Connecting => format!("no connection to {host} came about"),
+        Step::Handshaking => format!("{host} did not finish the TLS handshake"),
+        Step::Judged | Step::Connected => format!("{host} did not answer"),
+    }
+}
+
+/// Puts into words what an attempt was ended for by something of ours.
+fn explain_other(error: &(dyn std::error::Error + 'static), host: &str) -> (Kind, String) {
     if let Some(forbidden) = error.downcast_ref::<Forbidden>() {
         let kind = match forbidden {
             Forbidden::Plain(_) => Kind::ForbiddenHttp,
@@ -327,8 +333,14 @@ fn explain_look_up(error: &(dyn std::error::Error + 'static), host: &str) -> (Ki
         };
         return (kind, format!("nothing is sent to {host}: {forbidden}"));
     }
-    if error.is::<io::Error>() {
-        return (Kind::Dns, format!("looking up {host} failed: {error}"));
+    if let Some(error) = error.downcast_ref::<LookUpError>() {
+        return (Kind::Dns, explain_look_up(*error, host));
+    }
+    if error.is::<NotHttp>() {
+        return (
+            Kind::Protocol,
+            format!("what {host} answered is not HTTP/1.1"),
+        );
     }
     (
         Kind::Protocol,
@@ -336,7 +348,21 @@ fn explain_look_up(error: &(dyn std::error::Error + 'static), host: &str) -> (Ki
     )
 }
 
-fn refusal(error: &io::Error, host: &str) -> String {
+/// The same of a look-up, with what to do about it.
+pub fn explain_look_up(error: LookUpError, host: &str) -> String {
+    match error {
+        LookUpError::NoAddress => {
+            format!("no address found for {host}: check the name")
+        }
+        LookUpError::NoAnswer | LookUpError::TooSlow => format!(
+            "no address found for {host}, since {error}: check this box's connection and its name servers"
+        ),
+        LookUpError::NoThread => format!("looking up {host} failed: {error}"),
+    }
+}
+
+/// Why no connection came about, with what that means.
+pub fn refusal(error: &io::Error, host: &str) -> String {
     match error.kind() {
         ErrorKind::ConnectionRefused => {
             format!("connection refused by {host}: nothing listens there")
@@ -344,198 +370,11 @@ fn refusal(error: &io::Error, host: &str) -> String {
         ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => {
             format!("{host} cannot be reached from here: {error}")
         }
+        ErrorKind::PermissionDenied => {
+            format!("a router or firewall does not let connections to {host} pass: {error}")
+        }
         _ => format!("no connection to {host}: {error}"),
     }
-}
-
-/// How far an attempt has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// It has begun: the name is looked up and judged.
-    Begun,
-    /// The addresses are judged. Nothing more is noted of an attempt on a kept connection.
-    Resolved,
-    /// A new connection is being made.
-    Connecting,
-    /// The new connection stands; TLS, if any, comes next.
-    Connected,
-}
-
-thread_local! {
-    /// How far the attempt of this thread has come; ureq makes all of it on the caller's thread.
-    pub static STEP: Cell<Step> = const { Cell::new(Step::Begun) };
-}
-
-/// The start of the connector chain, which ureq runs only when no kept connection will do.
-#[derive(Debug)]
-struct Begin;
-
-impl Connector for Begin {
-    type Out = ();
-
-    fn connect(
-        &self,
-        _: &ConnectionDetails<'_>,
-        chained: Option<()>,
-    ) -> Result<Option<()>, ureq::Error> {
-        STEP.set(Step::Connecting);
-        Ok(chained)
-    }
-}
-
-/// The end of the connector chain. A destination may answer before it has read all of a request,
-/// and close: too large, say. ureq gives up at the write that fails then; this lets it go on to
-/// the answer, if there is one.
-#[derive(Debug)]
-struct ListenOn;
-
-impl<In: Transport> Connector<In> for ListenOn {
-    type Out = Listening<In>;
-
-    fn connect(
-        &self,
-        _: &ConnectionDetails<'_>,
-        chained: Option<In>,
-    ) -> Result<Option<Self::Out>, ureq::Error> {
-        Ok(chained.map(|inner| Listening { inner, deaf: false }))
-    }
-}
-
-/// See [`ListenOn`].
-#[derive(Debug)]
-struct Listening<T> {
-    inner: T,
-    /// Whether the peer takes nothing more.
-    deaf: bool,
-}
-
-impl<T: Transport> Transport for Listening<T> {
-    fn buffers(&mut self) -> &mut dyn Buffers {
-        self.inner.buffers()
-    }
-
-    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
-        if self.deaf {
-            return Ok(());
-        }
-        match self.inner.transmit_output(amount, timeout) {
-            Err(ureq::Error::Io(error)) if is_closed(&error) => {
-                self.deaf = true;
-                Ok(())
-            }
-            other => other,
-        }
-    }
-
-    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
-        self.inner.await_input(timeout)
-    }
-
-    fn is_open(&mut self) -> bool {
-        !self.deaf && self.inner.is_open()
-    }
-
-    fn is_tls(&self) -> bool {
-        self.inner.is_tls()
-    }
-}
-
-/// Looks a destination up and lets its addresses pass only if all of them may be sent to.
-#[derive(Debug)]
-pub struct JudgingResolver<R> {
-    names: R,
-    rules: Rules,
-}
-
-impl<R: Resolver> Resolver for JudgingResolver<R> {
-    fn resolve(
-        &self,
-        uri: &Uri,
-        config: &ureq::config::Config,
-        timeout: NextTimeout,
-    ) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        let found = match literal(uri) {
-            // A look-up takes a thread, which costs more than a whole local POST.
-            Some(address) => {
-                let mut found = self.empty();
-                found.push(address);
-                found
-            }
-            None => self.names.resolve(uri, config, timeout)?,
-        };
-        let encrypted = uri.scheme_str() == Some("https");
-        for address in found.iter() {
-            self.rules
-                .judge(*address, encrypted, is_own)
-                .map_err(|forbidden| ureq::Error::Other(forbidden.into()))?;
-        }
-        STEP.set(Step::Resolved);
-        Ok(found)
-    }
-}
-
-/// Looks names up as the system does. ureq's own resolver ends the process where there is no thread
-/// for that.
-#[derive(Debug)]
-struct SystemNames;
-
-impl Resolver for SystemNames {
-    fn resolve(
-        &self,
-        uri: &Uri,
-        _: &ureq::config::Config,
-        timeout: NextTimeout,
-    ) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        let host = uri.host().unwrap_or_default();
-        let addresses = dial::look_up(host, port(uri), *timeout.after);
-        let addresses = addresses.map_err(|error| match error.kind() {
-            ErrorKind::TimedOut => ureq::Error::Timeout(timeout.reason),
-            // There was no thread for it.
-            ErrorKind::WouldBlock => ureq::Error::Other(error.into()),
-            // The system reports a missing name as an error like any other.
-            _ => ureq::Error::HostNotFound,
-        })?;
-        let mut found = self.empty();
-        // As many as there is room for; no others are dialled.
-        for address in addresses.into_iter().take(MOST_ADDRESSES) {
-            found.push(address);
-        }
-        if found.is_empty() {
-            return Err(ureq::Error::HostNotFound);
-        }
-        Ok(found)
-    }
-}
-
-/// The address that a URL names by itself, without a look-up.
-fn literal(uri: &Uri) -> Option<SocketAddr> {
-    let ip: IpAddr = bare(uri.host()?).parse().ok()?;
-    Some(SocketAddr::new(ip, port(uri)))
-}
-
-fn port(uri: &Uri) -> u16 {
-    let default = if uri.scheme_str() == Some("https") {
-        443
-    } else {
-        80
-    };
-    uri.port_u16().unwrap_or(default)
-}
-
-/// Whether an address is one of this machine's: only those can be bound to.
-pub fn is_own(ip: IpAddr) -> bool {
-    UdpSocket::bind((ip, 0)).is_ok()
-}
-
-fn is_closed(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        ErrorKind::ConnectionReset
-            | ErrorKind::ConnectionAborted
-            | ErrorKind::BrokenPipe
-            | ErrorKind::UnexpectedEof
-            | ErrorKind::NotConnected
-    )
 }
 
 #[cfg(test)]
@@ -549,6 +388,7 @@ mod tests {
             body: b"private".to_vec(),
             truncated: false,
             retry_after: None,
+            memory: None,
         };
         assert_eq!(
             format!("{:?}", Outcome::Answered(answer)),

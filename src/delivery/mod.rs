@@ -4,6 +4,8 @@
 
 pub mod addresses;
 pub mod attempt;
+pub mod connect;
+pub mod response;
 pub mod schedule;
 pub mod signature;
 pub mod tls;

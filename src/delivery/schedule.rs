@@ -686,6 +686,7 @@ mod tests {
                 body: Vec::new(),
                 truncated: false,
                 retry_after,
+                memory: None,
             })
         };
         assert_eq!(retry(&answered(None), &[429], now), None);

@@ -1,12 +1,11 @@
 //! TLS to destinations: which certificates are trusted, the handshake, and what went wrong in it.
 //!
-//! Mozilla's roots and those of `--ca-file` are one list; nothing turns verification off. ureq can
-//! only replace its roots, not add to them, hence a connector of our own around rustls.
+//! Mozilla's roots and those of `--ca-file` are one list; nothing turns verification off.
 //!
-//! Not here: TCP, and HTTP over the connection ([`super::attempt`]).
+//! Not here: the connection below ([`super::connect`]), and HTTP over it ([`super::attempt`]).
 
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,13 +15,9 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{CertificateError, ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use time::OffsetDateTime;
-use ureq::unversioned::transport::{
-    Buffers, ConnectionDetails, Connector, Either, LazyBuffers, NextTimeout, Transport,
-    TransportAdapter,
-};
 
-use super::addresses::bare;
-use super::attempt::{Kind, STEP, Step};
+use super::attempt::Kind;
+use crate::socket::Socket;
 
 /// What certificates of destinations are verified against, and how.
 #[derive(Clone)]
@@ -67,11 +62,6 @@ impl Trust {
             verifier,
             config: Arc::new(config),
         })
-    }
-
-    /// The configuration for a connection.
-    pub fn config(&self) -> Arc<ClientConfig> {
-        self.config.clone()
     }
 }
 
@@ -147,86 +137,28 @@ pub fn date(time: UnixTime) -> String {
     }
 }
 
-/// The last of the connector chain: puts TLS around a connection where the URL is `https`.
-#[derive(Debug)]
-pub struct TlsConnector {
-    trust: Trust,
+/// Agrees with a server on TLS. `host` is without brackets. Blocks until the socket's deadline at the
+/// most.
+///
+/// # Errors
+/// Those of the socket; what [`cause`] finds in it, where the two find no common ground.
+pub fn handshake(
+    trust: &Trust,
+    host: &str,
+    socket: Socket,
+) -> io::Result<StreamOwned<ClientConnection, Socket>> {
+    let name = server_name(host)
+        .ok_or_else(|| io::Error::other("the host is no name that a certificate could have"))?;
+    let connection = ClientConnection::new(trust.config.clone(), name).map_err(io::Error::other)?;
+    let mut stream = StreamOwned::new(connection, socket);
+    stream.conn.complete_io(&mut stream.sock)?;
+    Ok(stream)
 }
 
-impl TlsConnector {
-    /// A connector that verifies by this trust.
-    pub fn new(trust: Trust) -> Self {
-        Self { trust }
-    }
-}
-
-impl<In: Transport> Connector<In> for TlsConnector {
-    type Out = Either<In, TlsTransport>;
-
-    fn connect(
-        &self,
-        details: &ConnectionDetails<'_>,
-        chained: Option<In>,
-    ) -> Result<Option<Self::Out>, ureq::Error> {
-        let Some(transport) = chained else {
-            return Ok(None);
-        };
-        STEP.set(Step::Connected);
-        if !details.needs_tls() {
-            return Ok(Some(Either::A(transport)));
-        }
-        let host = details.uri.host().unwrap_or_default();
-        let name = ServerName::try_from(bare(host).trim_end_matches('.').to_owned())
-            .map_err(|_| ureq::Error::Tls("the host is no name that a certificate could have"))?;
-        let mut connection = ClientConnection::new(self.trust.config(), name)?;
-        let mut socket = TransportAdapter::new(transport.boxed(), details.current_time.clone());
-        socket.set_timeout(details.timeout);
-        connection.complete_io(&mut socket)?;
-        let config = details.config;
-        Ok(Some(Either::B(TlsTransport {
-            buffers: LazyBuffers::new(config.input_buffer_size(), config.output_buffer_size()),
-            stream: StreamOwned::new(connection, socket),
-        })))
-    }
-}
-
-/// A connection with TLS around it.
-pub struct TlsTransport {
-    buffers: LazyBuffers,
-    stream: StreamOwned<ClientConnection, TransportAdapter>,
-}
-
-impl Transport for TlsTransport {
-    fn buffers(&mut self) -> &mut dyn Buffers {
-        &mut self.buffers
-    }
-
-    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
-        self.stream.sock.set_timeout(timeout);
-        self.stream.write_all(&self.buffers.output()[..amount])?;
-        Ok(())
-    }
-
-    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
-        self.stream.sock.set_timeout(timeout);
-        let read = self.stream.read(self.buffers.input_append_buf())?;
-        self.buffers.input_appended(read);
-        Ok(read > 0)
-    }
-
-    fn is_open(&mut self) -> bool {
-        self.stream.sock.get_mut().is_open()
-    }
-
-    fn is_tls(&self) -> bool {
-        true
-    }
-}
-
-impl fmt::Debug for TlsTransport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("TlsTransport")
-    }
+/// The name that a certificate must have.
+fn server_name(host: &str) -> Option<ServerName<'static>> {
+    // A certificate's name has no dot at its end, as a name in a URL may.
+    ServerName::try_from(host.trim_end_matches('.').to_owned()).ok()
 }
 
 /// The rustls error inside an I/O error, which is how rustls reports through a socket.
@@ -239,18 +171,15 @@ const CENTURIES: Duration = Duration::from_secs(500 * 365 * 24 * 60 * 60);
 
 /// When the certificate that a verified peer has shown expires. rustls does not tell, except as
 /// the reason why it is not valid at some later time; so that is what it is asked for.
-pub fn expiry(
-    trust: &Trust,
-    connection: &ClientConnection,
-    name: &ServerName<'_>,
-) -> Option<UnixTime> {
+pub fn expiry(trust: &Trust, connection: &ClientConnection, host: &str) -> Option<UnixTime> {
+    let name = server_name(host)?;
     let certificates = connection.peer_certificates()?;
     let (own, chain) = certificates.split_first()?;
     let later =
         UnixTime::since_unix_epoch(Duration::from_secs(UnixTime::now().as_secs()) + CENTURIES);
     let verdict = trust
         .verifier
-        .verify_server_cert(own, chain, name, &[], later);
+        .verify_server_cert(own, chain, &name, &[], later);
     match verdict {
         Err(rustls::Error::InvalidCertificate(CertificateError::ExpiredContext {
             not_after,

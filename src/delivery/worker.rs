@@ -487,6 +487,7 @@ mod tests {
             body: body.to_vec(),
             truncated,
             retry_after: None,
+            memory: None,
         });
         (response.body, response.body_base64)
     }

@@ -1,0 +1,392 @@
+//! How ureq gets at a destination: addresses that were judged, a connection to one of them, TLS around
+//! it, and the answer in a spelling that ureq reads.
+//!
+//! The addresses of a destination are judged where ureq asks for them, at every attempt, so that what was judged
+//! is what is dialled. A kept connection is used only while its peer is among the addresses that were judged
+//! just now: a name that moves is followed.
+//!
+//! Not here: what is sent and what comes of it ([`super::attempt`]), and how an answer is read ([`super::response`]).
+
+use std::cell::RefCell;
+use std::fmt;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::time::{Duration, Instant};
+
+use rustls::{ClientConnection, StreamOwned};
+use ureq::http::Uri;
+use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
+use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
+
+use super::addresses::{Rules, bare};
+use super::response::Reader;
+use super::tls::{self, Trust};
+use crate::dial::{self, LookUpError, Names};
+use crate::socket::Socket;
+
+/// What is sent at once, and read at once, in bytes.
+const BUFFER: usize = 16 * 1024;
+
+/// Longer than any attempt takes.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// How far an attempt has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Step {
+    /// The name is looked up and its addresses are judged.
+    #[default]
+    LookingUp,
+    /// The addresses may be sent to. Nothing more is noted of an attempt on a kept connection.
+    Judged,
+    /// A new connection is being made.
+    Connecting,
+    /// The new connection stands, and TLS is agreed on.
+    Handshaking,
+    /// The new connection can be used.
+    Connected,
+}
+
+/// What is noted of the attempt of this thread.
+#[derive(Default)]
+struct Progress {
+    step: Step,
+    judged: Vec<SocketAddr>,
+}
+
+thread_local! {
+    /// ureq makes all of an attempt on the caller's thread, and has no other way to hand something on
+    /// from the resolver to the connection.
+    static PROGRESS: RefCell<Progress> = RefCell::default();
+}
+
+/// An attempt begins on this thread.
+pub fn begin() {
+    PROGRESS.with_borrow_mut(|progress| progress.step = Step::LookingUp);
+}
+
+/// How far the attempt of this thread has come.
+pub fn step() -> Step {
+    PROGRESS.with_borrow(|progress| progress.step)
+}
+
+fn set_step(step: Step) {
+    PROGRESS.with_borrow_mut(|progress| progress.step = step);
+}
+
+/// Looks a destination up and lets its addresses pass only if all of them may be sent to.
+#[derive(Debug)]
+pub struct JudgingResolver<R> {
+    /// What says which addresses a name has.
+    pub names: R,
+    /// Which addresses may be sent to.
+    pub rules: Rules,
+}
+
+impl<R: Resolver> Resolver for JudgingResolver<R> {
+    fn resolve(
+        &self,
+        uri: &Uri,
+        config: &ureq::config::Config,
+        timeout: NextTimeout,
+    ) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        let found = self.names.resolve(uri, config, timeout)?;
+        let encrypted = uri.scheme_str() == Some("https");
+        for address in found.iter() {
+            self.rules
+                .judge(*address, encrypted, is_own)
+                .map_err(|forbidden| ureq::Error::Other(forbidden.into()))?;
+        }
+        PROGRESS.with_borrow_mut(|progress| {
+            progress.step = Step::Judged;
+            progress.judged.clear();
+            progress.judged.extend(found.iter());
+        });
+        Ok(found)
+    }
+}
+
+impl Resolver for Names {
+    fn resolve(
+        &self,
+        uri: &Uri,
+        _: &ureq::config::Config,
+        timeout: NextTimeout,
+    ) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        let default = if uri.scheme_str() == Some("https") {
+            443
+        } else {
+            80
+        };
+        let port = uri.port_u16().unwrap_or(default);
+        let host = bare(uri.host().unwrap_or_default());
+        let addresses = self.look_up(host, port, deadline(timeout));
+        let addresses = addresses.map_err(|error| match error {
+            LookUpError::TooSlow => ureq::Error::Timeout(timeout.reason),
+            error => ureq::Error::Other(error.into()),
+        })?;
+        let mut found = self.empty();
+        for address in addresses.into_iter().take(dial::MOST_ADDRESSES) {
+            found.push(address);
+        }
+        if found.is_empty() {
+            return Err(ureq::Error::HostNotFound);
+        }
+        Ok(found)
+    }
+}
+
+/// Whether an address is one of this machine's.
+pub fn is_own(ip: IpAddr) -> bool {
+    if ip.is_loopback() {
+        return true;
+    }
+    match if_addrs::get_if_addrs() {
+        Ok(all) => all.iter().any(|interface| interface.ip() == ip),
+        // Without leave to list them: only those can be bound to, unless net.ipv4.ip_nonlocal_bind
+        // says otherwise.
+        Err(_) => UdpSocket::bind((ip, 0)).is_ok(),
+    }
+}
+
+fn deadline(timeout: NextTimeout) -> Instant {
+    // Every attempt has a limit of its own; this only keeps the sum in range.
+    Instant::now() + (*timeout.after).min(LONGEST)
+}
+
+/// Makes new connections, which ureq asks for only when no kept one will do.
+#[derive(Debug)]
+pub struct Dialler {
+    /// Which certificates are trusted.
+    pub trust: Trust,
+}
+
+impl Connector for Dialler {
+    type Out = Exchange;
+
+    fn connect(
+        &self,
+        details: &ConnectionDetails<'_>,
+        _: Option<()>,
+    ) -> Result<Option<Exchange>, ureq::Error> {
+        let NextTimeout { reason, .. } = details.timeout;
+        let deadline = deadline(details.timeout);
+        let in_time = |error: io::Error| match error.kind() {
+            ErrorKind::TimedOut => ureq::Error::Timeout(reason),
+            _ => error.into(),
+        };
+        set_step(Step::Connecting);
+        let host = bare(details.uri.host().unwrap_or_default());
+        let stream = dial::connect(&details.addrs, deadline).map_err(in_time)?;
+        stream.set_nodelay(true)?;
+        let peer = stream.peer_addr()?;
+        let socket = Socket::new(stream, deadline);
+        let wire = if details.needs_tls() {
+            set_step(Step::Handshaking);
+            let stream = tls::handshake(&self.trust, host, socket).map_err(in_time)?;
+            Wire::Tls(Box::new(stream))
+        } else {
+            Wire::Plain(socket)
+        };
+        set_step(Step::Connected);
+        Ok(Some(Exchange::new(wire, peer)))
+    }
+}
+
+/// The way to a destination.
+enum Wire {
+    Plain(Socket),
+    Tls(Box<StreamOwned<ClientConnection, Socket>>),
+}
+
+impl Wire {
+    fn socket(&mut self) -> &mut Socket {
+        match self {
+            Self::Plain(socket) => socket,
+            Self::Tls(stream) => &mut stream.sock,
+        }
+    }
+
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(socket) => socket.read(buffer),
+            // Without a close_notify the end is an error (`UnexpectedEof`), as it has to be here: what
+            // came before may have been cut off by anybody on the way.
+            Self::Tls(stream) => stream.read(buffer),
+        }
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Plain(socket) => socket.write_all(bytes),
+            Self::Tls(stream) => stream.write_all(bytes).and_then(|()| stream.flush()),
+        }
+    }
+}
+
+/// A connection over which ureq sends requests and reads answers, one at a time.
+pub struct Exchange {
+    wire: Wire,
+    peer: SocketAddr,
+    output: Vec<u8>,
+    /// What has arrived and was not read yet.
+    arrived: Vec<u8>,
+    reader: Reader,
+    /// What ureq is to read, from `read` on.
+    answer: Vec<u8>,
+    read: usize,
+    /// Whether ureq could do something with what it saw last.
+    progress: bool,
+    /// The peer takes nothing more. It may have answered before it has read all of a request: too large,
+    /// say.
+    deaf: bool,
+}
+
+impl Exchange {
+    fn new(wire: Wire, peer: SocketAddr) -> Self {
+        Self {
+            wire,
+            peer,
+            output: Vec::new(),
+            arrived: Vec::new(),
+            reader: Reader::new(),
+            answer: Vec::new(),
+            read: 0,
+            progress: false,
+            deaf: false,
+        }
+    }
+
+    /// Reads what has arrived; true where that is something for ureq.
+    fn digest(&mut self) -> Result<bool, ureq::Error> {
+        self.answer.drain(..self.read);
+        self.read = 0;
+        let before = self.answer.len();
+        let used = self
+            .reader
+            .feed(&self.arrived, &mut self.answer)
+            .map_err(|error| ureq::Error::Other(error.into()))?;
+        self.arrived.drain(..used);
+        Ok(self.answer.len() > before)
+    }
+}
+
+impl Transport for Exchange {
+    fn buffers(&mut self) -> &mut dyn Buffers {
+        self
+    }
+
+    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
+        if self.reader.is_done() {
+            self.reader = Reader::new();
+        }
+        if self.deaf {
+            return Ok(());
+        }
+        self.wire.socket().set_deadline(deadline(timeout));
+        match self.wire.write_all(&self.output[..amount]) {
+            Err(error) if is_closed(&error) => {
+                self.deaf = true;
+                Ok(())
+            }
+            Err(error) if error.kind() == ErrorKind::TimedOut => {
+                Err(ureq::Error::Timeout(timeout.reason))
+            }
+            written => Ok(written?),
+        }
+    }
+
+    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
+        self.wire.socket().set_deadline(deadline(timeout));
+        loop {
+            if self.digest()? {
+                return Ok(true);
+            }
+            if self.reader.is_over() {
+                return match self.reader.is_done() {
+                    true => Ok(false),
+                    false => Err(io::Error::from(ErrorKind::UnexpectedEof).into()),
+                };
+            }
+            let old = self.arrived.len();
+            self.arrived.resize(old + BUFFER, 0);
+            let read = self.wire.read(&mut self.arrived[old..]);
+            self.arrived.truncate(old + *read.as_ref().unwrap_or(&0));
+            let in_order = matches!(read, Ok(0));
+            match read {
+                Ok(length) if length > 0 => {}
+                // What is known of it by now is the answer.
+                _ if self.reader.end(in_order, &mut self.answer) => {
+                    if self.read < self.answer.len() {
+                        return Ok(true);
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::TimedOut => {
+                    return Err(ureq::Error::Timeout(timeout.reason));
+                }
+                read => return Ok(read? > 0),
+            }
+        }
+    }
+
+    fn is_open(&mut self) -> bool {
+        let rests = self.reader.is_done() && self.arrived.is_empty() && !self.deaf;
+        let judged = PROGRESS.with_borrow(|progress| progress.judged.contains(&self.peer));
+        rests && judged && self.wire.socket().is_quiet()
+    }
+
+    fn is_tls(&self) -> bool {
+        matches!(self.wire, Wire::Tls(_))
+    }
+}
+
+impl Buffers for Exchange {
+    fn output(&mut self) -> &mut [u8] {
+        self.output.resize(BUFFER, 0);
+        &mut self.output
+    }
+
+    fn input(&self) -> &[u8] {
+        &self.answer[self.read..]
+    }
+
+    /// Not used: what ureq reads is written by [`Exchange::digest`].
+    fn input_append_buf(&mut self) -> &mut [u8] {
+        &mut []
+    }
+
+    fn input_appended(&mut self, _: usize) {}
+
+    fn input_consume(&mut self, amount: usize) {
+        self.progress = amount > 0;
+        self.read = (self.read + amount).min(self.answer.len());
+    }
+
+    /// Only a body of unknown length would need room beside the output, and ours have one.
+    fn tmp_and_output(&mut self) -> (&mut [u8], &mut [u8]) {
+        self.output.resize(BUFFER, 0);
+        (&mut [], &mut self.output)
+    }
+
+    fn can_use_input(&self) -> bool {
+        !self.input().is_empty() && self.progress
+    }
+}
+
+impl fmt::Debug for Exchange {
+    /// Without anything of what is sent or read.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Exchange({})", self.peer)
+    }
+}
+
+/// Whether the peer has closed a connection.
+pub fn is_closed(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::ConnectionReset
+            | ErrorKind::ConnectionAborted
+            | ErrorKind::BrokenPipe
+            | ErrorKind::UnexpectedEof
+            | ErrorKind::NotConnected
+    )
+}
