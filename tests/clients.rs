@@ -15,6 +15,8 @@ use support::{python, root, token};
 const SIZES: [usize; 5] = [0, 700, 1024, 30_000, 100_000];
 /// What every client here is told to send to.
 const TIMES: usize = 20;
+/// What a delayed acknowledgement costs at least, in milliseconds.
+const STALL: f64 = 38.0;
 
 /// A service with an export for each size, each Finished with an answer of that size.
 struct Served {
@@ -88,10 +90,10 @@ impl Served {
             let mut times: Vec<f64> = serde_json::from_value(times.clone()).unwrap();
             assert_eq!(times.len(), TIMES);
             times.sort_by(f64::total_cmp);
-            let (median, slowest) = (times[TIMES / 2], times[TIMES - 1]);
-            eprintln!("{script} {kind}: {median:.2} ms, {slowest:.2} ms at most");
-            // Delayed acknowledgements would cost 40 ms each time.
-            assert!(median < 20.0, "{kind}: {times:?}");
+            let (quick, slowest) = (times[TIMES / 4], times[TIMES - 1]);
+            eprintln!("{script} {kind}: {quick:.2} ms, {slowest:.2} ms at most");
+            // Delayed acknowledgements would cost 40 ms each time, on an idle machine too.
+            assert!(quick < STALL, "{kind}: {times:?}");
         }
     }
 }
@@ -180,7 +182,7 @@ fn curl_is_answered_without_stalls() {
                 }
                 times.sort_by(f64::total_cmp);
                 assert!(
-                    times[TIMES / 2] < 20.0,
+                    times[TIMES / 4] < STALL,
                     "{version}, {size} bytes: {times:?}"
                 );
             }
