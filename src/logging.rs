@@ -4,17 +4,25 @@
 //! those hold tokens and payloads. What our own lines may hold: ids, origins of destinations,
 //! sizes, durations, statuses, reasons. Never a payload, a token, a secret or a URL's path.
 //!
+//! Nothing waits for whoever reads them: lines go through a bounded queue to a thread that alone
+//! writes them, and those that find it full are lost and counted.
+//!
 //! Levels are a promise: `error` needs someone to act, `warn` is something that did not work,
 //! `info` is one line per request and delivery, `debug` each poll, `trace` each step.
 
 use std::fmt::{Display, Write as _};
-use std::io::{self, Write as _};
+use std::io::{self, ErrorKind, Write};
+use std::mem;
+use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use log::kv::{self, Key, Value, VisitSource};
-use log::{LevelFilter, Metadata, Record};
-use parking_lot::Mutex;
+use log::{Level, LevelFilter, Metadata, Record};
+use parking_lot::{Condvar, Mutex};
 use serde_json::{Map, Value as Json};
+
+use crate::threads;
 
 /// How a line looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -25,10 +33,38 @@ pub enum Format {
     Json,
 }
 
-/// Starts logging. A second call changes nothing.
+/// Starts logging, with a thread of its own. A second call changes nothing.
+///
+/// # Panics
+/// Where the system has no thread to give.
 pub fn start(format: Format, level: LevelFilter) {
-    if log::set_boxed_logger(Box::new(Logger { format })).is_ok() {
+    let queue = Arc::new(Queue::default());
+    let logger = Logger {
+        format,
+        queue: queue.clone(),
+    };
+    if log::set_boxed_logger(Box::new(logger)).is_ok() {
         log::set_max_level(level);
+        threads::spawn("log", move || queue.write_to(&mut io::stderr(), format));
+    }
+}
+
+/// Waits until all lines so far are written, so that the end of the process does not lose them. Blocks
+/// for half a second at most, which is how long a reader that stands still is waited for.
+pub fn flush() {
+    log::logger().flush();
+}
+
+/// Writes a message to stderr that is no log line: one from before logging begins, or the last.
+/// Blocks for half a second at most.
+pub fn print(message: String) {
+    // With nobody to read it, the exit code still says it.
+    let write = |message: &str| drop(io::stderr().write_all(message.as_bytes()));
+    let copy = message.clone();
+    // A thread can be left alone with a reader that stands still.
+    match threads::try_spawn("message", move || write(&copy)) {
+        Ok(thread) => drop(thread.ends_within(LAST_LINES)),
+        Err(_) => write(&message),
     }
 }
 
@@ -114,6 +150,7 @@ pub fn millis(duration: Duration) -> u64 {
 
 struct Logger {
     format: Format,
+    queue: Arc<Queue>,
 }
 
 impl log::Log for Logger {
@@ -123,14 +160,133 @@ impl log::Log for Logger {
 
     fn log(&self, record: &Record<'_>) {
         if self.enabled(record.metadata()) {
-            let line = line(self.format, SystemTime::now(), record);
-            // In one write, so that lines of several threads do not mix. With nobody to read
-            // them, lines are lost and the service goes on.
-            let _ = io::stderr().write_all(line.as_bytes());
+            self.queue
+                .add(&line(self.format, SystemTime::now(), record));
         }
     }
 
-    fn flush(&self) {}
+    fn flush(&self) {
+        self.queue.wait_until_written(Instant::now() + LAST_LINES);
+    }
+}
+
+/// Bytes of lines that may wait to be written: some 800 lines.
+const MOST_WAITING: usize = 128 * 1024;
+/// How long lines are gathered before they are written: to wake a thread and write for each of them
+/// would cost a busy service more than the lines themselves.
+const GATHERING: Duration = Duration::from_millis(5);
+/// How long to wait before writing again to what takes nothing more now, but does not block.
+const FULL: Duration = Duration::from_millis(10);
+/// How long the last lines of the process may take.
+const LAST_LINES: Duration = Duration::from_millis(500);
+
+/// Lines on their way to the thread that writes them.
+#[derive(Default)]
+struct Queue {
+    inner: Mutex<Waiting>,
+    added: Condvar,
+    written: Condvar,
+}
+
+#[derive(Default)]
+struct Waiting {
+    /// Whole lines, each with its end.
+    lines: Vec<u8>,
+    /// How many more there were behind these.
+    lost: u64,
+    /// Bytes that the thread has taken, and not written yet.
+    taken: usize,
+}
+
+impl Queue {
+    /// Adds a line, or counts it where there is no room. Never blocks.
+    fn add(&self, line: &str) {
+        let mut inner = self.inner.lock();
+        // Behind a line that was lost all are, short ones too, so that the count stands where they
+        // are missing.
+        if inner.lost > 0 || inner.lines.len() + inner.taken + line.len() > MOST_WAITING {
+            inner.lost += 1;
+        } else {
+            inner.lines.extend_from_slice(line.as_bytes());
+        }
+        drop(inner);
+        self.added.notify_one();
+    }
+
+    /// Writes whatever is added, for ever.
+    fn write_to(&self, out: &mut impl Write, format: Format) {
+        let mut batch = Vec::new();
+        let mut lost = 0;
+        loop {
+            lost += self.take(&mut batch);
+            if lost > 0 {
+                batch.extend_from_slice(lost_lines(format, SystemTime::now(), lost).as_bytes());
+            }
+            let written = write(out, &batch);
+            lost = match &batch[written..] {
+                [] => 0,
+                // Told behind the next lines that can be written, then. The line that should have
+                // told it now was not one of those that are lost.
+                rest => lost - u64::from(lost > 0) + lines(rest),
+            };
+            batch.clear();
+            self.inner.lock().taken = 0;
+            self.written.notify_all();
+        }
+    }
+
+    /// Waits for lines, moves them to `batch` and returns how many more there were behind them.
+    fn take(&self, batch: &mut Vec<u8>) -> u64 {
+        let mut inner = self.inner.lock();
+        while inner.lines.is_empty() && inner.lost == 0 {
+            self.added.wait(&mut inner);
+        }
+        drop(inner);
+        thread::sleep(GATHERING);
+        let mut inner = self.inner.lock();
+        batch.append(&mut inner.lines);
+        inner.taken = batch.len();
+        mem::take(&mut inner.lost)
+    }
+
+    fn wait_until_written(&self, deadline: Instant) {
+        let mut inner = self.inner.lock();
+        while inner.taken > 0 || !inner.lines.is_empty() || inner.lost > 0 {
+            if self.written.wait_until(&mut inner, deadline).timed_out() {
+                return;
+            }
+        }
+    }
+}
+
+/// Writes as much as it can and returns how many bytes those were. Blocks as `out` does.
+fn write(out: &mut impl Write, bytes: &[u8]) -> usize {
+    let mut written = 0;
+    while written < bytes.len() {
+        match out.write(&bytes[written..]) {
+            Ok(0) => break,
+            Ok(more) => written += more,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => thread::sleep(FULL),
+            Err(_) => break,
+        }
+    }
+    written
+}
+
+fn lines(bytes: &[u8]) -> u64 {
+    bytes.iter().filter(|byte| **byte == b'\n').count() as u64
+}
+
+/// The line that stands where others are missing.
+fn lost_lines(format: Format, now: SystemTime, count: u64) -> String {
+    let count = [("count", Value::from(count))];
+    let record = Record::builder()
+        .level(Level::Warn)
+        .args(format_args!("log lines lost"))
+        .key_values(&count)
+        .build();
+    line(format, now, &record)
 }
 
 fn line(format: Format, now: SystemTime, record: &Record<'_>) -> String {
@@ -194,6 +350,7 @@ impl<'kvs> VisitSource<'kvs> for Object {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crossbeam_channel::{Receiver, Sender, unbounded};
     use std::time::UNIX_EPOCH;
 
     fn written(format: Format) -> String {
@@ -243,10 +400,133 @@ mod tests {
         assert_eq!(bucket.pass(start + Duration::from_secs(60)), Some(0));
     }
 
+    /// Passes on what is written to it, and fails or blocks where the test says so.
+    struct Out {
+        written: Sender<Vec<u8>>,
+        results: Receiver<io::Result<usize>>,
+    }
+
+    impl Write for Out {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            // At the end of the test its thread ends here.
+            let result = self.results.recv().unwrap_or(Ok(usize::MAX));
+            let result = result.map(|most| most.min(bytes.len()));
+            if let Ok(length) = result {
+                let _ = self.written.send(bytes[..length].to_vec());
+            }
+            result
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// A queue, what it writes, and the means to say how each write goes.
+    fn queue() -> (Arc<Queue>, Receiver<Vec<u8>>, Sender<io::Result<usize>>) {
+        let (written, output) = unbounded();
+        let (going, results) = unbounded();
+        let queue = Arc::new(Queue::default());
+        let writing = queue.clone();
+        thread::spawn(move || writing.write_to(&mut Out { written, results }, Format::Text));
+        (queue, output, going)
+    }
+
+    fn next(output: &Receiver<Vec<u8>>) -> String {
+        String::from_utf8(output.recv_timeout(Duration::from_secs(60)).unwrap()).unwrap()
+    }
+
+    const ALL: io::Result<usize> = Ok(usize::MAX);
+
+    #[test]
+    fn while_nobody_reads_lines_are_kept_in_order_up_to_a_limit_and_the_rest_is_counted() {
+        let (queue, output, going) = queue();
+        let line = |number| format!("{number:0>999}\n");
+        let count = 1000;
+        queue.add(&line(0));
+        while queue.inner.lock().taken == 0 {
+            thread::yield_now();
+        }
+        for number in 1..count {
+            queue.add(&line(number));
+        }
+        queue.add("short\n");
+        for _ in 0..2 {
+            going.send(ALL).unwrap();
+        }
+        queue.wait_until_written(Instant::now() + Duration::from_secs(60));
+        let text: String = output
+            .try_iter()
+            .map(|text| String::from_utf8(text).unwrap())
+            .collect();
+        let (kept, notice) = text.trim_end().rsplit_once('\n').unwrap();
+        let kept: Vec<_> = kept.lines().collect();
+        assert_eq!(kept.len(), MOST_WAITING / 1000);
+        for (number, kept) in kept.iter().enumerate() {
+            assert_eq!(format!("{kept}\n"), line(number));
+        }
+        let lost = count + 1 - kept.len();
+        assert!(
+            notice.ends_with(&format!("WARN  log lines lost count={lost}")),
+            "{notice}"
+        );
+        queue.add("again\n");
+        going.send(ALL).unwrap();
+        assert_eq!(next(&output), "again\n");
+    }
+
+    #[test]
+    fn a_line_that_is_longer_than_the_queue_is_lost_alone() {
+        let (queue, output, going) = queue();
+        queue.add(&"x".repeat(MOST_WAITING + 1));
+        going.send(ALL).unwrap();
+        assert!(next(&output).ends_with("log lines lost count=1\n"));
+        queue.add("next\n");
+        going.send(ALL).unwrap();
+        assert_eq!(next(&output), "next\n");
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_counted_and_told_once_something_can() {
+        let (queue, output, going) = queue();
+        let failing = || Err(ErrorKind::StorageFull.into());
+        let written = |line: &str, results: Vec<io::Result<usize>>| {
+            queue.add(line);
+            results
+                .into_iter()
+                .for_each(|result| going.send(result).unwrap());
+            queue.wait_until_written(Instant::now() + Duration::from_secs(60));
+        };
+        written("one\n", vec![failing()]);
+        written("two\n", vec![failing()]);
+        written(
+            "three\n",
+            vec![Ok(2), Err(ErrorKind::Interrupted.into()), failing()],
+        );
+        assert_eq!(next(&output), "th");
+        written("four\n", vec![Err(ErrorKind::WouldBlock.into()), ALL]);
+        let text = next(&output);
+        assert!(
+            text.starts_with("four\n") && text.ends_with("log lines lost count=3\n"),
+            "{text}"
+        );
+        written("five\n", vec![ALL]);
+        assert_eq!(next(&output), "five\n");
+    }
+
+    #[test]
+    fn the_end_waits_no_longer_than_its_deadline_for_a_reader_that_stands_still() {
+        let (queue, output, _going) = queue();
+        queue.add("line\n");
+        queue.wait_until_written(Instant::now() + Duration::from_millis(50));
+        assert!(output.is_empty());
+    }
+
     #[test]
     fn lines_of_libraries_are_not_shown() {
         let logger = Logger {
             format: Format::Text,
+            queue: Arc::default(),
         };
         let target = |target| Metadata::builder().target(target).build();
         assert!(log::Log::enabled(

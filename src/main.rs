@@ -37,7 +37,15 @@ const EXIT_USAGE: u8 = 2;
 const EXIT_SIGNAL: i32 = 128;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if error.use_stderr() => {
+            logging::print(error.to_string());
+            return ExitCode::from(EXIT_USAGE);
+        }
+        // Help, which was asked for.
+        Err(help) => help.exit(),
+    };
     let command = cli
         .command
         .unwrap_or_else(|| Command::Serve(Box::new(cli.serve)));
@@ -70,8 +78,8 @@ fn main() -> ExitCode {
 }
 
 fn fail(message: &str, code: u8) -> ExitCode {
-    // With nobody to read it, the exit code still says it.
-    let _ = writeln!(io::stderr(), "export-service: {message}");
+    logging::flush();
+    logging::print(format!("export-service: {message}\n"));
     ExitCode::from(code)
 }
 
@@ -151,6 +159,7 @@ fn serve(mut config: Config) -> Result<(), String> {
     drop::<Sender<()>>(stop_recorder);
     recorder.ends_within(LAST_COMMIT);
     log::info!(unfinished = exports.unfinished(); "stopped");
+    logging::flush();
     Ok(())
 }
 
@@ -179,6 +188,7 @@ fn signals(identity: Option<Arc<Identity>>) -> io::Result<Receiver<i32>> {
             if signal == SIGHUP {
                 reload(identity.as_deref());
             } else if stopping {
+                logging::flush();
                 process::exit(EXIT_SIGNAL + signal);
             } else {
                 stopping = true;

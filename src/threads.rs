@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 
+use crate::logging;
+
 /// The exit code after a panic: an internal error, as sysexits.h has it.
 pub const EXIT_PANIC: i32 = 70;
 
@@ -72,6 +74,7 @@ pub fn exit_on_panic() {
         match thread::current().name() {
             Some(name) => {
                 log::error!(thread = name, at = at.as_str(), reason; "panic, leaving");
+                logging::flush();
                 process::exit(EXIT_PANIC);
             }
             None => log::debug!(at = at.as_str(), reason; "a library's thread panicked"),

@@ -301,6 +301,59 @@ fn each_request_and_delivery_has_one_log_line_with_its_figures() {
 }
 
 #[test]
+fn a_log_that_nobody_reads_holds_up_no_submission_no_delivery_and_no_stop() {
+    let destination = Destination::start(|_| ok());
+    let (mut service, reading) = Service::start_with_unread_log(&[]);
+    for number in 0..1000 {
+        service.submit(&destination.url, &payload(number));
+    }
+    for _ in 0..1000 {
+        destination.arrival();
+    }
+    service.signal("TERM");
+    assert_eq!(service.exited().code(), Some(0));
+    reading.open();
+}
+
+#[test]
+fn a_message_that_nobody_reads_does_not_keep_it_from_ending() {
+    for argument in ["--threads=0", "--no-such-flag"] {
+        // A pipe that is full already, with its reader standing still.
+        let script = format!(
+            "head -c 65536 /dev/zero >&2; exec {} {argument}",
+            support::program().display()
+        );
+        let mut child = Command::new("sh")
+            .args(["-c", &script])
+            .env("EXPORT_SECRET", SECRET)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        assert_eq!(support::exited(&mut child).code(), Some(2));
+    }
+}
+
+#[test]
+fn a_log_that_is_read_again_tells_how_many_lines_were_lost_and_goes_on() {
+    let destination = Destination::start(|_| ok());
+    let (mut service, reading) = Service::start_with_unread_log(&[]);
+    for number in 0..1000 {
+        service.submit(&destination.url, &payload(number));
+    }
+    reading.open();
+    let lost = service.event("log lines lost", |_| true);
+    assert_eq!(lost["level"], "warn");
+    assert!(lost["count"].as_u64().unwrap() > 0, "{lost}");
+
+    let id = service.submit(&destination.url, &payload(1000));
+    service.event("delivered", |line| line["id"] == id.as_str());
+    service.signal("TERM");
+    assert_eq!(service.ended().code(), Some(0));
+    let last = service.log().pop().unwrap();
+    assert!(last.contains(r#""event":"stopped""#), "{last}");
+}
+
+#[test]
 fn a_token_in_the_wrong_place_of_a_request_is_not_logged() {
     let service = Service::start(&[]);
     let token = token("https://a.example/");

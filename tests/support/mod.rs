@@ -10,7 +10,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
@@ -54,6 +54,21 @@ impl Drop for Ends<'_> {
     }
 }
 
+/// Waits for a process to end by itself.
+pub fn exited(child: &mut Child) -> ExitStatus {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status;
+        }
+        if Instant::now() >= deadline {
+            let _ = child.kill();
+            panic!("still running");
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// The program with an environment in which nothing of the tester's own is set.
 pub fn command() -> Command {
     let mut command = Command::new(program());
@@ -89,8 +104,60 @@ pub struct Service {
 
 #[derive(Default)]
 struct Log {
-    lines: Mutex<(Vec<String>, bool)>,
+    lines: Mutex<Lines>,
     changed: Condvar,
+}
+
+#[derive(Default)]
+struct Lines {
+    /// As they were written.
+    texts: Vec<String>,
+    /// What they say; null where one is no JSON.
+    values: Vec<Value>,
+    /// There will be no more.
+    ended: bool,
+}
+
+impl Log {
+    /// Reads to the end, but for as long as `reading` is closed no line behind the first `listening`.
+    /// A line is parsed here and once: whoever reads a log slowly makes the service lose lines.
+    fn read(&self, stderr: ChildStderr, reading: &Gate) {
+        for text in BufReader::new(stderr).lines() {
+            let text = text.unwrap();
+            let value: Value = serde_json::from_str(&text).unwrap_or_default();
+            let listening = value["event"] == "listening";
+            let mut lines = self.lines.lock().unwrap();
+            lines.texts.push(text);
+            lines.values.push(value);
+            drop(lines);
+            self.changed.notify_all();
+            if listening {
+                reading.pass();
+            }
+        }
+        self.lines.lock().unwrap().ended = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until `found` finds something in the lines that came since it was asked last.
+    fn find<T>(&self, what: &str, mut found: impl FnMut(&[Value]) -> Option<T>) -> T {
+        let deadline = Instant::now() + PATIENCE;
+        let mut lines = self.lines.lock().unwrap();
+        let mut seen = 0;
+        loop {
+            if let Some(found) = found(&lines.values[seen..]) {
+                return found;
+            }
+            seen = lines.values.len();
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(
+                !lines.ended && !left.is_zero(),
+                "no {what} in {:#?}",
+                lines.texts
+            );
+            lines = self.changed.wait_timeout(lines, left).unwrap().0;
+        }
+    }
 }
 
 impl Service {
@@ -104,6 +171,15 @@ impl Service {
         let pem = identity.pem();
         let tls = ["--tls-pem", pem.to_str().unwrap()];
         Self::start(&[&tls, arguments].concat())
+    }
+
+    /// A service whose log nobody reads, from when it listens until the gate is opened.
+    pub fn start_with_unread_log(arguments: &[&str]) -> (Self, Gate) {
+        let reading = Gate::default();
+        let folder = Arc::new(tempfile::tempdir().unwrap());
+        let arguments = [&["--allow-network", LOOPBACK], arguments].concat();
+        let service = Self::launch_read(folder, command(), Some(SECRET), &arguments, &reading);
+        (service, reading)
     }
 
     /// A service that runs as a user of its own who may have so many threads; none where the tests
@@ -202,9 +278,21 @@ impl Service {
 
     fn launch(
         folder: Arc<TempDir>,
+        command: Command,
+        secret: Option<&'static str>,
+        arguments: &[&str],
+    ) -> Self {
+        let reading = Gate::default();
+        reading.open();
+        Self::launch_read(folder, command, secret, arguments, &reading)
+    }
+
+    fn launch_read(
+        folder: Arc<TempDir>,
         mut command: Command,
         secret: Option<&'static str>,
         arguments: &[&str],
+        reading: &Gate,
     ) -> Self {
         let mut child = command
             .args([
@@ -226,14 +314,8 @@ impl Service {
             .unwrap();
         let log = Arc::new(Log::default());
         let (stderr, written) = (child.stderr.take().unwrap(), log.clone());
-        thread::spawn(move || {
-            for line in BufReader::new(stderr).lines() {
-                written.lines.lock().unwrap().0.push(line.unwrap());
-                written.changed.notify_all();
-            }
-            written.lines.lock().unwrap().1 = true;
-            written.changed.notify_all();
-        });
+        let reading = reading.clone();
+        thread::spawn(move || written.read(stderr, &reading));
         let mut service = Self {
             address: SocketAddr::from(([0; 4], 0)),
             child,
@@ -252,27 +334,11 @@ impl Service {
 
     /// Waits for a log line with this event for which `wanted` holds.
     pub fn event(&self, event: &str, wanted: impl Fn(&Value) -> bool) -> Value {
-        let deadline = Instant::now() + PATIENCE;
-        let mut lines = self.log.lines.lock().unwrap();
-        let mut seen = 0;
-        loop {
-            for line in &lines.0[seen..] {
-                let Ok(json) = serde_json::from_str::<Value>(line) else {
-                    continue;
-                };
-                if json["event"] == event && wanted(&json) {
-                    return json;
-                }
-            }
-            seen = lines.0.len();
-            let left = deadline.saturating_duration_since(Instant::now());
-            assert!(
-                !lines.1 && !left.is_zero(),
-                "no {event:?} in {:#?}",
-                lines.0
-            );
-            lines = self.log.changed.wait_timeout(lines, left).unwrap().0;
-        }
+        self.log.find(&format!("{event:?}"), |lines| {
+            let mut lines = lines.iter();
+            let found = lines.find(|line| line["event"] == event && wanted(line));
+            found.cloned()
+        })
     }
 
     /// Waits until there are so many log lines with this event.
@@ -286,31 +352,17 @@ impl Service {
     }
 
     fn total(&self, event: &str, least: u64, of: impl Fn(&Value) -> u64) {
-        let mut lines = self.log.lines.lock().unwrap();
-        loop {
-            let json = lines
-                .0
-                .iter()
-                .filter_map(|line| serde_json::from_str::<Value>(line).ok());
-            let total: u64 = json
-                .filter(|line| line["event"] == event)
-                .map(|line| of(&line))
-                .sum();
-            if total >= least {
-                return;
-            }
-            assert!(
-                !lines.1,
-                "only {total} of {least} {event:?} in {:#?}",
-                lines.0
-            );
-            lines = self.log.changed.wait_timeout(lines, PATIENCE).unwrap().0;
-        }
+        let mut total = 0;
+        self.log.find(&format!("{least} of {event:?}"), |lines| {
+            let lines = lines.iter().filter(|line| line["event"] == event);
+            total += lines.map(&of).sum::<u64>();
+            (total >= least).then_some(())
+        });
     }
 
     /// All log lines so far; all there will ever be, once the service has ended.
     pub fn log(&self) -> Vec<String> {
-        self.log.lines.lock().unwrap().0.clone()
+        self.log.lines.lock().unwrap().texts.clone()
     }
 
     pub fn folder(&self) -> PathBuf {
@@ -349,24 +401,25 @@ impl Service {
         assert!(sent.success());
     }
 
-    /// Waits for the process to end by itself.
+    /// Waits for the process to end by itself, and for the end of its log.
     pub fn ended(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                self.log_ends();
-                return status;
-            }
-            assert!(Instant::now() < deadline, "still running");
-            thread::sleep(Duration::from_millis(5));
-        }
+        let status = self.exited();
+        self.log_ends();
+        status
+    }
+
+    /// Waits for the process to end by itself.
+    pub fn exited(&mut self) -> ExitStatus {
+        exited(&mut self.child)
     }
 
     fn log_ends(&self) {
-        let mut lines = self.log.lines.lock().unwrap();
-        while !lines.1 {
-            lines = self.log.changed.wait(lines).unwrap();
-        }
+        let lines = self.log.lines.lock().unwrap();
+        let ended = self
+            .log
+            .changed
+            .wait_timeout_while(lines, PATIENCE, |lines| !lines.ended);
+        assert!(ended.unwrap().0.ended, "something still has the log open");
     }
 
     /// Ends the process at once and starts it again on the same folder.
