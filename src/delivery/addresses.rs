@@ -22,11 +22,26 @@ pub struct Destination {
 }
 
 impl Destination {
-    /// Checks a URL: `http` or `https`, a host, no userinfo, no fragment, ASCII only.
+    /// Checks a URL: `http` or `https`, a host that there could be, no userinfo, no fragment, ASCII
+    /// only.
     ///
     /// # Errors
     /// What is wrong with it; the text never quotes the URL, whose path may be a secret.
     pub fn parse(url: &str) -> Result<Self, BadUrl> {
+        if has_zone(url) {
+            return Err(BadUrl::Zone);
+        }
+        let destination = Self::restore(url)?;
+        check_host(destination.host())?;
+        Ok(destination)
+    }
+
+    /// A URL that was accepted before, perhaps by a version that did not look at the host as closely:
+    /// what cannot be looked up ends as such.
+    ///
+    /// # Errors
+    /// As [`Destination::parse`].
+    pub fn restore(url: &str) -> Result<Self, BadUrl> {
         if url.len() > LONGEST_URL {
             return Err(BadUrl::TooLong);
         }
@@ -102,13 +117,19 @@ impl Destination {
     /// The host, an IPv6 address without its brackets, and the port that is meant.
     pub fn host_and_port(&self) -> (&str, u16) {
         let default = if self.is_encrypted() { 443 } else { 80 };
+        let port = self.authority()[self.host().len()..].strip_prefix(':');
+        let port = port.and_then(|port| port.parse().ok()).unwrap_or(default);
+        (bare(self.host()), port)
+    }
+
+    /// The host, an IPv6 address with its brackets.
+    fn host(&self) -> &str {
         let authority = self.authority();
-        let (host, port) = match authority.rsplit_once(':') {
+        match authority.rsplit_once(':') {
             // A colon before the closing bracket is part of an IPv6 address.
-            Some((host, port)) if !port.contains(']') => (host, port.parse().unwrap_or(default)),
-            _ => (authority, default),
-        };
-        (bare(host), port)
+            Some((host, port)) if !port.contains(']') => host,
+            _ => authority,
+        }
     }
 
     /// Host and port if one is given, for messages.
@@ -116,6 +137,35 @@ impl Destination {
         self.origin()
             .split_once("://")
             .map_or(self.origin(), |(_, authority)| authority)
+    }
+}
+
+/// Whether a URL's host is an IPv6 address with the name of a network interface, in whatever
+/// spelling (RFC 4007 section 11, RFC 6874).
+fn has_zone(url: &str) -> bool {
+    let behind = url.split_once("://").map_or("", |(_, behind)| behind);
+    let authority = behind.split(['/', '?', '#']).next().unwrap_or_default();
+    authority
+        .split_once('%')
+        .is_some_and(|(address, _)| !authority.contains('@') && address.matches(':').count() > 1)
+}
+
+/// Refuses hosts that no look-up could find, which would be tried again for a day. It is not for
+/// this to say what a good name is: `_`, `127.1` and `0x7f.1` are for the look-up.
+fn check_host(host: &str) -> Result<(), BadUrl> {
+    if host.starts_with('[') {
+        return match bare(host).parse::<Ipv6Addr>() {
+            Ok(_) => Ok(()),
+            Err(_) => Err(BadUrl::Brackets),
+        };
+    }
+    // Of a name as the DNS has it (RFC 1035, sections 2.3.4 and 3.1); the dot of the root may be there.
+    let name = host.strip_suffix('.').unwrap_or(host);
+    let is_label = |label: &str| (1..=63).contains(&label.len());
+    if name.len() <= 253 && name.split('.').all(is_label) {
+        Ok(())
+    } else {
+        Err(BadUrl::Name)
     }
 }
 
@@ -147,6 +197,12 @@ pub enum BadUrl {
     Scheme,
     /// It names no host.
     NoHost,
+    /// Its host is an IPv6 address with the name of a network interface.
+    Zone,
+    /// Its host is in brackets, and no IPv6 address.
+    Brackets,
+    /// Its host is neither an address nor a name that the DNS could hold.
+    Name,
     /// It holds a user name or a password.
     UserInfo,
     /// Its port is not 1 to 65535.
@@ -165,6 +221,17 @@ impl fmt::Display for BadUrl {
             Self::Malformed => "is not a URL: give one like https://host/path",
             Self::Scheme => "must begin with http:// or https://",
             Self::NoHost => "names no host: give one like https://host/path",
+            Self::Zone => {
+                "has a zone id (%…) in its host, which says something on one machine only: give an \
+                 address without one, not a link-local one"
+            }
+            Self::Brackets => {
+                "has no IPv6 address between the brackets: give one like https://[2001:db8::1]/path"
+            }
+            Self::Name => {
+                "names a host that cannot be: a name has labels of 1 to 63 characters between its dots, \
+                 and 253 in all"
+            }
             Self::UserInfo => "holds a user name or password, which is not sent: leave it out",
             Self::Port => "has a port that is not 1 to 65535",
         })
@@ -340,6 +407,8 @@ mod tests {
 
     #[test]
     fn a_good_url_keeps_its_text_and_shows_its_origin_only() {
+        let label = format!("https://{}.example", "x".repeat(63));
+        let name = format!("https://{}a.:443", "abc.".repeat(63));
         for (url, origin) in [
             ("https://a.example/x?key=1", "https://a.example"),
             ("http://127.0.0.1:8080/", "http://127.0.0.1:8080"),
@@ -347,6 +416,16 @@ mod tests {
             ("HTTPS://A.example", "HTTPS://A.example"),
             ("http://h/http", "http://h"),
             ("https://a.example?x", "https://a.example"),
+            ("https://a.example./", "https://a.example."),
+            ("https://_a-.example/%25?b=[::1%25c]", "https://_a-.example"),
+            (
+                "https://[::FFFF:127.0.0.1]:443",
+                "https://[::FFFF:127.0.0.1]:443",
+            ),
+            ("http://127.1/", "http://127.1"),
+            ("http://0x7f.1/", "http://0x7f.1"),
+            (&label, &label),
+            (&name, &name),
         ] {
             let destination = Destination::parse(url).unwrap();
             assert_eq!(destination.as_str(), url);
@@ -368,6 +447,8 @@ mod tests {
     #[test]
     fn each_kind_of_bad_url_is_told_apart() {
         let long = format!("https://a.example/{}", "x".repeat(LONGEST_URL));
+        let label = format!("https://{}.example/", "x".repeat(64));
+        let name = format!("https://{}aa/", "abc.".repeat(63));
         for (url, expected) in [
             ("", BadUrl::Malformed),
             ("/path", BadUrl::Scheme),
@@ -380,6 +461,27 @@ mod tests {
             ("https://me@a.example/", BadUrl::UserInfo),
             ("https://me:pw@a.example/", BadUrl::UserInfo),
             ("https://a.example/#top", BadUrl::Fragment),
+            ("http://[fe80::1%25eth0]/", BadUrl::Zone),
+            ("http://[fe80::1%eth0]:80/", BadUrl::Zone),
+            ("http://[fe80::1%2]", BadUrl::Zone),
+            ("http://[fe80::1%]/", BadUrl::Zone),
+            ("http://fe80::1%25eth0/", BadUrl::Zone),
+            ("https://[::1%25lo?x", BadUrl::Zone),
+            ("https://[]/", BadUrl::NoHost),
+            ("https://[v1.x]/", BadUrl::Brackets),
+            ("https://[v1.fe80::a+en1]/", BadUrl::Brackets),
+            ("https://[1.2.3.4]/", BadUrl::Brackets),
+            ("https://[a.example]:443/", BadUrl::Brackets),
+            ("https://[::1::2]/", BadUrl::Brackets),
+            ("https://[12345::]/", BadUrl::Brackets),
+            ("https://a..example/", BadUrl::Name),
+            ("https://.a.example/", BadUrl::Name),
+            ("https://a.example..:443/", BadUrl::Name),
+            ("https://./", BadUrl::Name),
+            (&label, BadUrl::Name),
+            (&name, BadUrl::Name),
+            ("https://a b.example/", BadUrl::Malformed),
+            ("https://a%20b.example/", BadUrl::Malformed),
             ("https://a.example:0/", BadUrl::Port),
             ("https://a.example:99999/", BadUrl::Port),
             ("https://a.example:/", BadUrl::Port),

@@ -346,7 +346,7 @@ impl Writer {
         let mut rows = statement.query([])?;
         while let Some(row) = rows.next()? {
             let (id, destination): (String, String) = (row.get(0)?, row.get(2)?);
-            let (Ok(id), Ok(destination)) = (id.parse(), Destination::parse(&destination)) else {
+            let (Ok(id), Ok(destination)) = (id.parse(), Destination::restore(&destination)) else {
                 return Err(Error::Damaged);
             };
             let failures = row.get(6)?;
