@@ -255,7 +255,11 @@ fn statuses_to_retry_are_tried_again_after_the_wait_they_ask_for() {
     let id = service.submit(url, &payload(1));
     destination.arrival();
     let first = Instant::now();
-    service.events("delivered", 1);
+    let failed = service.event("failed", |line| line["id"] == id.as_str());
+    assert_eq!(
+        (&failed["kind"], &failed["status"]),
+        (&"status".into(), &503.into())
+    );
     let waiting = loop {
         let waiting = poll(&service, url, &id);
         if waiting["state"] == "Pending" {
@@ -275,6 +279,11 @@ fn statuses_to_retry_are_tried_again_after_the_wait_they_ask_for() {
         "Retry-After was not respected"
     );
     assert_eq!(service.result(url, &id)["status_code"], 200);
+    let delivered = service.event("delivered", |_| true);
+    assert_eq!(
+        (&delivered["status"], &delivered["attempt"]),
+        (&200.into(), &3.into())
+    );
 
     // Where nothing says otherwise, a 503 is an answer like any other.
     let destination = Destination::start(|_| Reaction::Answer(503, b"no".to_vec()));

@@ -318,9 +318,10 @@ impl Desk {
         } = report;
         self.under_way -= 1;
         self.failing_under_way -= usize::from(failing);
-        log_attempt(&export, bytes, took, &outcome);
         let now = crew.exports.now();
-        let Some(again) = retry(&outcome, &crew.settings.retry_on, SystemTime::now()) else {
+        let again = retry(&outcome, &crew.settings.retry_on, SystemTime::now());
+        log_attempt(&export, bytes, took, &outcome, again.is_some());
+        let Some(again) = again else {
             self.schedule.finished(&export.key, took, now);
             let response = response(outcome, export.attempts + 1);
             return crew.exports.settle(export.id, &response, true);
@@ -371,10 +372,14 @@ fn give_up(export: &Export, crew: &Crew) {
         .settle(export.id, &gateway(status, error), false);
 }
 
-fn log_attempt(export: &Export, bytes: usize, took: Duration, outcome: &Outcome) {
+fn log_attempt(export: &Export, bytes: usize, took: Duration, outcome: &Outcome, again: bool) {
     let (id, destination, ms) = (export.id, export.destination.origin(), millis(took));
     let attempt = export.attempts + 1;
     match outcome {
+        Outcome::Answered(answer) if again => log::warn!(
+            id:%, destination, bytes, attempt, kind = "status", status = answer.status, ms;
+            "failed"
+        ),
         Outcome::Answered(answer) => log::info!(
             id:%, destination, bytes, attempt, status = answer.status,
             response_bytes = answer.body.len(), ms;
