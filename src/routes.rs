@@ -109,6 +109,8 @@ pub enum Refusal {
     Slow,
     /// It has a body, and does not say how long that is.
     LengthRequired,
+    /// Its body is compressed, or encoded in some other way.
+    ContentEncoding,
     /// It expects something that nobody here knows.
     Expectation,
     /// Its request line and headers are too large, or too many.
@@ -119,6 +121,8 @@ pub enum Refusal {
     Version,
     /// There are too many connections, or too many large requests at the same time.
     Busy,
+    /// The service is about to end.
+    Stopping,
     /// The service has taken it and did not answer.
     Unanswered,
     /// The exports say no.
@@ -152,11 +156,13 @@ impl Refusal {
             Self::BadRequest(_) => (400, "bad_request"),
             Self::Slow => (408, "too_slow"),
             Self::LengthRequired => (411, "length_required"),
+            Self::ContentEncoding => (415, "unsupported_encoding"),
             Self::Expectation => (417, "expectation_failed"),
             Self::HeadTooLarge => (431, "head_too_large"),
             Self::NotImplemented(_) => (501, "not_implemented"),
             Self::Version => (505, "http_version"),
             Self::Busy => (503, "busy"),
+            Self::Stopping => (503, "stopping"),
             Self::Unanswered => (503, "unanswered"),
             Self::Export(exports::Error::NotFound) => (404, "no_such_export"),
             Self::Export(exports::Error::KeyReused) => (409, "idempotency_conflict"),
@@ -189,6 +195,9 @@ impl fmt::Display for Refusal {
             Self::LengthRequired => {
                 f.write_str("Content-Length is missing: say how long the body is, or send it in chunks")
             }
+            Self::ContentEncoding => f.write_str(
+                "no Content-Encoding is known here, like gzip: send the JSON as it is, and leave the header out",
+            ),
             Self::Expectation => f.write_str("the only expectation known here is 100-continue"),
             Self::HeadTooLarge => {
                 f.write_str("the request line and headers have more than 16 KiB, or more than 64 headers")
@@ -196,6 +205,9 @@ impl fmt::Display for Refusal {
             Self::Version => f.write_str("this service speaks HTTP/1.1 and HTTP/1.0"),
             Self::Busy => f.write_str(
                 "too many connections or large requests at a time: try again soon, and keep fewer open",
+            ),
+            Self::Stopping => f.write_str(
+                "the service is stopping and has not taken this request: try again once it is back",
             ),
             Self::Unanswered => f.write_str(
                 "the service did not answer: try again, with an Idempotency-Key so that nothing is sent twice",
@@ -338,16 +350,36 @@ fn read_body(body: &[u8]) -> Result<Body<'_>, Refusal> {
         return Err(Refusal::Malformed(SHAPE.into()));
     }
     serde_json::from_slice(body).map_err(|error| {
-        // serde_json's own message may quote a value.
-        let what = if error.is_data() {
-            SHAPE
+        if error.is_data() {
+            malformed_at(SHAPE, &error)
         } else {
-            "the body is not valid JSON"
-        };
-        malformed_at(what, &error)
+            not_json("the body is not valid JSON", body, &error)
+        }
     })
 }
 
+/// Byte order marks, which editors and PowerShell write, and which nobody sees: in UTF-8, and in
+/// UTF-16 of both orders.
+const BYTE_ORDER_MARKS: [&[u8]; 3] = [b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"];
+
+/// Says that a text is no JSON, and why where that is invisible.
+fn not_json(what: &str, text: &[u8], error: &serde_json::Error) -> Refusal {
+    let before = text.split_inclusive(|byte| *byte == b'\n');
+    let line: usize = before
+        .take(error.line().saturating_sub(1))
+        .map(<[u8]>::len)
+        .sum();
+    // A column is the number of the byte that does not fit, from 1.
+    let at = line + error.column().saturating_sub(1);
+    let rest = text.get(at..).unwrap_or_default();
+    if BYTE_ORDER_MARKS.iter().any(|mark| rest.starts_with(mark)) {
+        let what = format!("{what}: there is a byte order mark (BOM), send UTF-8 without one");
+        return malformed_at(&what, error);
+    }
+    malformed_at(what, error)
+}
+
+/// Without serde_json's own message, which may quote a value.
 fn malformed_at(what: &str, error: &serde_json::Error) -> Refusal {
     let (line, column) = (error.line(), error.column());
     Refusal::Malformed(format!("{what}; see line {line}, column {column}").into())
@@ -381,10 +413,8 @@ fn payload(data: &RawValue) -> Result<Cow<'_, str>, Refusal> {
             let text: String = serde_json::from_str(data.get())
                 .map_err(|error| malformed_at("`data` is not valid text", &error))?;
             serde_json::from_str::<IgnoredAny>(&text).map_err(|error| {
-                malformed_at(
-                    "`data` is a string, but what it holds is not valid JSON",
-                    &error,
-                )
+                let what = "`data` is a string, but what it holds is not valid JSON";
+                not_json(what, text.as_bytes(), &error)
             })?;
             Cow::Owned(text)
         }
@@ -515,6 +545,12 @@ pub fn refusal(refusal: &Refusal) -> Response {
     );
     match refusal {
         Refusal::Method(allow) => response.headers.push(("Allow", (*allow).into())),
+        // RFC 9110, section 12.5.3.
+        Refusal::ContentEncoding => {
+            response
+                .headers
+                .push(("Accept-Encoding", "identity".into()));
+        }
         Refusal::Denied(_) => {
             for scheme in ["Bearer", "Basic"] {
                 let challenge = format!("{scheme} realm=\"export-service\"");

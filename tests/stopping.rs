@@ -45,6 +45,31 @@ fn a_signal_answers_parked_polls_and_lets_the_attempt_under_way_end() {
 }
 
 #[test]
+fn a_request_that_is_not_whole_when_it_stops_is_told_so_and_when_to_come_back() {
+    let mut service = Service::start(&[]);
+    let whole = Service::written("GET", "/status", &[("Connection", "keep-alive")], b"");
+    let submission = Service::written("POST", "/export", &[], &[b' '; 100_000]);
+    // In its head, in a small body, in a large one.
+    let streams = [30, 300, 90_000].map(|length: usize| {
+        let mut stream = service.connect_from([127, 0, 0, 1]);
+        stream.write_all(&whole).unwrap();
+        let mut reader = std::io::BufReader::new(stream.try_clone().unwrap());
+        assert_eq!(Response::next(&mut reader).status, 200);
+        stream.write_all(&submission[..length]).unwrap();
+        reader
+    });
+    service.signal("TERM");
+    for mut stream in streams {
+        let answer = Response::next(&mut stream);
+        assert_eq!((answer.status, answer.code()), (503, "stopping".into()));
+        assert!(answer.header("retry-after").is_some());
+        let message = answer.json()["error"]["message"].to_string();
+        assert!(message.contains("stopping"), "{message}");
+    }
+    assert_eq!(service.ended().code(), Some(0));
+}
+
+#[test]
 fn a_crowd_that_comes_as_it_stops_does_not_make_it_fail() {
     for _ in 0..5 {
         let mut service = Service::start(&[]);

@@ -328,6 +328,168 @@ fn other_paths_methods_and_sizes_get_404_405_and_413() {
 }
 
 #[test]
+fn a_body_that_says_it_is_encoded_gets_415_which_says_what_to_do() {
+    let destination = Destination::start(|_| ok());
+    let service = Service::start(&[]);
+    let url = &destination.url;
+    let token = token(url);
+    let send = |path: &str, encoding: &str, body: &Value| {
+        let headers = [
+            ("X-Api-Key", token.as_str()),
+            ("Content-Encoding", encoding),
+        ];
+        service.request("POST", path, &headers, body.to_string().as_bytes())
+    };
+    let id = service.submit(url, &payload(1));
+    let submission = json!({"uri": url, "data": payload(2)});
+    for encoding in ["gzip", "BR", "identity, gzip", "gzip;q=1", "*", "x"] {
+        for (path, body) in [
+            ("/export", &submission),
+            ("/lp/export", &json!({ "id": id })),
+        ] {
+            let response = send(path, encoding, body);
+            assert_eq!(
+                (response.status, response.code()),
+                (415, "unsupported_encoding".into()),
+                "{encoding}"
+            );
+            let message = response.json()["error"]["message"].to_string();
+            assert!(message.contains("Content-Encoding"), "{message}");
+            assert_eq!(response.header("accept-encoding"), Some("identity"));
+        }
+    }
+    let twice = [
+        ("Content-Encoding", "identity"),
+        ("Content-Encoding", "gzip"),
+    ];
+    assert_eq!(
+        service.request("POST", "/export", &twice, b"{}").status,
+        415
+    );
+    for encoding in ["", "identity", "Identity , identity", ","] {
+        assert_eq!(send("/export", encoding, &submission).status, 200);
+    }
+}
+
+#[test]
+fn a_byte_order_mark_is_named_wherever_it_stands() {
+    let service = Service::start(&[]);
+    let url = "https://a.example/in";
+    let body = json!({"uri": url, "data": {}}).to_string();
+    let utf16 = |encode: fn(u16) -> [u8; 2]| {
+        let units = "\u{feff}".encode_utf16().chain(body.encode_utf16());
+        units.flat_map(encode).collect::<Vec<u8>>()
+    };
+    let text = |data: &str| format!("{{\"uri\":\"{url}\",\n\"data\":{data}}}").into_bytes();
+    for body in [
+        format!("\u{feff}{body}").into_bytes(),
+        format!(" \r\n\u{feff}{body}").into_bytes(),
+        format!("{body}\n\u{feff}").into_bytes(),
+        utf16(u16::to_le_bytes),
+        utf16(u16::to_be_bytes),
+        text("\u{feff}{\"a\":1}"),
+        text("\"\u{feff}{}\""),
+        text(r#""\ufeff[]""#),
+        text(r#""\n\ufeff[]""#),
+    ] {
+        let headers = [("X-Api-Key", token(url))];
+        let headers = headers
+            .each_ref()
+            .map(|(name, value)| (*name, value.as_str()));
+        let response = service.request("POST", "/export", &headers, &body);
+        assert_eq!(response.status, 400, "{}", response.body);
+        let shown = String::from_utf8_lossy(&body);
+        for word in ["byte order mark", "UTF-8 without"] {
+            assert!(response.body.contains(word), "{shown}: {}", response.body);
+        }
+    }
+    // Within a text it is a character like any other.
+    let body = json!({"uri": url, "data": {"\u{feff}": "\u{feff}"}}).to_string();
+    let headers = [("X-Api-Key", token(url))];
+    let headers = headers
+        .each_ref()
+        .map(|(name, value)| (*name, value.as_str()));
+    assert_eq!(
+        service
+            .request("POST", "/export", &headers, body.as_bytes())
+            .status,
+        200
+    );
+}
+
+#[test]
+fn a_host_that_no_look_up_could_ever_find_is_refused_at_once() {
+    let service = Service::start(&[]);
+    for (url, words) in [
+        ("http://[fe80::1%25eth0]/", "zone id"),
+        ("http://[fe80::1%eth0]:9090/in", "zone id"),
+        ("http://[v1.x]/", "IPv6 address"),
+        ("https://a..b/", "labels"),
+    ] {
+        let body = json!({"uri": url, "data": {}});
+        let response = service.post("/export", &token(url), &body);
+        assert_eq!(response.status, 400, "{}", response.body);
+        assert!(response.body.contains(words), "{}", response.body);
+    }
+}
+
+/// What comes back for a request of these bytes, up to the end of the connection.
+fn raw(service: &Service, request: &str) -> String {
+    let mut stream = service.connect_from([127, 0, 0, 1]);
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+#[test]
+fn a_head_request_that_is_refused_gets_the_headers_of_a_get_and_no_body() {
+    let service = Service::start(&["--max-body", "2048"]);
+    for (rest, status) in [
+        (" /status HTTP/1.1\r\n\r\n", "400"),
+        (" /status HTTP/1.1\r\nHost: x\r\nA b: c\r\n\r\n", "400"),
+        (" /status HTTP/1.1\r\nHost: x\nA: b\r\n\r\n", "400"),
+        (
+            " /status HTTP/1.1\r\nHost: x\r\nExpect: more\r\n\r\n",
+            "417",
+        ),
+        (
+            " /status HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\n\r\n",
+            "415",
+        ),
+        (
+            " /status HTTP/1.1\r\nHost: x\r\nContent-Length: 2049\r\n\r\n",
+            "413",
+        ),
+        (
+            " /status HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n",
+            "400",
+        ),
+        (" /status HTTP/2.0\r\nHost: x\r\n\r\n", "505"),
+        (
+            " /nowhere HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+            "404",
+        ),
+    ] {
+        let answers = ["GET", "HEAD"].map(|method| {
+            // A request before it must not be taken for the one that is refused.
+            let before = "POST /status HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n";
+            let answer = raw(&service, &format!("{before}{method}{rest}"));
+            let (_, answer) = answer.split_once("HTTP/1.1 405").unwrap();
+            let (_, answer) = answer.split_once("HTTP/1.1 ").unwrap();
+            let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+            let head = head.lines().filter(|line| !line.starts_with("Date:"));
+            (head.collect::<Vec<_>>().join("\n"), body.to_owned())
+        });
+        let [(get, full), (head, none)] = answers;
+        assert!(get.starts_with(status), "{rest:?}: {get}");
+        assert_eq!(get, head);
+        assert!(!full.is_empty());
+        assert_eq!(none, "", "{rest:?}");
+    }
+}
+
+#[test]
 fn the_status_is_active_and_needs_no_token() {
     let service = Service::start(&[]);
     let response = service.request("GET", "/status", &[], b"");

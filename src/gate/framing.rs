@@ -156,6 +156,15 @@ impl Framer {
         }
     }
 
+    /// Whether the next request is a HEAD, by what is there of it: it is answered without a body, also
+    /// where it is refused.
+    pub fn is_head(&self) -> bool {
+        match &self.body {
+            Some(body) => body.head.method == "HEAD",
+            None => self.buffer.starts_with(b"HEAD "),
+        }
+    }
+
     /// True once for each request whose client has sent no body yet and waits to be told
     /// `100 Continue` (RFC 9110, section 10.1.1).
     pub fn takes_continue(&mut self) -> bool {
@@ -311,7 +320,7 @@ fn read_head(bytes: &[u8], max_body: usize) -> Result<Head, Refusal> {
     };
 
     let (mut length, mut encoding, mut host) = (None, None, None);
-    let (mut close, mut keep_alive) = (false, false);
+    let (mut close, mut keep_alive, mut encoded) = (false, false, false);
     for header in parsed.headers.iter() {
         let (name, value) = (header.name, header.value.trim_ascii());
         let once = |seen: bool| {
@@ -334,6 +343,11 @@ fn read_head(bytes: &[u8], max_body: usize) -> Result<Head, Refusal> {
             once(length.replace(value).is_some())?;
         } else if name.eq_ignore_ascii_case("Transfer-Encoding") {
             once(encoding.replace(value).is_some())?;
+        } else if name.eq_ignore_ascii_case("Content-Encoding") {
+            let codings = value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
+            let is_none =
+                |coding: &[u8]| coding.is_empty() || coding.eq_ignore_ascii_case(b"identity");
+            encoded |= !codings.into_iter().all(is_none);
         } else if name.eq_ignore_ascii_case("Host") {
             once(host.replace(value).is_some())?;
         } else if name.eq_ignore_ascii_case("Expect") {
@@ -380,6 +394,9 @@ fn read_head(bytes: &[u8], max_body: usize) -> Result<Head, Refusal> {
         }
         (None, None) => Framing::Length(0),
     };
+    if encoded {
+        return Err(Refusal::ContentEncoding);
+    }
     Ok(head)
 }
 

@@ -441,13 +441,19 @@ impl Connection<'_> {
     fn refuse(&mut self, request: Option<&Request>, refusal: &Refusal) {
         let (method, target) =
             request.map_or(("-", "-"), |request| (request.method(), request.target()));
+        let head_only = request.map_or(self.framer.is_head(), |_| method == "HEAD");
+        let refusal = match refusal {
+            // What is closed then is not closed to make room.
+            Refusal::Busy if self.shared.slots.is_closing() => &Refusal::Stopping,
+            refusal => refusal,
+        };
         let client = self.client.to_string();
         logging::refused(method, target, refusal.status(), refusal, &client);
         // What it has sent is of no use any more, and is not to be kept while it lingers.
         self.framer = Framer::new(self.shared.max_body);
         // Where one of these fails the client or the service has gone: there is nobody to tell.
         let _ = self.slot.wait();
-        let _ = self.write(&refused(refusal));
+        let _ = self.write(&refused(refusal, head_only));
         self.linger();
     }
 
@@ -489,8 +495,9 @@ fn add_header(answer: &mut Vec<u8>, header: &str) {
     answer.splice(at..at, header.bytes());
 }
 
-/// A refusal as it is written to the client, the last thing on its connection.
-fn refused(refusal: &Refusal) -> Vec<u8> {
+/// A refusal as it is written to the client, the last thing on its connection. To a HEAD it has no
+/// body, but the length that there would be (RFC 9110, section 9.3.2).
+fn refused(refusal: &Refusal, head_only: bool) -> Vec<u8> {
     let response = routes::refusal(refusal);
     let reason = StatusCode::from_u16(response.status)
         .ok()
@@ -505,11 +512,11 @@ fn refused(refusal: &Refusal) -> Vec<u8> {
         // Writing to a String cannot fail.
         let _ = write!(text, "{name}: {value}\r\n");
     }
+    let body = if head_only { "" } else { &response.body };
     let _ = write!(
         text,
-        "Content-Length: {}\r\n\r\n{}",
-        response.body.len(),
-        response.body
+        "Content-Length: {}\r\n\r\n{body}",
+        response.body.len()
     );
     text.into_bytes()
 }

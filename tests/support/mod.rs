@@ -150,11 +150,12 @@ impl Log {
             }
             seen = lines.values.len();
             let left = deadline.saturating_duration_since(Instant::now());
-            assert!(
-                !lines.ended && !left.is_zero(),
-                "no {what} in {:#?}",
-                lines.texts
-            );
+            if lines.ended || left.is_zero() {
+                let texts = lines.texts.clone();
+                // The log is still to be shown when the service is dropped.
+                drop(lines);
+                panic!("no {what} in {texts:#?}");
+            }
             lines = self.changed.wait_timeout(lines, left).unwrap().0;
         }
     }
