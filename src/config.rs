@@ -3,17 +3,21 @@
 //!
 //! Not here: whether the data folder can be used, which only opening it tells.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::builder::BoolishValueParser;
-use clap::{ArgAction, Args, Parser, Subcommand};
+use clap::builder::{
+    BoolishValueParser, OsStringValueParser, PathBufValueParser, PossibleValue, StringValueParser,
+    TypedValueParser,
+};
+use clap::{Arg, ArgAction, Args, Parser, Subcommand, value_parser};
 use ipnet::IpNet;
 use log::LevelFilter;
 
@@ -89,6 +93,38 @@ impl fmt::Display for ConfigError {
     }
 }
 
+/// Reads a value without the blanks around it, which env files and folded YAML leave there. Not for
+/// secrets, which may begin or end with one.
+#[derive(Clone)]
+struct Trimmed<P>(P);
+
+impl<P: TypedValueParser> TypedValueParser for Trimmed<P> {
+    type Value = P::Value;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        argument: Option<&Arg>,
+        value: &OsStr,
+    ) -> Result<P::Value, clap::Error> {
+        let trimmed = OsStr::from_bytes(value.as_bytes().trim_ascii());
+        self.0.parse_ref(command, argument, trimmed)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        self.0.possible_values()
+    }
+}
+
+/// The entries of a list that may be given at once, with commas, or one after the other. No entry can
+/// hold a blank, so blanks part them too, and nothing between two commas is no entry.
+fn entries(given: &[String]) -> impl Iterator<Item = &str> {
+    given
+        .iter()
+        .flat_map(|text| text.split(|c: char| c == ',' || c.is_whitespace()))
+        .filter(|entry| !entry.is_empty())
+}
+
 /// The command line.
 #[derive(Parser)]
 #[command(
@@ -125,10 +161,10 @@ pub enum Command {
 #[derive(Args)]
 pub struct ListenArgs {
     /// Port to listen on; 0 lets the system choose one, which the log tells
-    #[arg(long, env = "DATABOX_LOCAL_PORT", default_value_t = 8080)]
+    #[arg(long, env = "DATABOX_LOCAL_PORT", default_value_t = 8080, value_parser = Trimmed(value_parser!(u16)))]
     port: u16,
     /// Address to listen on
-    #[arg(long, env = "EXPORT_BIND", default_value_t = IpAddr::V4(Ipv4Addr::UNSPECIFIED))]
+    #[arg(long, env = "EXPORT_BIND", default_value_t = IpAddr::V4(Ipv4Addr::UNSPECIFIED), value_parser = Trimmed(str::parse::<IpAddr>))]
     bind: IpAddr,
 }
 
@@ -143,10 +179,10 @@ impl ListenArgs {
 #[derive(Args)]
 pub struct TlsArgs {
     /// Folder with ARBITER_TOKEN, ZMQ_PUBLIC_KEY and DATABOX.pem, as a Databox mounts it
-    #[arg(long, env = "EXPORT_SECRETS_DIR", default_value = "/run/secrets")]
+    #[arg(long, env = "EXPORT_SECRETS_DIR", default_value = "/run/secrets", value_parser = Trimmed(PathBufValueParser::new()))]
     secrets_dir: PathBuf,
     /// PEM file with certificate chain and key for HTTPS, instead of DATABOX.pem in the secrets folder
-    #[arg(long, env = "EXPORT_TLS_PEM", value_name = "PEM")]
+    #[arg(long, env = "EXPORT_TLS_PEM", value_name = "PEM", value_parser = Trimmed(OsStringValueParser::new()))]
     tls_pem: Option<OsString>,
 }
 
@@ -198,7 +234,7 @@ impl HealthcheckArgs {
 #[derive(Args)]
 pub struct SecretArgs {
     /// This service's name: tokens must have it as their target
-    #[arg(long, env = "DATABOX_LOCAL_NAME", default_value = "export-service")]
+    #[arg(long, env = "DATABOX_LOCAL_NAME", default_value = "export-service", value_parser = Trimmed(StringValueParser::new()))]
     name: String,
     /// Secret that macaroons are signed with; the variable keeps it out of the process list
     #[arg(short, long, env = "EXPORT_SECRET", hide_env_values = true)]
@@ -222,15 +258,10 @@ impl SecretArgs {
 pub struct DestinationArgs {
     /// Private network that exports may go to, over plain HTTP too, like 192.168.1.7/32; repeatable,
     /// in the variable with commas
-    #[arg(
-        long,
-        env = "EXPORT_ALLOW_NETWORKS",
-        value_delimiter = ',',
-        value_name = "CIDR"
-    )]
+    #[arg(long, env = "EXPORT_ALLOW_NETWORKS", value_name = "CIDR")]
     allow_network: Vec<String>,
     /// PEM file with more CA certificates to trust, like that of a server at home
-    #[arg(long, env = "EXPORT_CA_FILE", value_name = "PEM")]
+    #[arg(long, env = "EXPORT_CA_FILE", value_name = "PEM", value_parser = Trimmed(OsStringValueParser::new()))]
     ca_file: Option<OsString>,
 }
 
@@ -240,16 +271,17 @@ impl DestinationArgs {
     /// # Errors
     /// Where a network is none.
     pub fn rules(&self, own_port: u16) -> Result<Rules, ConfigError> {
-        let network = |text: &String| {
+        let network = |text: &str| {
             let address = |_| text.parse().map(|ip: IpAddr| ip.into());
             text.parse::<IpNet>().or_else(address).map_err(|_| {
                 ConfigError(format!(
-                    "--allow-network {text}: give a network like 192.168.1.0/24, several with commas"
+                    "--allow-network {}: give a network like 192.168.1.0/24, several with commas",
+                    text.escape_debug()
                 ))
             })
         };
-        let given = self.allow_network.iter().filter(|text| !text.is_empty());
-        let allowed = given.map(network).collect::<Result<_, _>>()?;
+        let allowed = entries(&self.allow_network).map(network);
+        let allowed = allowed.collect::<Result<_, _>>()?;
         Ok(Rules { allowed, own_port })
     }
 
@@ -282,63 +314,59 @@ pub struct ServeArgs {
         long,
         env = "DATABOX_ARBITER_ENDPOINT",
         default_value = "tcp://arbiter:4444",
+        value_parser = Trimmed(StringValueParser::new()),
         value_name = "ENDPOINT"
     )]
     arbiter: String,
     /// Folder that exports are kept in until they are delivered and their results have expired
-    #[arg(long, env = "EXPORT_DATA_DIR", default_value = "./data")]
+    #[arg(long, env = "EXPORT_DATA_DIR", default_value = "./data", value_parser = Trimmed(PathBufValueParser::new()))]
     data_dir: PathBuf,
     /// Keep exports in memory only: all are lost when the service ends
-    #[arg(long, env = "EXPORT_EPHEMERAL", value_parser = BoolishValueParser::new())]
+    #[arg(long, env = "EXPORT_EPHEMERAL", value_parser = Trimmed(BoolishValueParser::new()))]
     ephemeral: bool,
     /// Threads that serve requests, 1 to 256
-    #[arg(long, env = "EXPORT_THREADS", default_value_t = 8)]
+    #[arg(long, env = "EXPORT_THREADS", default_value_t = 8, value_parser = Trimmed(str::parse::<usize>))]
     threads: usize,
     /// Connections at a time
-    #[arg(long, env = "EXPORT_MAX_CONNECTIONS", default_value_t = 512)]
+    #[arg(long, env = "EXPORT_MAX_CONNECTIONS", default_value_t = 512, value_parser = Trimmed(str::parse::<usize>))]
     max_connections: usize,
     /// Connections at a time of one client address; all apps behind a port mapping have the same
-    #[arg(long, env = "EXPORT_MAX_CONNECTIONS_PER_PEER", default_value_t = 256)]
+    #[arg(long, env = "EXPORT_MAX_CONNECTIONS_PER_PEER", default_value_t = 256, value_parser = Trimmed(str::parse::<usize>))]
     max_connections_per_peer: usize,
     /// How long a result can be read after it is there, like 90s, 15m, 24h or 7d
-    #[arg(long, env = "EXPORT_RETENTION", default_value = "24h", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "EXPORT_RETENTION", default_value = "24h", value_parser = Trimmed(humantime::parse_duration))]
     retention: Duration,
     /// Largest request body in bytes
-    #[arg(long, env = "EXPORT_MAX_BODY", default_value_t = 1024 * 1024)]
+    #[arg(long, env = "EXPORT_MAX_BODY", default_value_t = 1024 * 1024, value_parser = Trimmed(str::parse::<usize>))]
     max_body: usize,
     /// Unfinished exports that one owner may have
-    #[arg(long, env = "EXPORT_MAX_PENDING", default_value_t = 10_000)]
+    #[arg(long, env = "EXPORT_MAX_PENDING", default_value_t = 10_000, value_parser = Trimmed(str::parse::<usize>))]
     max_pending: usize,
     /// Bytes that all exports and results together may take on disk
-    #[arg(long, env = "EXPORT_MAX_STORE", default_value_t = 256 * 1024 * 1024)]
+    #[arg(long, env = "EXPORT_MAX_STORE", default_value_t = 256 * 1024 * 1024, value_parser = Trimmed(value_parser!(u64)))]
     max_store: u64,
     #[command(flatten)]
     destinations: DestinationArgs,
     /// Statuses that count as failed attempts, like 429,503
-    #[arg(
-        long,
-        env = "EXPORT_RETRY_ON",
-        value_delimiter = ',',
-        value_name = "STATUS,…"
-    )]
+    #[arg(long, env = "EXPORT_RETRY_ON", value_name = "STATUS,…")]
     retry_on: Vec<String>,
     /// How long an export is tried again after it was accepted
-    #[arg(long, env = "EXPORT_GIVE_UP_AFTER", default_value = "24h", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "EXPORT_GIVE_UP_AFTER", default_value = "24h", value_parser = Trimmed(humantime::parse_duration))]
     give_up_after: Duration,
     /// How long one attempt may take, the response's body included
-    #[arg(long, env = "EXPORT_ATTEMPT_TIMEOUT", default_value = "30s", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "EXPORT_ATTEMPT_TIMEOUT", default_value = "30s", value_parser = Trimmed(humantime::parse_duration))]
     attempt_timeout: Duration,
     /// Attempts that may hang while others go on; 0 for strictly one attempt at a time
-    #[arg(long, env = "EXPORT_MAX_RELIEVED", default_value_t = 64)]
+    #[arg(long, env = "EXPORT_MAX_RELIEVED", default_value_t = 64, value_parser = Trimmed(str::parse::<usize>))]
     max_relieved: usize,
     /// Secret to sign exports with, whsec_ and base64, as Standard Webhooks has it
     #[arg(long, env = "EXPORT_SIGNING_SECRET", hide_env_values = true)]
     signing_secret: Option<String>,
     /// Bytes kept of a destination's response; the rest is cut off
-    #[arg(long, env = "EXPORT_MAX_RESPONSE", default_value_t = 1024 * 1024)]
+    #[arg(long, env = "EXPORT_MAX_RESPONSE", default_value_t = 1024 * 1024, value_parser = Trimmed(str::parse::<usize>))]
     max_response: usize,
     /// How log lines look
-    #[arg(long, env = "EXPORT_LOG_FORMAT", default_value = "text")]
+    #[arg(long, env = "EXPORT_LOG_FORMAT", default_value = "text", value_parser = Trimmed(value_parser!(Format)))]
     log_format: Format,
     /// Log more: -v for each poll, -vv for each step
     #[arg(short, long, action = ArgAction::Count)]
@@ -407,7 +435,7 @@ pub struct CheckArgs {
     #[command(flatten)]
     pub(crate) destinations: DestinationArgs,
     /// Port of the service itself, which is never a destination
-    #[arg(long, env = "DATABOX_LOCAL_PORT", default_value_t = 8080)]
+    #[arg(long, env = "DATABOX_LOCAL_PORT", default_value_t = 8080, value_parser = Trimmed(value_parser!(u16)))]
     pub port: u16,
     /// Print one JSON object
     #[arg(long)]
@@ -445,26 +473,27 @@ impl ServeArgs {
             ));
         }
         within("--max-relieved", self.max_relieved, 0, 1024)?;
-        let failure = |text: &String| {
+        let failure = |text: &str| {
             text.parse()
                 .ok()
                 .filter(|status| (300..=599).contains(status))
                 .ok_or_else(|| {
                     ConfigError(format!(
-                        "--retry-on {text}: only 300 to 599 can be failures"
+                        "--retry-on {}: only 300 to 599 can be failures",
+                        text.escape_debug()
                     ))
                 })
         };
-        // A variable that is set to nothing, as compose files do, is one that is not set.
-        let given = self.retry_on.iter().filter(|text| !text.is_empty());
-        let retry_on = given.map(failure).collect::<Result<_, _>>()?;
+        let retry_on = entries(&self.retry_on).map(failure);
+        let retry_on = retry_on.collect::<Result<_, _>>()?;
         for (flag, value) in [
             ("--give-up-after", self.give_up_after),
             ("--attempt-timeout", self.attempt_timeout),
         ] {
             if value < Duration::from_millis(100) {
                 return Err(ConfigError(format!(
-                    "{flag} is too short for any attempt: give some time, like 30s"
+                    "{flag} is {}, too short for any attempt: give some time, like 30s",
+                    humantime::format_duration(value)
                 )));
             }
         }
@@ -641,6 +670,101 @@ mod tests {
     fn the_secret_shows_in_no_debug_output() {
         let config = checked(&[]).unwrap();
         assert!(!format!("{config:?}").contains("s3cret"));
+    }
+
+    #[test]
+    fn lists_are_read_with_commas_and_blanks_of_any_kind_and_nothing_between_them() {
+        let networks = ["192.168.1.0/24", "10.0.0.5/32", "fd00::/8"];
+        for list in [
+            "192.168.1.0/24,10.0.0.5,fd00::/8",
+            "192.168.1.0/24, 10.0.0.5 ,fd00::/8",
+            " 192.168.1.0/24\t,\t10.0.0.5,\n  fd00::/8\n",
+            "192.168.1.0/24 10.0.0.5\nfd00::/8",
+            ",192.168.1.0/24,, ,10.0.0.5,fd00::/8,",
+            "192.168.1.0/24,\r\n10.0.0.5,\u{a0}fd00::/8,\r\n",
+        ] {
+            let config = checked(&["--allow-network", list]).unwrap();
+            let allowed = config.attempts.rules.allowed.iter();
+            assert_eq!(allowed.map(IpNet::to_string).collect::<Vec<_>>(), networks);
+            let statuses = list.replace("192.168.1.0/24", "503");
+            let statuses = statuses
+                .replace("10.0.0.5", "429")
+                .replace("fd00::/8", "301");
+            let config = checked(&["--retry-on", &statuses]).unwrap();
+            assert_eq!(config.worker.retry_on, [503, 429, 301], "{statuses:?}");
+        }
+        let repeated = [
+            "--allow-network",
+            "10.0.0.1 ",
+            "--allow-network",
+            "10.0.0.2,",
+        ];
+        let config = checked(&repeated).unwrap();
+        assert_eq!(config.attempts.rules.allowed.len(), 2);
+        for nothing in ["", ",", " , \n"] {
+            let config = checked(&["--allow-network", nothing, "--retry-on", nothing]).unwrap();
+            assert!(config.attempts.rules.allowed.is_empty() && config.worker.retry_on.is_empty());
+        }
+    }
+
+    #[test]
+    fn the_entry_of_a_list_that_is_wrong_is_shown_as_it_was_given() {
+        for (flag, list, shown) in [
+            (
+                "--allow-network",
+                "10.0.0.0/8, 192.168.1.0/99 ,::1",
+                "--allow-network 192.168.1.0/99:",
+            ),
+            (
+                "--allow-network",
+                "10.0.0.0/8;::1",
+                "--allow-network 10.0.0.0/8;::1:",
+            ),
+            (
+                "--allow-network",
+                "10.0.0.1\u{200b}",
+                "--allow-network 10.0.0.1\\u{200b}:",
+            ),
+            ("--retry-on", "503, 4 ", "--retry-on 4:"),
+            ("--retry-on", "503,0429,5xx", "--retry-on 5xx:"),
+            ("--retry-on", "99999999", "--retry-on 99999999:"),
+            ("--give-up-after", "50ms", "--give-up-after is 50ms"),
+            ("--name", " ", "--name is empty"),
+        ] {
+            let message = checked(&[flag, list]).err().unwrap().to_string();
+            assert!(message.starts_with(shown), "{message}");
+        }
+    }
+
+    #[test]
+    fn blanks_around_a_value_are_not_part_of_it_but_for_secrets() {
+        let config = checked(&[
+            "--port=\t8081 ",
+            "--bind= 127.0.0.1\n",
+            "--name= me ",
+            "--data-dir=/tmp/x \n",
+            "--threads= 3",
+            "--max-store= 300000 ",
+            "--retention= 2h ",
+            "--log-format= json ",
+        ])
+        .unwrap();
+        assert_eq!(config.address.to_string(), "127.0.0.1:8081");
+        assert_eq!((config.name.as_str(), config.threads), ("me", 3));
+        assert_eq!(config.place.folder(), Some(Path::new("/tmp/x")));
+        assert_eq!(config.limits.max_store, 300_000);
+        assert_eq!(config.retention, Duration::from_secs(7200));
+        assert_eq!(config.log_format, Format::Json);
+        let secret = |text: &str| {
+            let arguments = ["export-service", "--secret", text];
+            let config = Cli::try_parse_from(arguments).ok().unwrap().serve.check();
+            match config.unwrap().secret {
+                SecretSource::Given(key) => key,
+                SecretSource::Arbiter(_) => panic!("no secret"),
+            }
+        };
+        let signed = |key: Key| crate::auth::Macaroon::mint(&key, "", []).to_v1();
+        assert_ne!(signed(secret("s")), signed(secret("s ")));
     }
 
     #[test]

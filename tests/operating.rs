@@ -152,6 +152,37 @@ fn a_variable_that_is_set_to_nothing_is_not_set() {
 }
 
 #[test]
+fn variables_as_env_files_and_folded_yaml_have_them_are_read() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let port = format!(" {} ", taken.local_addr().unwrap().port());
+    let data = tempfile::tempdir().unwrap();
+    let folder = format!("{}/data\n", data.path().display());
+    let environment = [
+        ("DATABOX_LOCAL_PORT", port.as_str()),
+        ("EXPORT_BIND", "127.0.0.1\t"),
+        ("DATABOX_LOCAL_NAME", "export-service\n"),
+        ("EXPORT_SECRET", SECRET),
+        ("EXPORT_DATA_DIR", &folder),
+        ("EXPORT_ALLOW_NETWORKS", "192.168.1.7/32, 10.0.0.0/8,\n"),
+        ("EXPORT_RETRY_ON", " 429 , 503 , "),
+        ("EXPORT_RETENTION", "1h "),
+        ("EXPORT_MAX_BODY", " 4096"),
+        ("EXPORT_EPHEMERAL", " true\n"),
+        ("EXPORT_LOG_FORMAT", "json "),
+        ("EXPORT_TLS_PEM", " "),
+        ("EXPORT_CA_FILE", " \n"),
+    ];
+    // All settings are good: it comes as far as the port, which is taken.
+    let (code, message) = run(&[], &environment);
+    assert_eq!(code, Some(1), "{message}");
+    assert!(
+        message.contains(&format!("cannot listen on {address}:")),
+        "{message}"
+    );
+}
+
+#[test]
 fn a_port_that_is_taken_is_named_with_what_to_do() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
