@@ -54,6 +54,7 @@ fn tokens_minted_by_pymacaroons_export_in_every_format_and_header() {
         json!({"version": 2, "json": true, "identifier": "an app", "location": "somewhere"}),
         json!({"later": ["time < 2100-01-01T00:00:00Z", "method = post", "path = /ex*"]}),
         json!({"later": ["time < 4102444800"], "version": 2}),
+        json!({"later": ["time < 4102444800.25", "time < 2100-01-01T00:00:00.250+01:00"]}),
     ] {
         let token = peer.mint(url, &more);
         let padded = format!("{token}{}", "=".repeat((4 - token.len() % 4) % 4));
@@ -160,6 +161,8 @@ fn forged_cut_expired_and_incomplete_tokens_all_get_401() {
         "time < 2001-01-01T00:00:00Z",
         "time < 1000000000",
         "time < never",
+        "time < 1900000000000",
+        "time < 1000000000.5",
         "colour = green",
         "",
     ] {
@@ -177,6 +180,12 @@ fn forged_cut_expired_and_incomplete_tokens_all_get_401() {
                 "{what}"
             );
             assert!(response.header("www-authenticate").is_some());
+            let says = |words: &str| response.body.contains(words);
+            match *what {
+                "time < never" | "time < 1900000000000" => assert!(says("can be read"), "{what}"),
+                "time < 1000000000.5" => assert!(says("has expired"), "{what}"),
+                _ => {}
+            }
             assert!(
                 token.is_empty() || !response.body.contains(token.as_str()),
                 "{what}"

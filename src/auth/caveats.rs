@@ -6,7 +6,7 @@
 //!
 //! Not here: whether the macaroon that holds them is genuine ([`super::macaroon`]).
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -71,7 +71,8 @@ pub fn check(macaroon: &Macaroon, request: &Request<'_>, now: SystemTime) -> Res
         } else if let Some(url) = text.strip_prefix("destination = ") {
             destinations.push(url.to_owned());
         } else if let Some(limit) = text.strip_prefix("time < ") {
-            hold(is_before(now, limit), Denial::Expired)?;
+            let end = moment(limit).ok_or(Denial::UnreadableTime)?;
+            hold(since_epoch(now) < end, Denial::Expired)?;
         } else {
             return Err(Denial::Unknown);
         }
@@ -97,17 +98,37 @@ fn path_matches(pattern: &str, path: &str) -> bool {
     }
 }
 
-/// Whether `now` is before `limit`, given in RFC 3339 or as whole Unix seconds. A limit that is
-/// neither is never before: a token must not outlive a mistyped expiry.
-fn is_before(now: SystemTime, limit: &str) -> bool {
-    if limit.bytes().all(|byte| byte.is_ascii_digit())
-        && let Ok(seconds) = limit.parse::<u64>()
-    {
-        return now
-            .duration_since(UNIX_EPOCH)
-            .is_ok_and(|since| since.as_secs() < seconds);
+/// The first second after the year 9999. No expiry lies there: a number of that size is one of
+/// milliseconds, which would let a token live for 55,000 years.
+const YEAR_10000: u64 = 253_402_300_800;
+const NANOS: i128 = 1_000_000_000;
+
+/// The moment that a text in RFC 3339 or in Unix seconds means, in nanoseconds since 1970; rounded up, so
+/// that a moment in whole nanoseconds is before it exactly where it is before the text's.
+fn moment(text: &str) -> Option<i128> {
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let (seconds, fraction) = text.split_once('.').unwrap_or((text, "0"));
+    if !is_number(seconds) || !is_number(fraction) {
+        let moment = OffsetDateTime::parse(text, &Rfc3339).ok()?;
+        return Some(moment.unix_timestamp_nanos());
     }
-    OffsetDateTime::parse(limit, &Rfc3339).is_ok_and(|limit| OffsetDateTime::from(now) < limit)
+    let seconds: u64 = seconds.parse().ok()?;
+    if seconds >= YEAR_10000 {
+        return None;
+    }
+    let (nanos, rest) = fraction.split_at(fraction.len().min(9));
+    let nanos: i128 = format!("{nanos:0<9}").parse().ok()?;
+    let rest = rest.bytes().any(|digit| digit != b'0');
+    Some(i128::from(seconds) * NANOS + nanos + i128::from(rest))
+}
+
+/// A moment in nanoseconds since 1970.
+fn since_epoch(moment: SystemTime) -> i128 {
+    let nanos = |time: Duration| i128::try_from(time.as_nanos()).unwrap_or(i128::MAX);
+    match moment.duration_since(UNIX_EPOCH) {
+        Ok(since) => nanos(since),
+        Err(before) => -nanos(before.duration()),
+    }
 }
 
 #[cfg(test)]
@@ -115,7 +136,6 @@ mod tests {
     use super::*;
     use crate::auth::Key;
     use proptest::prelude::*;
-    use std::time::Duration;
 
     const FULL: [&str; 4] = [
         "target = export-service",
@@ -229,24 +249,138 @@ mod tests {
     }
 
     #[test]
-    fn an_expiry_that_cannot_be_read_never_holds() {
+    fn an_expiry_that_cannot_be_read_never_holds_and_is_not_called_over() {
         for limit in [
             "",
             "tomorrow",
             "-1",
             "+5",
+            " 5",
+            "5 ",
+            "5.",
+            ".5",
+            ".",
+            "5.5.5",
+            "5,5",
+            "5.-5",
+            "0x5",
+            "1_700_000_000",
+            "\u{ff15}",
             "99999999999999999999999",
+            // What Date.now() says: milliseconds.
+            "1700000000000",
+            "1700000000000.5",
+            "253402300800",
+            "253402300800.0",
             "2023-11-14",
+            "2023-11-14T22:13:20",
+            "10000-01-01T00:00:00Z",
             "1e12",
+            "Infinity",
+            "NaN",
         ] {
-            assert!(!is_before(at(0), limit), "{limit}");
+            let expiry = format!("time < {limit}");
+            let caveats = [&FULL[..], &[expiry.as_str()]].concat();
+            assert_eq!(denial(&caveats), Some(Denial::UnreadableTime), "{limit}");
         }
+        assert_ne!(
+            Denial::UnreadableTime.to_string(),
+            Denial::Expired.to_string()
+        );
+    }
+
+    #[test]
+    fn the_last_times_of_the_year_9999_can_be_read() {
+        let last = at(253_402_300_799);
+        for (limit, holds) in [
+            ("253402300799", false),
+            ("253402300799.9", true),
+            ("9999-12-31T23:59:59Z", false),
+            ("9999-12-31T23:59:59.999999999Z", true),
+            ("9999-12-31T23:59:59-23:59", true),
+        ] {
+            let expiry = format!("time < {limit}");
+            let caveats = [&FULL[..], &[expiry.as_str()]].concat();
+            let late = checked(&caveats, "/export", last).err();
+            assert_eq!(late, (!holds).then_some(Denial::Expired), "{limit}");
+        }
+    }
+
+    #[test]
+    fn fractions_of_a_second_count_in_both_notations() {
+        let now = at(1_700_000_000) + Duration::from_millis(500);
+        for (limit, holds) in [
+            ("1700000000.5", false),
+            ("1700000000.500000000", false),
+            ("1700000000.50000000000000000000000000001", true),
+            ("1700000000.500000001", true),
+            ("1700000000.51", true),
+            ("1700000000.499999999999", false),
+            ("1700000000", false),
+            ("1700000001", true),
+            ("001700000000.6", true),
+            ("2023-11-14T22:13:20.5Z", false),
+            ("2023-11-14T22:13:20.500000001Z", true),
+            ("2023-11-14T23:13:20.6+01:00", true),
+            ("2023-11-14T22:13:20Z", false),
+        ] {
+            assert_eq!(
+                moment(limit).map(|end| since_epoch(now) < end),
+                Some(holds),
+                "{limit}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_clock_before_1970_is_before_every_expiry() {
+        let now = UNIX_EPOCH - Duration::from_secs(5);
+        assert!(since_epoch(now) < moment("0").unwrap());
+        assert!(since_epoch(now) > moment("1969-12-31T23:59:54Z").unwrap());
     }
 
     proptest! {
         #[test]
-        fn no_expiry_makes_the_reader_panic(limit in ".{0,40}", now in 0_u64..1 << 40) {
-            let _ = is_before(at(now), &limit);
+        fn no_expiry_makes_the_reader_panic(limit in ".{0,40}", now in any::<u32>()) {
+            let expiry = format!("time < {limit}");
+            let caveats = [&FULL[..], &[expiry.as_str()]].concat();
+            let _ = checked(&caveats, "/export", at(now.into()));
+        }
+
+        #[test]
+        fn unix_seconds_are_compared_exactly(
+            seconds in 0_u64..253_402_300_800,
+            fraction in "([0-9]{1,20})?",
+            earlier in -2_i64..=2,
+            nanos in prop_oneof![Just(0_u32), Just(999_999_999), 0..1_000_000_000_u32],
+            same in any::<bool>(),
+        ) {
+            let padded = format!("{fraction:0<20}");
+            let nanos = if same { padded[..9].parse().unwrap() } else { nanos };
+            let now_seconds = seconds.saturating_add_signed(earlier);
+            let now = at(now_seconds) + Duration::from_nanos(nanos.into());
+            let limit = if fraction.is_empty() {
+                seconds.to_string()
+            } else {
+                format!("{seconds}.{fraction}")
+            };
+            // The same numbers, as digits of one length.
+            let holds = format!("{now_seconds:0>20}{nanos:0>9}{:0<11}", "")
+                < format!("{seconds:0>20}{padded}");
+            prop_assert_eq!(since_epoch(now) < moment(&limit).unwrap(), holds);
+        }
+
+        #[test]
+        fn both_notations_mean_the_same(seconds in 0_u64..253_402_300_800, nanos in 0_u32..1_000_000_000) {
+            let end = at(seconds) + Duration::from_nanos(nanos.into());
+            let text = humantime::format_rfc3339_nanos(end).to_string();
+            prop_assert_eq!(moment(&text), moment(&format!("{seconds}.{nanos:0>9}")));
+            prop_assert_eq!(moment(&text), Some(since_epoch(end)));
+        }
+
+        #[test]
+        fn seconds_beyond_the_year_9999_are_never_read(seconds in 253_402_300_800_u64.., fraction in "(\\.[0-9]{1,9})?") {
+            prop_assert_eq!(moment(&format!("{seconds}{fraction}")), None);
         }
     }
 }

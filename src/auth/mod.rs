@@ -74,8 +74,10 @@ pub enum Denial {
     Missing(Need),
     /// A caveat that is there does not hold for this request.
     Unmet(Need),
-    /// A `time <` caveat lies in the past, or its time cannot be read.
+    /// The time of a `time <` caveat is over.
     Expired,
+    /// What a `time <` caveat holds is no time, so a mistyped expiry is not one that never comes.
+    UnreadableTime,
     /// The token holds a caveat that this service does not know, so it cannot hold.
     Unknown,
 }
@@ -106,8 +108,12 @@ impl fmt::Display for Denial {
                 need.name()
             ),
             Self::Expired => {
-                f.write_str("the token's `time <` caveat does not hold (any more): ask for a new token")
+                f.write_str("the token has expired, by its `time <` caveat: ask for a new one")
             }
+            Self::UnreadableTime => f.write_str(
+                "the token's `time <` caveat holds no time that can be read: ask for one with RFC 3339 \
+                 like 2030-01-31T08:00:00Z, or with Unix seconds (not milliseconds) before the year 10000",
+            ),
             Self::Unknown => f.write_str(
                 "the token has a caveat that this service does not know, so it can never hold",
             ),
