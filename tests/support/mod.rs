@@ -54,6 +54,14 @@ impl Drop for Ends<'_> {
     }
 }
 
+/// Says that this test could not run here. It is seen in the output of a whole run too: only what the
+/// print macros write is captured.
+fn not_run(why: &str) {
+    let current = thread::current();
+    let test = current.name().unwrap_or("a test");
+    let _ = writeln!(std::io::stderr(), "NOT RUN: {test}: {why}");
+}
+
 /// Waits for a process to end by itself.
 pub fn exited(child: &mut Child) -> ExitStatus {
     let deadline = Instant::now() + PATIENCE;
@@ -189,6 +197,7 @@ impl Service {
         use std::os::unix::fs::{MetadataExt, PermissionsExt};
         let folder = Arc::new(tempfile::tempdir().unwrap());
         if std::fs::metadata(folder.path()).unwrap().uid() != 0 {
+            not_run("only root can run the service as another user");
             return None;
         }
         let everyone = PermissionsExt::from_mode(0o777);
@@ -235,8 +244,20 @@ impl Service {
     }
 
     /// A service whose data folder is a disk of so many bytes, half of them taken by a file of
-    /// somebody else's.
-    pub fn start_on_small_disk(bytes: u64) -> Self {
+    /// somebody else's; none where the system lets nobody make such a disk.
+    pub fn start_on_small_disk(bytes: u64) -> Option<Self> {
+        let own_mounts = ["--map-root-user", "--mount"];
+        let tried = Command::new("unshare")
+            .args(own_mounts)
+            .args(["mount", "-t", "tmpfs", "tmpfs", "/mnt"])
+            .output()
+            .unwrap();
+        if !tried.status.success() {
+            not_run(
+                "a disk of its own takes a user namespace with mounts, which is not allowed here",
+            );
+            return None;
+        }
         let folder = Arc::new(tempfile::tempdir().unwrap());
         let data = folder.path().join("data");
         std::fs::create_dir(&data).unwrap();
@@ -249,16 +270,11 @@ impl Service {
         );
         // A mount that nobody else sees, and that ends with the process.
         let mut command = Command::new("unshare");
-        command.args([
-            "--map-root-user",
-            "--mount",
-            "sh",
-            "-c",
-            &script,
-            "export-service",
-        ]);
+        command
+            .args(own_mounts)
+            .args(["sh", "-c", &script, "export-service"]);
         let arguments = ["--allow-network", LOOPBACK];
-        Self::launch(folder, command, Some(SECRET), &arguments)
+        Some(Self::launch(folder, command, Some(SECRET), &arguments))
     }
 
     /// Removes the file of somebody else's; see [`Service::start_on_small_disk`].
@@ -386,10 +402,33 @@ impl Service {
 
     /// How many threads of this name it has.
     pub fn threads(&self, name: &str) -> usize {
+        self.thread_states(name).len()
+    }
+
+    /// Whether all threads of this name wait for something.
+    pub fn waits(&self, name: &str) -> bool {
+        self.thread_states(name).iter().all(|state| *state == 'S')
+    }
+
+    fn thread_states(&self, name: &str) -> Vec<char> {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
-        let names =
-            tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
-        names.filter(|found| found.trim_end() == name).count()
+        let stats =
+            tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("stat")).ok());
+        let states = stats.filter_map(|stat| {
+            let (thread, state) = stat.split_once(") ")?;
+            let (_, found) = thread.split_once('(')?;
+            (found == name).then(|| state.chars().next())?
+        });
+        states.collect()
+    }
+
+    /// The CPU time that it has taken so far, all threads together; the kernel counts in 10 ms.
+    pub fn cpu_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+        let (_, fields) = stat.rsplit_once(") ").unwrap();
+        let ticks = fields.split(' ').skip(11).take(2);
+        let ticks: u64 = ticks.map(|field| field.parse::<u64>().unwrap()).sum();
+        Duration::from_millis(10 * ticks)
     }
 
     /// Sends a signal by its name, like `TERM`.
