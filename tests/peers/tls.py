@@ -1,8 +1,9 @@
-"""HTTPS servers with good and bad certificates, on OpenSSL: tls.py FOLDER
+"""HTTPS servers with good and bad certificates, on OpenSSL: tls.py FOLDER [NAME...]
 
 Writes the CA that most certificates are from to FOLDER/ca.pem, and prints one line of JSON: the
 port of each server by its name. Each answers every request with 200 and `ok`. For each line that
-it reads, it prints how many bytes of requests each server has received so far.
+it reads, it prints how many bytes of requests each server has received so far. Good certificates are for
+`localhost`, 127.0.0.1 and the further names.
 """
 
 import datetime
@@ -49,7 +50,8 @@ def pem(certificate):
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
-local = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+local = [x509.DNSName(name) for name in ["localhost", *sys.argv[2:]]]
+local += [x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
 other = [x509.DNSName("another.example")]
 ca_key, stranger_key = new_key(), new_key()
 ca = certificate("Home CA", ca_key, None, None, now - 30 * day, now + 30 * day, ca=True)

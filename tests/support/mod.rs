@@ -7,6 +7,8 @@
 // Each test file uses its own part of this.
 #![allow(dead_code)]
 
+pub mod network;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
