@@ -4,7 +4,7 @@
 mod support;
 
 use std::fs;
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -213,18 +213,46 @@ fn one_forbidden_address_among_good_ones_keeps_everything_back_until_it_is_gone(
         let service = service(&[]);
         let ids = submit_all(&service, URL, 3);
         waits_for(&service, URL, &ids, &["forbidden_address"]);
-        assert_eq!(check(URL, &[])["ok"], false);
-        // However far back it stands.
+        // However far back it stands, and however it is written.
         let mut many: Vec<_> = (1..=24).map(|last| format!("127.0.1.{last}")).collect();
         many.push("192.168.1.1".to_owned());
         let many: Vec<_> = many.iter().map(String::as_str).collect();
+        let sets = [
+            &[HERE, "192.168.1.1"],
+            &many[..],
+            &[HERE, "::ffff:192.168.1.1"],
+            &[HERE, "64:ff9b::c0a8:101"],
+            &[HERE, "fe80::1"],
+        ];
+        for set in sets {
+            names.now(stands_for(set));
+            let report = check(URL, &[]);
+            assert_eq!(report["ok"], false, "{report}");
+        }
         names.now(stands_for(&many));
-        service.event("failed", |line| line["attempt"] == 3);
+        service.event("failed", |line| line["attempt"] == 4);
         assert_eq!(ids_of(&destination), Vec::<String>::new());
-        assert_eq!(check(URL, &[])["ok"], false);
         names.now(stands_for(&[HERE]));
         arrive(&service, URL, &ids);
         assert_eq!(ids_of(&destination), ids);
+    });
+}
+
+#[test]
+fn a_name_that_always_stands_for_a_forbidden_address_is_given_up_in_time() {
+    alone(|_| {
+        let _names = NameServer::start(NAME_SERVER, stands_for(&["192.168.1.1"]));
+        let service = service(&["--give-up-after", "3s"]);
+        let ids = submit_all(&service, URL, 3);
+        for id in &ids {
+            let result = service.result(URL, id);
+            assert_eq!(result["status"], "403 Forbidden", "{result}");
+            assert_eq!(result["error"]["kind"], "forbidden_address", "{result}");
+        }
+        // The first of them was tried again and again.
+        let result = service.result(URL, &ids[0]);
+        let attempts = result["error"]["attempts"].as_u64().unwrap();
+        assert!(attempts > 1, "{result}");
     });
 }
 
@@ -255,7 +283,7 @@ fn certificates_that_do_not_fit_for_a_while_lose_nothing() {
         let (url, ca) = ("https://home.test:8000/in", servers.ca());
         let service = service(&["--ca-file", &ca]);
         let ids = submit_all(&service, url, 5);
-        let unfit = ["self_signed", "misnamed", "expired", "stranger"];
+        let unfit = ["self_signed", "misnamed", "expired", "early", "stranger"];
         for (attempt, kind) in (0..).zip(unfit) {
             *now.lock().unwrap() = servers.address(kind);
             service.events("failed", attempt + 1);
@@ -265,6 +293,34 @@ fn certificates_that_do_not_fit_for_a_while_lose_nothing() {
         *now.lock().unwrap() = servers.address("good");
         arrive(&service, url, &ids);
         assert_eq!(check(url, &["--ca-file", &ca])["ok"], true);
+    });
+}
+
+#[test]
+fn an_https_port_that_speaks_plain_http_for_a_while_loses_nothing() {
+    alone(|_| {
+        let _names = NameServer::start(NAME_SERVER, stands_for(&[HERE]));
+        let servers = TlsServers::start();
+        // A captive portal, which answers whatever is said to it.
+        let portal = TcpListener::bind("127.0.0.1:0").unwrap();
+        let now = Arc::new(Mutex::new(portal.local_addr().unwrap()));
+        thread::spawn(move || {
+            for stream in portal.incoming() {
+                let mut stream = stream.unwrap();
+                let mut hello = [0; 5];
+                let _ = stream.read_exact(&mut hello);
+                let _ = stream.write_all(b"HTTP/1.1 302 Found\r\nLocation: http://log.in/\r\n\r\n");
+            }
+        });
+        let target = now.clone();
+        relay(at(HERE), move || (Duration::ZERO, *target.lock().unwrap()));
+        let (url, ca) = ("https://home.test:8000/in", servers.ca());
+        let service = service(&["--ca-file", &ca]);
+        let ids = submit_all(&service, url, 3);
+        waits_for(&service, url, &ids, &["tls", "protocol", "closed"]);
+        assert_eq!(check(url, &["--ca-file", &ca])["ok"], false);
+        *now.lock().unwrap() = servers.address("good");
+        arrive(&service, url, &ids);
     });
 }
 
@@ -435,6 +491,17 @@ fn a_name_server_that_loses_the_first_packets_is_asked_again() {
         });
         let _destination = destination(HERE);
         arrives_at_once(URL, &[]);
+    });
+}
+
+#[test]
+fn a_look_up_that_takes_longer_than_an_attempt_is_of_use_to_the_next() {
+    alone(|network| {
+        let _silent = NameServer::start("127.0.0.51", silent);
+        let _answering = after(network, &["127.0.0.51"]);
+        let service = service(&["--attempt-timeout", "4s"]);
+        let ids = submit_all(&service, URL, 3);
+        arrive(&service, URL, &ids);
     });
 }
 
@@ -812,25 +879,8 @@ fn another_machine_is_not_this_service_where_any_address_can_be_bound_to() {
             let report = check(&url, &["--port", &own_port]);
             assert_eq!(report["ok"], true, "{report}");
         }
-        // Itself, at each of its addresses.
-        let own = [
-            "127.0.0.1",
-            "127.9.9.9",
-            "10.77.0.1",
-            "[fd77::1]",
-            "[::1]",
-            "[::ffff:127.0.0.1]",
-            "0.0.0.0",
-        ];
-        for host in own {
-            let url = format!("http://{host}:{port}/export");
-            let id = service.submit(&url, &payload(1));
-            let result = service.result(&url, &id);
-            assert_eq!(result["status_code"], 403, "{host}: {result}");
-            assert_eq!(result["error"]["kind"], "forbidden_address", "{result}");
-            assert_eq!(check(&url, &["--port", &own_port])["ok"], false);
-        }
-        // A name may stand for another machine later.
+        // Itself is still refused; by a name for now, which may stand for another machine later.
+        is_never_sent_to(&service, &["10.77.0.1", "[fd77::1]"]);
         for address in ["10.77.0.1", "127.0.0.1", "fd77::1"] {
             names.now(stands_for(&[address]));
             let url = format!("http://{}.test:{port}/in", address.replace([':', '.'], "-"));
@@ -842,16 +892,42 @@ fn another_machine_is_not_this_service_where_any_address_can_be_bound_to() {
     });
 }
 
-#[test]
-fn an_address_that_comes_later_is_not_sent_to_when_it_is_this_service() {
-    alone(|network| {
-        let service = service(&[]);
-        let port = service.address.port();
-        network.run("ip address add 10.88.0.1/32 dev lo");
-        let url = format!("http://10.88.0.1:{port}/export");
+/// A service, whose port is open at all of these addresses, is no destination there.
+fn is_never_sent_to(service: &Service, own: &[&str]) {
+    let port = service.address.port();
+    let always = [
+        "127.0.0.1",
+        "127.9.9.9",
+        "[::1]",
+        "[::ffff:127.0.0.1]",
+        "0.0.0.0",
+        "[::]",
+    ];
+    for host in own.iter().chain(&always) {
+        let url = format!("http://{host}:{port}/export");
         let id = service.submit(&url, &payload(1));
         let result = service.result(&url, &id);
-        assert_eq!(result["status_code"], 403, "{result}");
+        assert_eq!(result["status_code"], 403, "{host}: {result}");
+        assert_eq!(result["error"]["kind"], "forbidden_address", "{result}");
+        let port = port.to_string();
+        let arguments = ["--allow-network", "0.0.0.0/0,::/0", "--port", &port];
+        let report = check(&url, &arguments);
+        assert_eq!(report["ok"], false, "{report}");
+    }
+}
+
+#[test]
+fn no_address_of_the_service_itself_is_sent_to_whatever_is_allowed() {
+    alone(|network| {
+        let service = service(&["--allow-network", "0.0.0.0/0,::/0"]);
+        // They need not be there at the start, nor each by itself.
+        network.run(
+            "ip address add 10.88.0.1/32 dev lo
+             ip -6 address add fd88::1/128 dev lo nodad
+             ip route add local 10.99.0.0/24 dev lo",
+        );
+        let own = ["10.88.0.1", "[fd88::1]", "[::ffff:10.88.0.1]", "10.99.0.7"];
+        is_never_sent_to(&service, &own);
     });
 }
 
