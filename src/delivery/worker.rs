@@ -377,7 +377,8 @@ fn log_attempt(export: &Export, bytes: usize, took: Duration, outcome: &Outcome,
     let attempt = export.attempts + 1;
     match outcome {
         Outcome::Answered(answer) if again => log::warn!(
-            id:%, destination, bytes, attempt, kind = "status", status = answer.status, ms;
+            id:%, destination, bytes, attempt, kind = "status", status = answer.status,
+            response_bytes = answer.body.len(), ms;
             "failed"
         ),
         Outcome::Answered(answer) => log::info!(
