@@ -33,7 +33,7 @@ const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 /// makes them up.
 const NAMES: usize = 1024;
 /// The addresses of a name that are used.
-pub const MOST_ADDRESSES: usize = 16;
+const MOST_ADDRESSES: usize = 64;
 
 /// Why a name has no address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -530,7 +530,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn families_take_turns_and_keep_their_order(v6 in 0_u16..20, v4 in 0_u8..20) {
+        fn families_take_turns_and_keep_their_order(v6 in 0_u16..80, v4 in 0_u8..80) {
             let six: Vec<_> = (0..v6).map(|n| SocketAddr::from(([0x2001, 0, 0, 0, 0, 0, 0, n], 0))).collect();
             let four: Vec<_> = (0..v4).map(|n| SocketAddr::from(([192, 0, 2, n], 0))).collect();
             let all = in_turns(six.clone(), four.clone());

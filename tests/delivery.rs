@@ -13,13 +13,13 @@ use std::time::{Duration, Instant};
 
 use export_service::delivery::addresses::{self, Rules};
 use export_service::delivery::attempt::{Client, Kind, Outcome, Settings};
+use export_service::delivery::connect::LookUp;
 use export_service::delivery::tls::Trust;
+use export_service::dial::LookUpError;
 use serde_json::{Value, json};
 use support::{
     Destination, PATIENCE, Reaction, Response, Service, ok, payload, python, root, token, token_of,
 };
-use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
-use ureq::unversioned::transport::NextTimeout;
 
 /// A URL where nothing listens, and the address to listen on to change that.
 fn nowhere() -> (String, SocketAddr) {
@@ -738,17 +738,10 @@ struct Rebinding {
     lookups: AtomicUsize,
 }
 
-impl Resolver for Rebinding {
-    fn resolve(
-        &self,
-        _: &ureq::http::Uri,
-        _: &ureq::config::Config,
-        _: NextTimeout,
-    ) -> Result<ResolvedSocketAddrs, ureq::Error> {
+impl LookUp for Rebinding {
+    fn look_up(&self, _: &str, _: u16, _: Instant) -> Result<Vec<SocketAddr>, LookUpError> {
         let first = self.lookups.fetch_add(1, Ordering::Relaxed) == 0;
-        let mut found = self.empty();
-        found.push(if first { self.first } else { self.then });
-        Ok(found)
+        Ok(vec![if first { self.first } else { self.then }])
     }
 }
 

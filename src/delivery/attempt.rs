@@ -9,11 +9,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ureq::Agent;
 use ureq::http::header;
-use ureq::unversioned::resolver::Resolver;
 use uuid::Uuid;
 
 use super::addresses::{Destination, Forbidden, Rules};
-use super::connect::{self, Dialler, JudgingResolver, Step, is_closed};
+use super::connect::{self, Dialler, JudgingResolver, LookUp, Step, is_closed};
 use super::response::NotHttp;
 use super::signature::SigningKey;
 use super::tls::{self, Trust};
@@ -145,7 +144,7 @@ impl Client {
     }
 
     /// A client that has `names` look names up.
-    pub fn with_names(settings: Settings, names: impl Resolver) -> Self {
+    pub fn with_names(settings: Settings, names: impl LookUp) -> Self {
         let Settings {
             timeout,
             max_response,

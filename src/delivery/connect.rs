@@ -9,6 +9,7 @@
 
 use std::cell::RefCell;
 use std::fmt;
+use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
@@ -73,78 +74,89 @@ fn set_step(step: Step) {
     PROGRESS.with_borrow_mut(|progress| progress.step = step);
 }
 
+/// Says which addresses a host has, as [`Names::look_up`] does.
+pub trait LookUp: fmt::Debug + Send + Sync + 'static {
+    /// The addresses of a host with this port. Blocks until `deadline` at the most.
+    ///
+    /// # Errors
+    /// Why there is none.
+    fn look_up(
+        &self,
+        host: &str,
+        port: u16,
+        deadline: Instant,
+    ) -> Result<Vec<SocketAddr>, LookUpError>;
+}
+
+impl LookUp for Names {
+    fn look_up(
+        &self,
+        host: &str,
+        port: u16,
+        deadline: Instant,
+    ) -> Result<Vec<SocketAddr>, LookUpError> {
+        Names::look_up(self, host, port, deadline)
+    }
+}
+
 /// Looks a destination up and lets its addresses pass only if all of them may be sent to.
 #[derive(Debug)]
-pub struct JudgingResolver<R> {
+pub struct JudgingResolver<L> {
     /// What says which addresses a name has.
-    pub names: R,
+    pub names: L,
     /// Which addresses may be sent to.
     pub rules: Rules,
 }
 
-impl<R: Resolver> Resolver for JudgingResolver<R> {
-    fn resolve(
-        &self,
-        uri: &Uri,
-        config: &ureq::config::Config,
-        timeout: NextTimeout,
-    ) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        let found = self.names.resolve(uri, config, timeout)?;
-        let encrypted = uri.scheme_str() == Some("https");
-        for address in found.iter() {
-            self.rules
-                .judge(*address, encrypted, is_own)
-                .map_err(|forbidden| ureq::Error::Other(forbidden.into()))?;
-        }
-        PROGRESS.with_borrow_mut(|progress| {
-            progress.step = Step::Judged;
-            progress.judged.clear();
-            progress.judged.extend(found.iter());
-        });
-        Ok(found)
-    }
-}
-
-impl Resolver for Names {
+impl<L: LookUp> Resolver for JudgingResolver<L> {
     fn resolve(
         &self,
         uri: &Uri,
         _: &ureq::config::Config,
         timeout: NextTimeout,
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        let default = if uri.scheme_str() == Some("https") {
-            443
-        } else {
-            80
-        };
-        let port = uri.port_u16().unwrap_or(default);
+        let encrypted = uri.scheme_str() == Some("https");
+        let port = uri.port_u16().unwrap_or(if encrypted { 443 } else { 80 });
         let host = bare(uri.host().unwrap_or_default());
-        let addresses = self.look_up(host, port, deadline(timeout));
-        let addresses = addresses.map_err(|error| match error {
+        let found = self.names.look_up(host, port, deadline(timeout));
+        let found = found.map_err(|error| match error {
             LookUpError::TooSlow => ureq::Error::Timeout(timeout.reason),
             error => ureq::Error::Other(error.into()),
         })?;
-        let mut found = self.empty();
-        for address in addresses.into_iter().take(dial::MOST_ADDRESSES) {
-            found.push(address);
+        for address in &found {
+            self.rules
+                .judge(*address, encrypted, is_own)
+                .map_err(|forbidden| ureq::Error::Other(forbidden.into()))?;
         }
-        if found.is_empty() {
-            return Err(ureq::Error::HostNotFound);
-        }
-        Ok(found)
+        // ureq has room for a few, and wants to see one; all of them are dialled.
+        let mut seen = self.empty();
+        seen.push(*found.first().ok_or(ureq::Error::HostNotFound)?);
+        PROGRESS.with_borrow_mut(|progress| {
+            progress.step = Step::Judged;
+            progress.judged = found;
+        });
+        Ok(seen)
     }
 }
 
 /// Whether an address is one of this machine's.
 pub fn is_own(ip: IpAddr) -> bool {
-    if ip.is_loopback() {
-        return true;
-    }
+    // Only those can be bound to, unless the system was told to let any be.
+    ip.is_loopback()
+        || UdpSocket::bind((ip, 0)).is_ok() && (!any_can_be_bound_to(ip) || has_interface(ip))
+}
+
+fn any_can_be_bound_to(ip: IpAddr) -> bool {
+    let family = if ip.is_ipv4() { "ipv4" } else { "ipv6" };
+    let setting = fs::read_to_string(format!("/proc/sys/net/{family}/ip_nonlocal_bind"));
+    setting.is_ok_and(|setting| setting.trim() != "0")
+}
+
+/// True also where the system does not tell.
+fn has_interface(ip: IpAddr) -> bool {
     match if_addrs::get_if_addrs() {
-        Ok(all) => all.iter().any(|interface| interface.ip() == ip),
-        // Without leave to list them: only those can be bound to, unless net.ipv4.ip_nonlocal_bind
-        // says otherwise.
-        Err(_) => UdpSocket::bind((ip, 0)).is_ok(),
+        Ok(interfaces) => interfaces.iter().any(|interface| interface.ip() == ip),
+        Err(_) => true,
     }
 }
 
@@ -176,7 +188,8 @@ impl Connector for Dialler {
         };
         set_step(Step::Connecting);
         let host = bare(details.uri.host().unwrap_or_default());
-        let stream = dial::connect(&details.addrs, deadline).map_err(in_time)?;
+        let judged = PROGRESS.with_borrow(|progress| progress.judged.clone());
+        let stream = dial::connect(&judged, deadline).map_err(in_time)?;
         stream.set_nodelay(true)?;
         let peer = stream.peer_addr()?;
         let socket = Socket::new(stream, deadline);
