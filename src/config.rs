@@ -339,7 +339,7 @@ pub struct ServeArgs {
     /// Largest request body in bytes
     #[arg(long, env = "EXPORT_MAX_BODY", default_value_t = 1024 * 1024, value_parser = Trimmed(str::parse::<usize>))]
     max_body: usize,
-    /// Unfinished exports that one owner may have
+    /// Unfinished exports that one queue may have: those of one token identifier to one destination
     #[arg(long, env = "EXPORT_MAX_PENDING", default_value_t = 10_000, value_parser = Trimmed(str::parse::<usize>))]
     max_pending: usize,
     /// Bytes that all exports and results together may take on disk
@@ -350,7 +350,8 @@ pub struct ServeArgs {
     /// Statuses that count as failed attempts, like 429,503
     #[arg(long, env = "EXPORT_RETRY_ON", value_name = "STATUS,…")]
     retry_on: Vec<String>,
-    /// How long an export is tried again after it was accepted
+    /// How long an export is tried again while its queue fails; time off, and time in which others of
+    /// its queue are delivered, does not count
     #[arg(long, env = "EXPORT_GIVE_UP_AFTER", default_value = "24h", value_parser = Trimmed(humantime::parse_duration))]
     give_up_after: Duration,
     /// How long one attempt may take, the response's body included
@@ -517,6 +518,7 @@ impl ServeArgs {
             ));
         }
         let level = i16::from(self.verbose) - i16::from(self.quiet);
+        let rules = self.destinations.rules(self.listen.port)?;
         Ok(Config {
             address: self.listen.address(),
             secret: match self.secret.key()? {
@@ -544,17 +546,18 @@ impl ServeArgs {
                 max_pending: self.max_pending,
                 max_store: self.max_store,
             },
-            attempts: attempt::Settings {
-                timeout: self.attempt_timeout,
-                max_response: self.max_response,
-                rules: self.destinations.rules(self.listen.port)?,
-                trust: self.destinations.trust()?,
-                signing_key,
-            },
             worker: worker::Settings {
                 give_up_after: self.give_up_after,
                 retry_on,
+                plain_allowed: !rules.allowed.is_empty(),
                 max_relieved: self.max_relieved,
+            },
+            attempts: attempt::Settings {
+                timeout: self.attempt_timeout,
+                max_response: self.max_response,
+                rules,
+                trust: self.destinations.trust()?,
+                signing_key,
             },
             log_format: self.log_format,
             log_level: match level {

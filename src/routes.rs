@@ -216,7 +216,7 @@ impl fmt::Display for Refusal {
                 "no export with this id belongs to this token and uri: it may have expired",
             ),
             Self::Export(exports::Error::KeyReused) => f.write_str(
-                "this Idempotency-Key was used for another uri or other data: use a new key for a new export",
+                "this Idempotency-Key was used for other data to this destination: use a new key for a new export",
             ),
             Self::Export(exports::Error::Overloaded) => {
                 f.write_str("the disk does not keep up with submissions: try again later")
@@ -226,8 +226,8 @@ impl fmt::Display for Refusal {
             ),
             Self::Export(exports::Error::TooMany(pending)) => write!(
                 f,
-                "{pending} exports of this token's identifier are not finished yet: wait for some, \
-                 or raise --max-pending"
+                "{pending} exports of this token's identifier to this destination are not finished yet: \
+                 wait for some, or raise --max-pending"
             ),
             Self::Export(exports::Error::StoreFull) => f.write_str(
                 "the store has reached --max-store: wait until exports are delivered and results \

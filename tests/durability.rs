@@ -318,6 +318,173 @@ fn a_store_of_a_newer_version_or_of_another_program_is_refused() {
     );
 }
 
+/// What the first release made of a new file.
+const VERSION_1: &str = "
+    CREATE TABLE exports (
+        seq             INTEGER PRIMARY KEY,
+        id              TEXT NOT NULL UNIQUE,
+        owner           BLOB NOT NULL,
+        destination     TEXT NOT NULL,
+        payload         BLOB,
+        accepted_at     INTEGER NOT NULL,
+        finished_at     INTEGER,
+        response        TEXT,
+        attempts        INTEGER NOT NULL DEFAULT 0,
+        last_error      TEXT,
+        failures        INTEGER NOT NULL DEFAULT 0,
+        next_attempt_at INTEGER,
+        turn            INTEGER,
+        moved_at        INTEGER,
+        idempotency_key TEXT,
+        fingerprint     BLOB
+    ) STRICT;
+    CREATE INDEX unfinished ON exports (seq) WHERE finished_at IS NULL;
+    CREATE INDEX finished ON exports (finished_at) WHERE finished_at IS NOT NULL;
+    CREATE INDEX delayed ON exports (owner, destination) WHERE failures > 0;
+    CREATE UNIQUE INDEX repeats ON exports (owner, idempotency_key)
+        WHERE idempotency_key IS NOT NULL;
+    PRAGMA application_id = 0x45585053;
+    PRAGMA user_version = 1;
+    PRAGMA journal_mode = WAL;
+";
+
+fn version(file: &Path) -> i32 {
+    let store = Connection::open(file).unwrap();
+    store
+        .pragma_query_value(None, "user_version", |row| row.get(0))
+        .unwrap()
+}
+
+/// A folder of the first release, with its file filled by these statements.
+fn old_folder(statements: &str) -> (Service, std::path::PathBuf) {
+    // A service of now has made the folder, and is not running when the file is replaced.
+    let mut service = Service::start(&["--retention", "365000d"]);
+    service.signal("KILL");
+    service.ended();
+    let file = service.folder().join("exports.db");
+    for end in ["", "-wal", "-shm"] {
+        let _ = fs::remove_file(format!("{}{end}", file.display()));
+    }
+    let store = Connection::open(&file).unwrap();
+    store.execute_batch(VERSION_1).unwrap();
+    store.execute_batch(statements).unwrap();
+    drop(store);
+    assert_eq!(version(&file), 1);
+    (service, file)
+}
+
+fn uuid(number: u32) -> String {
+    format!("01890a5d-ac96-774b-bcce-{number:012}")
+}
+
+#[test]
+fn a_folder_of_the_first_release_is_taken_over_with_all_that_is_in_it() {
+    let (url, address) = support::nowhere();
+    let error = r#"{"kind":"connect","message":"as it was"}"#;
+    let year_ago = "unixepoch() * 1000 - 31536000000";
+    let waiting = |number: u32, rest: &str| {
+        format!(
+            "INSERT INTO exports (seq, id, owner, destination, payload, accepted_at, attempts,
+                 last_error, failures, next_attempt_at, turn, moved_at, idempotency_key, fingerprint)
+             VALUES ({number}, '{}', x'', '{url}', CAST('[{number}]' AS BLOB), {year_ago}, {rest});",
+            uuid(number)
+        )
+    };
+    let failed = |attempts, failures, wait| {
+        format!("{attempts}, '{error}', {failures}, unixepoch() * 1000 + {wait}")
+    };
+    let (service, file) = old_folder(
+        &[
+            // The first two went behind the third, the second one first. The fourth has no failure.
+            waiting(1, &format!("{}, 3, 2000, NULL, NULL", failed(2, 1, -5000))),
+            waiting(2, &format!("{}, 3, 1000, NULL, NULL", failed(7, 2, 4000))),
+            waiting(3, "0, NULL, 0, NULL, NULL, NULL, 'key', x'00'"),
+            waiting(4, "0, NULL, 0, NULL, NULL, NULL, NULL, NULL"),
+            format!(
+                "INSERT INTO exports (seq, id, owner, destination, accepted_at, finished_at, response)
+                 VALUES (5, '{}', x'', '{url}', {year_ago}, {year_ago}, '{{\"status_code\":201}}')",
+                uuid(5)
+            ),
+        ]
+        .join("\n"),
+    );
+    let service = service.kill_and_restart();
+    assert_eq!(version(&file), 2);
+    assert_eq!(service.event("starting", |_| true)["unfinished"], 4);
+    assert_eq!(service.result(&url, &uuid(5))["status_code"], 201);
+    let poll = |number: u32| {
+        let body = json!({"id": uuid(number)});
+        service.post("/export", &token(&url), &body).json()
+    };
+    assert_eq!(poll(2)["attempts"], 7);
+    for number in [2, 4] {
+        let waiting = poll(number);
+        assert_eq!(waiting["last_error"]["message"], "as it was", "{waiting}");
+        let wait = waiting["next_attempt_in"].as_f64().unwrap();
+        assert!(
+            wait > 0.0 && wait <= 4.0,
+            "the queue's wait goes on: {wait}"
+        );
+    }
+    let body = json!({"uri": url, "data": [9]}).to_string();
+    let headers = [("X-Api-Key", &*token(&url)), ("Idempotency-Key", "key")];
+    let conflict = service.request("POST", "/export", &headers, body.as_bytes());
+    assert_eq!(conflict.status, 409, "the key is still known");
+    let destination = Destination::start_at(address, |_| ok());
+    // None is given up for its age.
+    for number in [3, 2, 1, 4] {
+        assert_eq!(destination.arrival().text(), format!("[{number}]"));
+        assert_eq!(service.result(&url, &uuid(number))["status_code"], 200);
+    }
+}
+
+#[test]
+fn a_kill_while_a_folder_is_taken_over_leaves_it_as_it_was_or_all_of_it_new() {
+    let rows = 20_000;
+    let (service, file) = old_folder(&format!(
+        "INSERT INTO exports (seq, id, owner, destination, accepted_at, finished_at, response,
+             idempotency_key, fingerprint)
+         WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < {rows})
+         SELECT n, format('01890a5d-ac96-774b-bcce-%012d', n), x'', 'https://a.example/',
+             unixepoch() * 1000, unixepoch() * 1000, '{{\"status_code\":200}}', 'key ' || n, x'00'
+         FROM numbers"
+    ));
+    let mut versions = Vec::new();
+    for step in 0..40 {
+        let mut child = command()
+            .args(["--port", "0", "--bind", "127.0.0.1", "--data-dir"])
+            .arg(service.folder())
+            .env("EXPORT_SECRET", SECRET)
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        thread::sleep(Duration::from_millis(5 * step));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        versions.push(version(&file));
+        let store = Connection::open(&file).unwrap();
+        let count = |sql: &str| {
+            store
+                .query_row(sql, [], |row| row.get::<_, u32>(0))
+                .unwrap()
+        };
+        assert_eq!(count("SELECT count(*) FROM exports"), rows);
+        let new = "SELECT count(*) FROM sqlite_schema WHERE name IN ('queues', 'running')";
+        let expected = if versions.ends_with(&[1]) { 0 } else { 2 };
+        assert_eq!(count(new), expected, "at version {:?}", versions.last());
+        if versions.ends_with(&[2]) {
+            break;
+        }
+    }
+    eprintln!("versions after each kill: {versions:?}");
+    let service = service.kill_and_restart();
+    assert_eq!(version(&file), 2);
+    for number in [1, rows] {
+        let url = "https://a.example/";
+        assert_eq!(service.result(url, &uuid(number))["status_code"], 200);
+    }
+}
+
 #[test]
 fn a_folder_that_cannot_be_used_is_named_with_what_to_do() {
     let (code, message) = refused(Path::new("/dev/null/data"));

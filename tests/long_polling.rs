@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use support::{Destination, Response, Service, ok, payload, token};
+use support::{Destination, Response, Service, nowhere, ok, payload, token};
 
 fn long_poll(service: &Service, url: &str, id: &str, timeout: &str) -> TcpStream {
     let body = json!({"id": id}).to_string();
@@ -45,6 +45,88 @@ fn a_long_poll_answers_with_the_state_of_then_when_its_time_is_over() {
     gate.open();
     let response = Response::read(long_poll(&service, url, id, "60")).json();
     assert_eq!(response["state"], "Finished");
+}
+
+/// Submits with a long poll that would last longer than any test waits.
+fn submit_and_wait(service: &Service, url: &str, key: &str) -> serde_json::Value {
+    let body = json!({"uri": url, "data": payload(1)}).to_string();
+    let headers = [("X-Api-Key", &*token(url)), ("Idempotency-Key", key)];
+    let path = "/lp/export?timeout=60";
+    let stream = service.send("POST", path, &headers, body.as_bytes());
+    // Half of what it would last.
+    stream
+        .set_read_timeout(Some(support::PATIENCE / 2))
+        .unwrap();
+    Response::read(stream).json()
+}
+
+#[test]
+fn a_new_export_to_a_queue_that_is_held_up_is_answered_at_once_and_says_why() {
+    let (url, address) = &nowhere();
+    let service = Service::start(&[]);
+    let first = service.submit(url, &payload(1));
+    service.reports(1);
+    let held_up = |answer: serde_json::Value| {
+        assert_eq!(answer["state"], "Pending", "{answer}");
+        assert_eq!(answer["attempts"], 0, "{answer}");
+        assert_eq!(answer["last_error"]["kind"], "connect", "{answer}");
+        assert!(answer["next_attempt_in"].is_number(), "{answer}");
+        answer["id"].as_str().unwrap().to_owned()
+    };
+    let mut last = String::new();
+    for number in 0..200 {
+        last = held_up(submit_and_wait(&service, url, &number.to_string()));
+    }
+    // So is a repeat, and so are those after a restart.
+    assert_eq!(held_up(submit_and_wait(&service, url, "199")), last);
+    let service = service.kill_and_restart();
+    held_up(submit_and_wait(&service, url, "200"));
+    // Polls of what was submitted before wait.
+    let poll = long_poll(&service, url, &first, "60");
+    let last_poll = long_poll(&service, url, &last, "60");
+    service.events("poll", 2);
+    let _destination = Destination::start_at(*address, |_| ok());
+    for poll in [poll, last_poll] {
+        assert_eq!(Response::read(poll).json()["state"], "Finished");
+    }
+    // The queue goes on, so submissions wait for their results again.
+    let answer = submit_and_wait(&service, url, "201");
+    assert_eq!(answer["state"], "Finished", "{answer}");
+}
+
+#[test]
+fn a_queue_whose_exports_were_all_given_up_still_says_why_it_waits() {
+    let (url, address) = &nowhere();
+    let service = Service::start(&["--give-up-after", "2s"]);
+    let first = service.submit(url, &payload(1));
+    // Attempts at 0 and 1 s; the next one would be at 3 s.
+    let result = service.result(url, &first);
+    assert_eq!(result["error"]["kind"], "connect");
+    // What comes now is tried then, not sooner.
+    let body = json!({"uri": url, "data": payload(2)});
+    let answer = service.post("/lp/export?timeout=0.1", &token(url), &body);
+    let answer = answer.json();
+    assert_eq!(
+        (&answer["state"], &answer["last_error"]["kind"]),
+        (&json!("Pending"), &json!("connect")),
+        "{answer}"
+    );
+    // It is first in its queue, and its turn comes before the long poll's end.
+    let _destination = Destination::start_at(*address, |_| ok());
+    let id = answer["id"].as_str().unwrap();
+    let result = service.result(url, id);
+    assert_eq!(result["status_code"], 200, "{result}");
+}
+
+#[test]
+fn a_new_export_whose_turn_comes_soon_is_waited_for_though_its_queue_has_failed() {
+    let (url, address) = &nowhere();
+    let service = Service::start(&["--give-up-after", "700ms"]);
+    let first = service.submit(url, &payload(1));
+    assert_eq!(service.result(url, &first)["error"]["kind"], "connect");
+    let _destination = Destination::start_at(*address, |_| ok());
+    let answer = submit_and_wait(&service, url, "1");
+    assert_eq!(answer["ext_response"]["status_code"], 200, "{answer}");
 }
 
 #[test]

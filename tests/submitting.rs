@@ -551,15 +551,20 @@ fn an_idempotency_key_makes_one_export_of_a_repeated_submission() {
     assert_eq!(submit(&service, "me", url, 1).json(), first);
     let service = service.kill_and_restart();
     assert_eq!(submit(&service, "me", url, 1).json(), first, "durable");
-    for (url, number) in [(url, 2), (&other, 1)] {
-        let conflict = submit(&service, "me", url, number);
-        assert_eq!(
-            (conflict.status, conflict.code().as_str()),
-            (409, "idempotency_conflict")
-        );
-    }
-    assert_ne!(submit(&service, "you", url, 1).json()["id"], first["id"]);
-    assert_eq!(destination.arrivals().len(), 2);
+    let conflict = submit(&service, "me", url, 2);
+    assert_eq!(
+        (conflict.status, conflict.code().as_str()),
+        (409, "idempotency_conflict")
+    );
+    // Keys belong to the queue: the tokens of a real arbiter have one identifier for all apps.
+    let elsewhere = submit(&service, "me", &other, 2).json();
+    assert_eq!(elsewhere["state"], "Finished");
+    assert_eq!(submit(&service, "me", &other, 2).json(), elsewhere);
+    assert_eq!(submit(&service, "me", &other, 1).status, 409);
+    let stranger = submit(&service, "you", url, 1).json();
+    let ids = [&first["id"], &elsewhere["id"], &stranger["id"]];
+    assert!(ids[0] != ids[1] && ids[1] != ids[2] && ids[0] != ids[2]);
+    assert_eq!(destination.arrivals().len(), 3);
 }
 
 #[test]

@@ -176,6 +176,29 @@ pub fn bare(host: &str) -> &str {
         .unwrap_or(host)
 }
 
+/// Whether a URL's host, without brackets, is an address as it stands: in the usual spelling, or in
+/// one of those that systems take for an IPv4 address too (one to four numbers, decimal, octal or
+/// hexadecimal, as in inet_aton(3)).
+pub fn is_literal(host: &str) -> bool {
+    let number = |text: &str| match text.strip_prefix("0x").or(text.strip_prefix("0X")) {
+        _ if !text.bytes().all(|byte| byte.is_ascii_alphanumeric()) => None,
+        Some(digits) => u32::from_str_radix(digits, 16).ok(),
+        None if text.starts_with('0') => u32::from_str_radix(text, 8).ok(),
+        None => text.parse().ok(),
+    };
+    let numeric = || {
+        let numbers: Option<Vec<_>> = host.split('.').map(number).collect();
+        let numbers = numbers.unwrap_or_default();
+        // The last number stands for all bytes that are left.
+        numbers.split_last().is_some_and(|(last, bytes)| {
+            bytes.len() < 4
+                && bytes.iter().all(|byte| *byte < 256)
+                && u64::from(*last) < 1 << (8 * (4 - bytes.len()))
+        })
+    };
+    host.parse::<IpAddr>().is_ok() || numeric()
+}
+
 impl fmt::Debug for Destination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Destination({})", self.origin())
@@ -441,6 +464,44 @@ mod tests {
                 origin.to_lowercase().starts_with("https:")
             );
             assert_eq!(format!("{destination:?}"), format!("Destination({origin})"));
+        }
+    }
+
+    #[test]
+    fn addresses_are_told_from_names_in_every_spelling() {
+        for literal in [
+            "127.0.0.1",
+            "::1",
+            "::ffff:127.0.0.1",
+            "127.1",
+            "127.0.1",
+            "2130706433",
+            "0x7f000001",
+            "0X7F.1",
+            "0177.0.0.1",
+            "017700000001",
+            "0",
+        ] {
+            assert!(is_literal(literal), "{literal}");
+        }
+        for name in [
+            "localhost",
+            "a.example",
+            "1.example",
+            "127.0.0.1.",
+            "127..1",
+            "256.0.0.1",
+            "1.2.65536",
+            "4294967296",
+            "0x",
+            "0x+1",
+            "+1",
+            "089",
+            "1.2.3.4.5",
+            "cafe",
+            "",
+        ] {
+            assert!(!is_literal(name), "{name}");
         }
     }
 

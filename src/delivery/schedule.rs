@@ -3,21 +3,24 @@
 //! There is one queue per owner and destination. Turns go round the queues that are due, with one
 //! attempt at a time in each, so nobody's backlog delays anybody else. Backoff belongs to the
 //! queue: five thousand exports to a dead host cost one attempt per wait, and keep their order.
+//! An export is given up when its queue has been failing for long enough since its acceptance.
 //!
-//! Times are Unix milliseconds and always handed in.
+//! Times are always handed in, and are the service's running time: milliseconds that the service
+//! has run for, all its runs together. Time in which the box is off must end no wait and give
+//! nothing up, and a clock that is set must not either.
 //!
 //! Not here: threads and sockets ([`super::worker`]).
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use uuid::Uuid;
 
-use super::addresses::Destination;
+use super::addresses::{Destination, is_literal};
 use super::attempt::{Kind, Outcome};
 
-/// Unix milliseconds.
+/// Milliseconds: of running time here, of Unix time where it says so.
 pub type Millis = i64;
 
 /// The wait after the first failed attempt; it doubles with each one after.
@@ -29,11 +32,6 @@ const JITTER: f64 = 0.2;
 /// The longest wait that a destination's `Retry-After` can ask for. An export whose time is over
 /// before that is given up then.
 const LONGEST_RETRY_AFTER: Millis = 24 * 60 * 60 * 1000;
-/// The longest that a restart goes on with a wait: the clock may have been wrong when it was noted.
-pub const LONGEST_RESUMED: Millis = 60 * 60 * 1000;
-/// What an export has left after a restart that finds its time over: while the box was off, or by
-/// a clock that was wrong then, there was no chance to deliver it.
-const LAST_CHANCE: Millis = 60 * 1000;
 /// An attempt that takes longer makes its queue a slow one, whose attempts begin on a thread of
 /// their own.
 const SLOW: Duration = Duration::from_millis(20);
@@ -60,6 +58,8 @@ pub struct Export {
     pub accepted_at: Millis,
     /// How often it was tried so far.
     pub attempts: u32,
+    /// When it was first moved to the end of its queue, if it was.
+    pub first_moved_at: Option<Millis>,
 }
 
 /// How far a queue's backoff has come.
@@ -69,6 +69,19 @@ pub struct Backoff {
     pub failures: u32,
     /// No attempt before this.
     pub not_before: Millis,
+    /// When the first of them failed.
+    pub failing_since: Millis,
+}
+
+/// What follows from a failed attempt.
+#[derive(Debug)]
+pub struct Failed {
+    /// The export, with this attempt counted.
+    pub export: Export,
+    /// The backoff of its queue from now on.
+    pub backoff: Backoff,
+    /// Whether it has been tried for long enough; otherwise it is in its queue again.
+    pub given_up: bool,
 }
 
 /// What there is to do now.
@@ -99,36 +112,56 @@ pub struct Retry {
 }
 
 /// Whether an attempt's outcome is final (`None`), or how the export is to be tried again.
-pub fn retry(outcome: &Outcome, retry_on: &[u16], now: SystemTime) -> Option<Retry> {
+/// `plain_allowed` says whether there is any network that plain `http` may go to.
+pub fn retry(
+    outcome: &Outcome,
+    destination: &Destination,
+    plain_allowed: bool,
+    retry_on: &[u16],
+    now: SystemTime,
+) -> Option<Retry> {
     match outcome {
         Outcome::Answered(answer) if retry_on.contains(&answer.status) => {
             let asked = answer
                 .retry_after
                 .as_deref()
                 .and_then(|text| retry_after(text, now));
-            let least_wait = asked.unwrap_or(0).min(LONGEST_RETRY_AFTER);
             Some(Retry {
-                to_end: false,
-                least_wait,
+                // These two speak of the destination, any other of what it was sent.
+                to_end: !matches!(answer.status, 429 | 503),
+                least_wait: asked.unwrap_or(0).min(LONGEST_RETRY_AFTER),
             })
         }
         Outcome::Answered(_) => None,
+        Outcome::Failed(_) if is_hopeless(destination, plain_allowed) => None,
         Outcome::Failed(failure) => match failure.kind {
-            Kind::Dns | Kind::Connect | Kind::Timeout | Kind::Closed => Some(Retry {
+            Kind::Timeout | Kind::Closed | Kind::Protocol => Some(Retry {
                 to_end: failure.connected,
                 least_wait: 0,
             }),
-            Kind::TlsTooEarly => Some(Retry {
+            Kind::ForbiddenAddress | Kind::ForbiddenHttp
+                if is_literal(destination.host_and_port().0) =>
+            {
+                None
+            }
+            // Routers without a line, captive portals and clocks give wrong answers for a while.
+            Kind::Dns
+            | Kind::Connect
+            | Kind::Tls
+            | Kind::TlsTooEarly
+            | Kind::ForbiddenAddress
+            | Kind::ForbiddenHttp => Some(Retry {
                 to_end: false,
                 least_wait: 0,
             }),
-            Kind::Tls
-            | Kind::Protocol
-            | Kind::ForbiddenAddress
-            | Kind::ForbiddenHttp
-            | Kind::Lost => None,
+            Kind::Lost => None,
         },
     }
+}
+
+/// Whether a destination can never be sent to, whatever its name stands for.
+pub fn is_hopeless(destination: &Destination, plain_allowed: bool) -> bool {
+    !destination.is_encrypted() && !plain_allowed
 }
 
 /// How long `Retry-After` asks to wait (RFC 9110 section 10.2.3): seconds, or a date.
@@ -161,8 +194,9 @@ pub struct Schedule {
     ready_failing: BTreeMap<u64, QueueKey>,
     /// Queues that wait for a time, by that time.
     waiting: BTreeMap<(Millis, u64), QueueKey>,
-    /// When each export that is in a queue is given up.
-    deadlines: BTreeMap<(Millis, Uuid), QueueKey>,
+    /// Failing queues, by when the first of their exports may have to be given up: it never
+    /// happens sooner. Not there while an attempt is under way that was not over by then.
+    deadlines: BTreeSet<(Millis, QueueKey)>,
     tickets: u64,
     give_up_after: Millis,
 }
@@ -171,6 +205,8 @@ pub struct Schedule {
 struct Queue {
     exports: VecDeque<Export>,
     backoff: Backoff,
+    /// Its entry in `deadlines`.
+    deadline: Option<Millis>,
     slow: bool,
     place: Place,
 }
@@ -189,57 +225,50 @@ enum Place {
 }
 
 impl Schedule {
-    /// An empty schedule that gives exports up so long after they were accepted.
+    /// An empty schedule that gives exports up when their queue has been failing for so long.
     pub fn new(give_up_after: Duration) -> Self {
         Self {
             queues: HashMap::new(),
             ready: BTreeMap::new(),
             ready_failing: BTreeMap::new(),
             waiting: BTreeMap::new(),
-            deadlines: BTreeMap::new(),
+            deadlines: BTreeSet::new(),
             tickets: 0,
             give_up_after: Millis::try_from(give_up_after.as_millis()).unwrap_or(Millis::MAX),
         }
     }
 
-    /// Adds an export at the end of its queue. `resume` is there for exports that a restart found
-    /// unfinished, and is the backoff that was stored with them: the queue goes on from the
-    /// latest one.
+    /// Adds an export at the end of its queue. `resume` is the backoff that a restart found stored
+    /// for its queue.
     pub fn add(&mut self, mut export: Export, resume: Option<Backoff>, now: Millis) {
-        if resume.is_some() {
-            // The clock may have been ahead then.
-            export.accepted_at = export.accepted_at.min(now);
-            if self.deadline(&export) <= now {
-                export.accepted_at = (now + LAST_CHANCE).saturating_sub(self.give_up_after);
-            }
-        }
+        // A little running time is lost where the service was killed.
+        export.accepted_at = export.accepted_at.min(now);
         let key = export.key.clone();
-        let deadline = self.deadline(&export);
-        self.deadlines.insert((deadline, export.id), key.clone());
         let queue = self.queues.entry(key.clone()).or_default();
-        queue.exports.push_back(export);
         if let Some(stored) = resume
             && stored.not_before >= queue.backoff.not_before
         {
-            let not_before = stored.not_before.min(now + LONGEST_RESUMED);
             queue.backoff = Backoff {
-                not_before,
+                not_before: stored.not_before.min(now + LONGEST_RETRY_AFTER),
+                failing_since: stored.failing_since.min(now),
                 ..stored
             };
             self.unplace(&key);
+        }
+        self.watch(&key, Some(&export));
+        if let Some(queue) = self.queues.get_mut(&key) {
+            queue.exports.push_back(export);
         }
         self.place(&key, now);
     }
 
     /// What to do now. With `failing` false, queues whose last attempt failed are passed over.
     pub fn next(&mut self, now: Millis, failing: bool) -> Next {
-        if let Some(first) = self.deadlines.first_entry()
-            && first.key().0 <= now
+        while let Some((at, key)) = self.deadlines.first()
+            && *at <= now
         {
-            let ((_, id), key) = first.remove_entry();
-            if let Some(export) = self.take(&key, |export| export.id == id) {
-                self.unplace(&key);
-                self.place(&key, now);
+            let key = key.clone();
+            if let Some(export) = self.give_up(&key, now) {
                 return Next::GiveUp(export);
             }
         }
@@ -266,17 +295,18 @@ impl Schedule {
         });
         let Some(key) = key else {
             let waiting = self.waiting.first_key_value().map(|((at, _), _)| *at);
-            let deadline = self.deadlines.first_key_value().map(|((at, _), _)| *at);
+            let deadline = self.deadlines.first().map(|(at, _)| *at);
             return Next::Wait(waiting.into_iter().chain(deadline).min());
         };
         self.set_place(&key, Place::Busy);
-        let Some(export) = self.take(&key, |_| true) else {
+        let queue = self.queues.get_mut(&key);
+        let Some((export, queue)) =
+            queue.and_then(|queue| Some((queue.exports.pop_front()?, queue)))
+        else {
             // Not reached: a queue is ready only while it holds an export.
             self.set_place(&key, Place::Nowhere);
             return Next::Wait(Some(now));
         };
-        self.deadlines.remove(&(self.deadline(&export), export.id));
-        let queue = &self.queues[&key];
         Next::Attempt {
             failing: queue.backoff.failures > 0,
             slow: queue.slow,
@@ -284,22 +314,26 @@ impl Schedule {
         }
     }
 
-    /// Reports an export back that is finished now; its destination was reached, or never will be.
-    pub fn finished(&mut self, key: &QueueKey, took: Duration, now: Millis) {
-        let Some(queue) = self.queues.get_mut(key) else {
-            return;
-        };
-        queue.backoff = Backoff::default();
-        queue.slow = took > SLOW;
-        queue.place = Place::Nowhere;
+    /// Reports an export back whose destination has answered for good.
+    pub fn answered(&mut self, key: &QueueKey, took: Duration, now: Millis) {
+        self.unwatch(key);
+        if let Some(queue) = self.queues.get_mut(key) {
+            queue.backoff = Backoff::default();
+            queue.slow = took > SLOW;
+            queue.place = Place::Nowhere;
+        }
         self.place(key, now);
     }
 
-    /// Reports an export back whose attempt failed: it is queued again and its queue's new
-    /// backoff returned, or it is given up and returned itself.
-    ///
-    /// # Errors
-    /// The export, where it has been tried for long enough.
+    /// Reports an export back that ended without an answer, by a failure that no other try could
+    /// change. That says nothing of its destination, so its queue stays as it was.
+    pub fn ended(&mut self, key: &QueueKey, now: Millis) {
+        self.set_place(key, Place::Nowhere);
+        self.watch(key, None);
+        self.place(key, now);
+    }
+
+    /// Reports an export back whose attempt failed: it is queued again, or given up.
     pub fn failed(
         &mut self,
         mut export: Export,
@@ -307,32 +341,51 @@ impl Schedule {
         took: Duration,
         chance: f64,
         now: Millis,
-    ) -> Result<Backoff, Export> {
+    ) -> Failed {
         export.attempts += 1;
         let key = export.key.clone();
-        let deadline = self.deadline(&export);
         let queue = self.queues.entry(key.clone()).or_default();
         let failures = queue.backoff.failures.saturating_add(1);
         let wait = backoff(failures, chance).max(retry.least_wait);
-        queue.backoff = Backoff {
+        let failing_since = match queue.backoff.failures {
+            0 => now,
+            _ => queue.backoff.failing_since,
+        };
+        let backoff = Backoff {
             failures,
             not_before: now.saturating_add(wait),
+            failing_since,
         };
+        queue.backoff = backoff;
         queue.slow = took > SLOW;
         queue.place = Place::Nowhere;
-        let result = if deadline <= now {
-            Err(export)
-        } else {
-            self.deadlines.insert((deadline, export.id), key.clone());
+        let mut since = failing_since;
+        if retry.to_end {
+            // While others get through, the queue does not count as failing: an export that is
+            // always refused has a time of its own, so that it ends too.
+            since = since.min(*export.first_moved_at.get_or_insert(now));
+        }
+        let given_up = deadline(&export, since, self.give_up_after) <= now;
+        if !given_up {
             if retry.to_end {
-                queue.exports.push_back(export);
+                queue.exports.push_back(export.clone());
             } else {
-                queue.exports.push_front(export);
+                queue.exports.push_front(export.clone());
             }
-            Ok(queue.backoff)
-        };
+        }
+        self.watch(&key, None);
         self.place(&key, now);
-        result
+        Failed {
+            export,
+            backoff,
+            given_up,
+        }
+    }
+
+    /// Whether a queue has an export that is not being tried.
+    pub fn has_waiting(&self, key: &QueueKey) -> bool {
+        let queue = self.queues.get(key);
+        queue.is_some_and(|queue| !queue.exports.is_empty())
     }
 
     /// How many queues have an export that is not being tried.
@@ -344,15 +397,64 @@ impl Schedule {
             .count()
     }
 
-    fn deadline(&self, export: &Export) -> Millis {
-        export.accepted_at.saturating_add(self.give_up_after)
+    /// Takes an export out of a queue whose deadline has come, if there is one to be given up;
+    /// sets the deadline anew if not.
+    fn give_up(&mut self, key: &QueueKey, now: Millis) -> Option<Export> {
+        let give_up_after = self.give_up_after;
+        let queue = self.queues.get_mut(key)?;
+        let since = queue.backoff.failing_since;
+        let due = |export: &Export| deadline(export, since, give_up_after) <= now;
+        // The attempt under way may succeed, so it is waited for.
+        let busy = matches!(queue.place, Place::Busy);
+        if !busy && let Some(at) = queue.exports.iter().position(due) {
+            let export = queue.exports.remove(at);
+            if queue.exports.is_empty() {
+                self.unwatch(key);
+                self.unplace(key);
+                self.place(key, now);
+            }
+            return export;
+        }
+        let next = queue
+            .exports
+            .iter()
+            .min_by_key(|export| export.accepted_at)
+            .filter(|_| !busy)
+            .cloned();
+        self.unwatch(key);
+        if next.is_some() {
+            self.watch(key, next.as_ref());
+        }
+        None
     }
 
-    /// Takes the first export of a queue that is `wanted`.
-    fn take(&mut self, key: &QueueKey, wanted: impl Fn(&Export) -> bool) -> Option<Export> {
-        let queue = self.queues.get_mut(key)?;
-        let at = queue.exports.iter().position(wanted)?;
-        queue.exports.remove(at)
+    /// Notes when a queue has to be looked at because of an export, or of any of its exports, if
+    /// it is failing.
+    fn watch(&mut self, key: &QueueKey, export: Option<&Export>) {
+        let Some(queue) = self.queues.get_mut(key) else {
+            return;
+        };
+        if queue.backoff.failures == 0 {
+            return;
+        }
+        let since = queue.backoff.failing_since;
+        let at = match export {
+            Some(export) => deadline(export, since, self.give_up_after),
+            None => since.saturating_add(self.give_up_after),
+        };
+        if queue.deadline.is_none_or(|noted| at < noted) {
+            if let Some(noted) = queue.deadline.replace(at) {
+                self.deadlines.remove(&(noted, key.clone()));
+            }
+            self.deadlines.insert((at, key.clone()));
+        }
+    }
+
+    fn unwatch(&mut self, key: &QueueKey) {
+        let queue = self.queues.get_mut(key);
+        if let Some(noted) = queue.and_then(|queue| queue.deadline.take()) {
+            self.deadlines.remove(&(noted, key.clone()));
+        }
     }
 
     fn set_place(&mut self, key: &QueueKey, place: Place) {
@@ -395,6 +497,7 @@ impl Schedule {
             queue.place = Place::Waiting(at);
             self.waiting.insert(at, key.clone());
         } else if queue.exports.is_empty() {
+            self.unwatch(key);
             self.queues.remove(key);
         } else {
             queue.place = Place::Ready(ticket);
@@ -407,6 +510,12 @@ impl Schedule {
             line.insert(ticket, key.clone());
         }
     }
+}
+
+/// When an export is given up whose queue has been failing since then.
+fn deadline(export: &Export, failing_since: Millis, give_up_after: Millis) -> Millis {
+    let since = export.accepted_at.max(failing_since);
+    since.saturating_add(give_up_after)
 }
 
 #[cfg(test)]
@@ -422,6 +531,10 @@ mod tests {
         to_end: false,
         least_wait: 0,
     };
+    const BLAMED: Retry = Retry {
+        to_end: true,
+        least_wait: 0,
+    };
 
     fn export(owner: u8, accepted_at: Millis) -> Export {
         let destination = Destination::parse("https://a.example/").unwrap();
@@ -435,6 +548,7 @@ mod tests {
             destination,
             accepted_at,
             attempts: 0,
+            first_moved_at: None,
         }
     }
 
@@ -460,10 +574,10 @@ mod tests {
         let second = attempt(&mut schedule, 0);
         assert_eq!((first.key.owner[0], second.key.owner[0]), (1, 2));
         assert!(
-            matches!(schedule.next(0, true), Next::Wait(Some(DAY))),
+            matches!(schedule.next(0, true), Next::Wait(None)),
             "one at a time in each"
         );
-        schedule.finished(&first.key, QUICK, 0);
+        schedule.answered(&first.key, QUICK, 0);
         assert_eq!(attempt(&mut schedule, 0).key.owner[0], 1);
     }
 
@@ -478,7 +592,7 @@ mod tests {
         for wait in [1_000, 2_000, 4_000, 8_000] {
             let tried = attempt(&mut schedule, now);
             assert_eq!(tried.id, exports[0].id);
-            let backoff = schedule.failed(tried, DOWN, QUICK, 0.5, now).unwrap();
+            let Failed { backoff, .. } = schedule.failed(tried, DOWN, QUICK, 0.5, now);
             assert_eq!(backoff.not_before, now + wait);
             assert!(
                 matches!(schedule.next(now + wait - 1, true), Next::Wait(Some(at)) if at == now + wait)
@@ -488,7 +602,7 @@ mod tests {
         for export in &exports {
             let tried = attempt(&mut schedule, now);
             assert_eq!(tried.id, export.id);
-            schedule.finished(&tried.key, QUICK, now);
+            schedule.answered(&tried.key, QUICK, now);
         }
         assert!(schedule.queues.is_empty());
     }
@@ -500,125 +614,175 @@ mod tests {
         schedule.add(bad.clone(), None, 0);
         schedule.add(good.clone(), None, 0);
         let tried = attempt(&mut schedule, 0);
-        schedule
-            .failed(
-                tried,
-                Retry {
-                    to_end: true,
-                    ..DOWN
-                },
-                QUICK,
-                0.5,
-                0,
-            )
-            .unwrap();
+        schedule.failed(tried, BLAMED, QUICK, 0.5, 0);
         assert_eq!(attempt(&mut schedule, 1_000).id, good.id);
-        schedule.finished(&good.key, QUICK, 1_000);
+        schedule.answered(&good.key, QUICK, 1_000);
         assert_eq!(attempt(&mut schedule, 1_000).id, bad.id);
     }
 
-    #[test]
-    fn each_export_is_given_up_at_its_own_time() {
-        let mut schedule = schedule();
-        let (old, new) = (export(1, 0), export(1, 5_000));
-        schedule.add(old.clone(), None, 0);
-        schedule.add(new.clone(), None, 5_000);
-        let tried = attempt(&mut schedule, 5_000);
-        schedule
-            .failed(
-                tried,
-                Retry {
-                    least_wait: 2 * DAY,
-                    ..DOWN
-                },
-                QUICK,
-                0.5,
-                5_000,
-            )
-            .unwrap();
-        assert!(matches!(
-            schedule.next(DAY - 1, true),
-            Next::Wait(Some(DAY))
-        ));
-        assert!(
-            matches!(schedule.next(DAY, true), Next::GiveUp(export) if export.id == old.id && export.attempts == 1)
-        );
-        assert!(
-            matches!(schedule.next(DAY + 5_000, true), Next::GiveUp(export) if export.id == new.id)
-        );
+    fn given_up(schedule: &mut Schedule, now: Millis) -> Option<Export> {
+        match schedule.next(now, true) {
+            Next::GiveUp(export) => Some(export),
+            Next::Wait(_) => None,
+            Next::Attempt { .. } => panic!("an attempt"),
+        }
+    }
+
+    /// Lets the next attempt fail, after which its queue waits for longer than a day.
+    fn fail_for_long(schedule: &mut Schedule, now: Millis) -> Failed {
+        let tried = attempt(schedule, now);
+        let retry = Retry {
+            least_wait: 3 * DAY,
+            ..DOWN
+        };
+        schedule.failed(tried, retry, QUICK, 0.5, now)
     }
 
     #[test]
-    fn an_attempt_that_fails_after_the_deadline_is_the_last() {
+    fn exports_are_given_up_when_their_queue_has_failed_for_long_enough_since_they_came() {
         let mut schedule = schedule();
-        schedule.add(export(1, 0), None, 0);
+        let (first, second, late) = (export(1, 0), export(1, 10), export(1, 9_000));
+        schedule.add(first.clone(), None, 0);
+        schedule.add(second.clone(), None, 10);
+        assert!(!fail_for_long(&mut schedule, 5_000).given_up);
+        schedule.add(late.clone(), None, 9_000);
+        assert!(given_up(&mut schedule, DAY + 4_999).is_none());
+        let tried = given_up(&mut schedule, DAY + 5_000).unwrap();
+        assert_eq!((tried.id, tried.attempts), (first.id, 1));
+        assert_eq!(given_up(&mut schedule, DAY + 5_000).unwrap().id, second.id);
+        assert!(
+            matches!(schedule.next(DAY + 5_000, true), Next::Wait(Some(at)) if at == DAY + 9_000)
+        );
+        assert!(schedule.has_waiting(&late.key));
+        assert_eq!(given_up(&mut schedule, DAY + 9_000).unwrap().id, late.id);
+        assert!(!schedule.has_waiting(&late.key));
+    }
+
+    #[test]
+    fn a_queue_that_is_being_delivered_loses_nothing_however_long_that_takes() {
+        let mut schedule = schedule();
+        for _ in 0..3 {
+            schedule.add(export(1, 0), None, 0);
+        }
+        for day in 1..=3 {
+            let tried = attempt(&mut schedule, day * DAY);
+            schedule.failed(tried, DOWN, QUICK, 0.5, day * DAY);
+            let now = day * DAY + 5_000;
+            let tried = attempt(&mut schedule, now);
+            schedule.answered(&tried.key, QUICK, now);
+        }
+        assert!(schedule.queues.is_empty() && schedule.deadlines.is_empty());
+    }
+
+    #[test]
+    fn an_attempt_under_way_is_waited_for_before_anything_of_its_queue_is_given_up() {
+        let mut schedule = schedule();
+        let (first, second) = (export(1, 0), export(1, 0));
+        schedule.add(first.clone(), None, 0);
+        schedule.add(second.clone(), None, 0);
+        let tried = attempt(&mut schedule, 0);
+        schedule.failed(tried, DOWN, QUICK, 0.5, 0);
         let tried = attempt(&mut schedule, DAY - 1);
-        let given_up = schedule.failed(tried, DOWN, QUICK, 0.5, DAY).unwrap_err();
-        assert_eq!(given_up.attempts, 1);
+        assert!(given_up(&mut schedule, DAY + 9).is_none());
+        let failed = schedule.failed(tried, DOWN, QUICK, 0.5, DAY + 9);
+        assert!(failed.given_up);
+        assert_eq!((failed.export.id, failed.export.attempts), (first.id, 2));
+        assert_eq!(given_up(&mut schedule, DAY + 9).unwrap().id, second.id);
     }
 
     #[test]
-    fn a_restart_goes_on_with_the_stored_backoff_and_trusts_no_wild_clock() {
+    fn an_export_that_is_always_refused_while_others_get_through_ends_too() {
+        let mut schedule = schedule();
+        let bad = export(1, 0);
+        schedule.add(bad.clone(), None, 0);
+        let tried = attempt(&mut schedule, 0);
+        schedule.failed(tried, BLAMED, QUICK, 0.5, 0);
+        let mut now = 0;
+        let failed = loop {
+            now += DAY / 4;
+            let good = export(1, now);
+            schedule.add(good.clone(), None, now);
+            let tried = attempt(&mut schedule, now);
+            assert_eq!(tried.id, bad.id);
+            let failed = schedule.failed(tried, BLAMED, QUICK, 0.5, now);
+            let tried = attempt(&mut schedule, now + 2_000);
+            assert_eq!(tried.id, good.id);
+            schedule.answered(&tried.key, QUICK, now + 2_000);
+            if failed.given_up {
+                break failed;
+            }
+        };
+        assert_eq!((now, failed.export.attempts), (DAY, 5));
+        // Its time counts against what it did itself only: a failure that speaks of the destination
+        // would have been the first of its queue.
+        let mut moved = bad;
+        moved.first_moved_at = Some(0);
+        schedule.add(moved, None, now);
+        let tried = attempt(&mut schedule, 2 * DAY);
+        assert!(!schedule.failed(tried, DOWN, QUICK, 0.5, 2 * DAY).given_up);
+    }
+
+    #[test]
+    fn a_final_failure_ends_no_wait_and_hurries_no_other() {
+        let mut schedule = schedule();
+        for _ in 0..3 {
+            schedule.add(export(1, 0), None, 0);
+        }
+        for now in [0, 1_000] {
+            let tried = attempt(&mut schedule, now);
+            schedule.failed(tried, DOWN, QUICK, 0.5, now);
+        }
+        let lost = attempt(&mut schedule, 3_000);
+        schedule.ended(&lost.key, 3_000);
+        // It was not sent, so the next one has this turn, and the wait after it is the third.
+        let tried = attempt(&mut schedule, 3_000);
+        let Failed { backoff, .. } = schedule.failed(tried, DOWN, QUICK, 0.5, 3_000);
+        assert_eq!(
+            backoff,
+            Backoff {
+                failures: 3,
+                not_before: 7_000,
+                failing_since: 0
+            }
+        );
+        assert_eq!(schedule.deadlines.len(), 1);
+    }
+
+    #[test]
+    fn a_restart_goes_on_with_the_stored_backoff() {
         let mut schedule = schedule();
         let stored = Backoff {
             failures: 3,
             not_before: 9_000,
+            failing_since: 1_000,
         };
         schedule.add(export(1, 0), Some(stored), 5_000);
-        schedule.add(export(1, 0), None, 5_000);
+        schedule.add(export(1, 0), Some(stored), 5_000);
         assert!(matches!(
             schedule.next(8_999, true),
             Next::Wait(Some(9_000))
         ));
         let tried = attempt(&mut schedule, 9_000);
-        let backoff = schedule.failed(tried, DOWN, QUICK, 0.5, 9_000).unwrap();
+        let Failed { backoff, .. } = schedule.failed(tried, DOWN, QUICK, 0.5, 9_000);
         assert_eq!(
             backoff,
             Backoff {
                 failures: 4,
-                not_before: 17_000
+                not_before: 17_000,
+                failing_since: 1_000,
             }
         );
 
+        // What somebody has changed by hand keeps nothing waiting for ever.
         let wild = Backoff {
             failures: 1,
             not_before: Millis::MAX,
+            failing_since: Millis::MAX,
         };
-        schedule.add(export(2, 0), Some(wild), 17_000);
+        schedule.add(export(2, Millis::MAX), Some(wild), 17_000);
         attempt(&mut schedule, 17_000);
-        let tried = attempt(&mut schedule, 17_000 + LONGEST_RESUMED);
-        assert_eq!(tried.key.owner[0], 2);
-    }
-
-    #[test]
-    fn an_export_whose_time_was_over_at_a_restart_has_a_last_chance() {
-        let mut schedule = schedule();
-        let now = 100 * DAY;
-        schedule.add(export(1, 0), Some(Backoff::default()), now);
-        schedule.add(export(2, 200 * DAY), Some(Backoff::default()), now);
-        let tried = attempt(&mut schedule, now);
-        let ahead = attempt(&mut schedule, now);
-        assert_eq!((tried.key.owner[0], ahead.accepted_at), (1, now));
-        schedule
-            .failed(
-                tried,
-                Retry {
-                    least_wait: DAY,
-                    ..DOWN
-                },
-                QUICK,
-                0.5,
-                now,
-            )
-            .unwrap();
-        assert!(matches!(
-            schedule.next(now + LAST_CHANCE - 1, true),
-            Next::Wait(_)
-        ));
-        assert!(matches!(
-            schedule.next(now + LAST_CHANCE, true),
-            Next::GiveUp(_)
-        ));
+        let longest = 17_000 + LONGEST_RETRY_AFTER;
+        assert!(matches!(schedule.next(17_000, true), Next::Wait(Some(at)) if at == longest));
     }
 
     #[test]
@@ -626,9 +790,7 @@ mod tests {
         let mut schedule = schedule();
         schedule.add(export(1, 0), None, 0);
         let tried = attempt(&mut schedule, 0);
-        schedule
-            .failed(tried, DOWN, Duration::from_millis(30), 0.5, 0)
-            .unwrap();
+        schedule.failed(tried, DOWN, Duration::from_millis(30), 0.5, 0);
         schedule.add(export(2, 0), None, 1_000);
         assert!(
             matches!(schedule.next(1_000, false), Next::Attempt { export, failing: false, slow: false } if export.key.owner[0] == 2)
@@ -654,31 +816,69 @@ mod tests {
                 connected,
             })
         };
-        for (kind, connected) in [
-            (Kind::Dns, false),
-            (Kind::Connect, false),
-            (Kind::Timeout, true),
-            (Kind::Closed, true),
+        let to = |url: &str| Destination::parse(url).unwrap();
+        let name = to("https://a.example/");
+        for (kind, connected, to_end) in [
+            (Kind::Dns, false, false),
+            (Kind::Connect, false, false),
+            (Kind::Timeout, false, false),
+            (Kind::Timeout, true, true),
+            (Kind::Closed, true, true),
+            (Kind::Protocol, true, true),
+            // A certificate speaks of the destination.
+            (Kind::Tls, true, false),
+            (Kind::TlsTooEarly, true, false),
+            (Kind::ForbiddenAddress, false, false),
+            (Kind::ForbiddenHttp, false, false),
         ] {
-            let verdict = retry(&failed(kind, connected), &[], now);
-            assert_eq!(
-                verdict,
-                Some(Retry {
-                    to_end: connected,
-                    least_wait: 0
-                })
+            let verdict = Retry {
+                to_end,
+                least_wait: 0,
+            };
+            for url in [&name, &to("http://a.example/"), &to("http://localhost:1/")] {
+                let again = retry(&failed(kind, connected), url, true, &[], now);
+                assert_eq!(again, Some(verdict), "{kind:?} {url:?}");
+            }
+            // No network is allowed, so no other address of the name would do.
+            let again = retry(&failed(kind, connected), &name, false, &[], now);
+            assert_eq!(again, Some(verdict), "{kind:?}");
+            let plain = to("http://a.example/");
+            let again = retry(&failed(kind, connected), &plain, false, &[], now);
+            assert_eq!(again, None, "{kind:?}");
+        }
+        assert_eq!(
+            retry(&failed(Kind::Lost, false), &name, true, &[], now),
+            None
+        );
+        for literal in ["https://10.0.0.1/", "https://[::1]/", "https://127.1:9/"] {
+            for kind in [Kind::ForbiddenAddress, Kind::ForbiddenHttp] {
+                let again = retry(&failed(kind, false), &to(literal), true, &[], now);
+                assert_eq!(again, None, "{literal}");
+            }
+            let again = retry(&failed(Kind::Connect, false), &to(literal), true, &[], now);
+            assert_eq!(again, Some(DOWN), "{literal}");
+        }
+        let status = |status| {
+            let answer = Answer {
+                status,
+                body: Vec::new(),
+                truncated: false,
+                retry_after: None,
+                memory: None,
+            };
+            let again = retry(
+                &Outcome::Answered(answer),
+                &name,
+                true,
+                &[429, 500, 503],
+                now,
             );
-        }
-        for kind in [
-            Kind::Tls,
-            Kind::Protocol,
-            Kind::ForbiddenAddress,
-            Kind::ForbiddenHttp,
-        ] {
-            assert_eq!(retry(&failed(kind, true), &[], now), None);
-        }
-        let too_early = retry(&failed(Kind::TlsTooEarly, true), &[], now);
-        assert_eq!(too_early, Some(DOWN));
+            again.map(|again| again.to_end)
+        };
+        assert_eq!(
+            [200, 429, 500, 502, 503].map(status),
+            [None, Some(false), Some(true), None, Some(false)]
+        );
         let answered = |retry_after: Option<&str>| {
             let retry_after = retry_after.map(str::to_owned);
             Outcome::Answered(Answer {
@@ -689,7 +889,7 @@ mod tests {
                 memory: None,
             })
         };
-        assert_eq!(retry(&answered(None), &[429], now), None);
+        assert_eq!(retry(&answered(None), &name, true, &[429], now), None);
         for (text, wait) in [
             (None, 0),
             (Some("7"), 7_000),
@@ -698,7 +898,7 @@ mod tests {
             (Some("999999999999"), LONGEST_RETRY_AFTER),
             (Some("soon"), 0),
         ] {
-            let verdict = retry(&answered(text), &[429, 503], now);
+            let verdict = retry(&answered(text), &name, true, &[429, 503], now);
             assert_eq!(
                 verdict,
                 Some(Retry {
@@ -769,14 +969,15 @@ mod tests {
                         let export = tried.swap_remove(at % tried.len());
                         left.remove(&export.id);
                         not_before.remove(&export.key.owner[0]);
-                        schedule.finished(&export.key, QUICK, now);
+                        schedule.answered(&export.key, QUICK, now);
                     }
                     Event::Fail(at, to_end, chance) if !tried.is_empty() => {
                         let export = tried.swap_remove(at % tried.len());
                         let (owner, id) = (export.key.owner[0], export.id);
                         let queue = order.entry(owner).or_default();
                         if to_end { queue.push_back(id) } else { queue.push_front(id) }
-                        let backoff = schedule.failed(export, Retry { to_end, least_wait: 0 }, QUICK, chance, now).unwrap();
+                        let Failed { backoff, given_up, .. } = schedule.failed(export, Retry { to_end, least_wait: 0 }, QUICK, chance, now);
+                        prop_assert!(!given_up, "given up within minutes");
                         prop_assert!(backoff.not_before >= now + 800 && backoff.not_before <= now + LONGEST_WAIT * 12 / 10 + 1);
                         not_before.insert(owner, backoff.not_before);
                     }
@@ -823,6 +1024,232 @@ mod tests {
             let waiting: usize = order.values().map(VecDeque::len).sum();
             prop_assert_eq!(waiting + tried.len(), left.len());
             prop_assert_eq!(schedule.backlog(), order.values().filter(|queue| !queue.is_empty()).count());
+        }
+
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+        /// Against a plain model that knows the true running time: none is given up before its queue
+        /// has failed for long enough since it came, and none is kept for longer, but for what
+        /// restarts lose of the running time and for attempts under way.
+        #[test]
+        fn exports_are_given_up_neither_early_nor_late(lives in lives()) {
+            let mut world = World::new();
+            for life in lives {
+                world.happen(life)?;
+                world.settle()?;
+            }
+        }
+    }
+
+    /// How long exports are tried in the model.
+    const MODEL_GIVE_UP: Millis = 300_000;
+    /// How often the model's worker looks what there is to do.
+    const STEP: Millis = 2_000;
+
+    /// Something that happens to the service as a whole.
+    #[derive(Clone, Debug)]
+    enum Life {
+        Submit(u8),
+        Answer(usize),
+        Fail(usize, bool, f64),
+        Run(Millis),
+        /// It is killed, and what it has run for since a minute ago at most is forgotten.
+        Kill(Millis),
+    }
+
+    fn lives() -> impl Strategy<Value = Vec<Life>> {
+        let life = prop_oneof![
+            3 => (0_u8..3).prop_map(Life::Submit),
+            1 => any::<usize>().prop_map(Life::Answer),
+            5 => (any::<usize>(), any::<bool>(), 0.0..=1.0).prop_map(|(at, end, chance)| Life::Fail(at, end, chance)),
+            5 => (0..60_000_i64).prop_map(Life::Run),
+            1 => (0..60_000_i64).prop_map(Life::Kill),
+        ];
+        proptest::collection::vec(life, 0..120)
+    }
+
+    /// What the model knows of an export, in true running time.
+    #[derive(Clone)]
+    struct Known {
+        id: Uuid,
+        owner: u8,
+        accepted: Millis,
+        first_moved: Option<Millis>,
+    }
+
+    struct World {
+        schedule: Schedule,
+        /// True running time, and the service's own, of which kills lose some.
+        truth: Millis,
+        count: Millis,
+        /// The service's own at its last commit, below which it never falls.
+        committed: Millis,
+        lost: Millis,
+        left: Vec<Known>,
+        under_way: Vec<Export>,
+        /// Since when each queue fails, in true running time, and since when without having been empty:
+        /// an empty queue may be forgotten.
+        failing: HashMap<u8, (Millis, Option<Millis>)>,
+        /// What is on disk, in the order of delivery.
+        stored: Vec<Export>,
+        backoffs: HashMap<u8, Backoff>,
+    }
+
+    impl World {
+        fn new() -> Self {
+            Self {
+                schedule: Schedule::new(Duration::from_millis(MODEL_GIVE_UP as u64)),
+                truth: 0,
+                count: 0,
+                committed: 0,
+                lost: 0,
+                left: Vec::new(),
+                under_way: Vec::new(),
+                failing: HashMap::new(),
+                stored: Vec::new(),
+                backoffs: HashMap::new(),
+            }
+        }
+
+        fn happen(&mut self, life: Life) -> Result<(), TestCaseError> {
+            match life {
+                Life::Submit(owner) => {
+                    let new = export(owner, self.count);
+                    self.left.push(Known {
+                        id: new.id,
+                        owner,
+                        accepted: self.truth,
+                        first_moved: None,
+                    });
+                    self.stored.push(new.clone());
+                    self.schedule.add(new, None, self.count);
+                }
+                Life::Answer(at) if !self.under_way.is_empty() => {
+                    let export = self.under_way.swap_remove(at % self.under_way.len());
+                    let owner = export.key.owner[0];
+                    self.failing.remove(&owner);
+                    self.backoffs.remove(&owner);
+                    self.forget(export.id);
+                    self.schedule.answered(&export.key, QUICK, self.count);
+                }
+                Life::Fail(at, to_end, chance) if !self.under_way.is_empty() => {
+                    let export = self.under_way.swap_remove(at % self.under_way.len());
+                    self.fail(export, to_end, chance)?;
+                }
+                Life::Run(millis) => {
+                    // As the worker does, which wakes when something is due.
+                    for _ in 0..=millis / STEP {
+                        self.truth += STEP;
+                        self.count += STEP;
+                        self.settle()?;
+                    }
+                }
+                Life::Kill(millis) => {
+                    let lost = millis.min(self.count - self.committed);
+                    self.lost += lost;
+                    self.count -= lost;
+                    self.under_way.clear();
+                    self.schedule = World::new().schedule;
+                    for export in &self.stored {
+                        let backoff = self.backoffs.get(&export.key.owner[0]);
+                        self.schedule
+                            .add(export.clone(), backoff.copied(), self.count);
+                    }
+                }
+                _ => {}
+            }
+            Ok(())
+        }
+
+        fn fail(&mut self, export: Export, to_end: bool, chance: f64) -> Result<(), TestCaseError> {
+            let (owner, id) = (export.key.owner[0], export.id);
+            let (since, unbroken) = self.failing.entry(owner).or_insert((self.truth, None));
+            let (since, unbroken) = (*since, *unbroken.get_or_insert(self.truth));
+            let retry = if to_end { BLAMED } else { DOWN };
+            let failed = self
+                .schedule
+                .failed(export, retry, QUICK, chance, self.count);
+            let known = self.left.iter_mut().find(|known| known.id == id).unwrap();
+            let mut own = Millis::MAX;
+            if to_end {
+                own = *known.first_moved.get_or_insert(self.truth);
+            }
+            let known = known.clone();
+            self.backoffs.insert(owner, failed.backoff);
+            self.committed = self.count;
+            if failed.given_up {
+                self.gone(&known, since.min(own))?;
+            } else {
+                let late = self.truth - unbroken.min(own).max(known.accepted);
+                prop_assert!(
+                    late < MODEL_GIVE_UP + self.lost + STEP,
+                    "kept after its own attempt"
+                );
+                let at = self
+                    .stored
+                    .iter()
+                    .position(|stored| stored.id == id)
+                    .unwrap();
+                let mut stored = self.stored.remove(at);
+                stored.first_moved_at = failed.export.first_moved_at;
+                let at = if to_end { self.stored.len() } else { at };
+                self.stored.insert(at, stored);
+            }
+            Ok(())
+        }
+
+        /// Does what there is to do now, and sees that nothing is left that should have gone.
+        fn settle(&mut self) -> Result<(), TestCaseError> {
+            loop {
+                match self.schedule.next(self.count, true) {
+                    Next::Attempt { export, .. } => self.under_way.push(export),
+                    Next::GiveUp(export) => {
+                        let mut left = self.left.iter();
+                        let known = left.find(|known| known.id == export.id).cloned().unwrap();
+                        let since = self.failing.get(&known.owner).copied();
+                        prop_assert!(since.is_some(), "given up in a queue that is not failing");
+                        self.gone(&known, since.unwrap().0)?;
+                    }
+                    Next::Wait(at) => {
+                        prop_assert!(at.is_none_or(|at| at > self.count), "it would not sleep");
+                        break;
+                    }
+                }
+            }
+            for known in &self.left {
+                let busy = self
+                    .under_way
+                    .iter()
+                    .any(|one| one.key.owner[0] == known.owner);
+                let since = self.failing.get(&known.owner).and_then(|(_, since)| *since);
+                if let Some(since) = since.filter(|_| !busy) {
+                    let late = self.truth - known.accepted.max(since);
+                    prop_assert!(late < MODEL_GIVE_UP + self.lost + STEP, "kept for too long");
+                }
+            }
+            Ok(())
+        }
+
+        fn gone(&mut self, known: &Known, since: Millis) -> Result<(), TestCaseError> {
+            let tried_for = self.truth - known.accepted.max(since);
+            prop_assert!(tried_for >= MODEL_GIVE_UP, "given up early");
+            self.forget(known.id);
+            if self.left.iter().all(|other| other.owner != known.owner) {
+                // A queue without exports is not remembered on disk.
+                self.backoffs.remove(&known.owner);
+                self.failing
+                    .entry(known.owner)
+                    .and_modify(|failing| failing.1 = None);
+            }
+            Ok(())
+        }
+
+        fn forget(&mut self, id: Uuid) {
+            self.left.retain(|known| known.id != id);
+            self.stored.retain(|export| export.id != id);
         }
     }
 }

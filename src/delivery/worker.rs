@@ -21,8 +21,8 @@ use parking_lot::{Condvar, Mutex};
 use ureq::http::StatusCode;
 
 use super::attempt::{Answer, Client, Failure, Kind, Outcome};
-use super::schedule::{Export, Next, Retry, Schedule, retry};
-use crate::exports::{Exports, ExtResponse, FailureReport, LastError, Queued};
+use super::schedule::{Export, Failed, Millis, Next, Schedule, is_hopeless, retry};
+use crate::exports::{Delay, Exports, ExtResponse, FailureReport, LastError, Queued};
 use crate::logging::millis;
 use crate::threads;
 
@@ -34,10 +34,12 @@ const STANDING_BY: Duration = Duration::from_secs(10);
 /// How the worker goes about its work.
 #[derive(Debug)]
 pub struct Settings {
-    /// How long after its acceptance an export is given up.
+    /// How long a queue has to fail for its exports to be given up.
     pub give_up_after: Duration,
     /// Statuses that count as failed attempts.
     pub retry_on: Vec<u16>,
+    /// Whether there is any network that plain `http` may go to.
+    pub plain_allowed: bool,
     /// How many threads may be stuck in an attempt while another goes on; 0 means that one
     /// thread makes all attempts, one after another.
     pub max_relieved: usize,
@@ -231,7 +233,10 @@ impl Crew {
         log::trace!(id:% = export.id, destination = export.destination.origin(); "attempt");
         let started = Instant::now();
         let outcome = match &payload {
-            Some(payload) => self.client.post(export.id, &export.destination, payload),
+            Some(payload) => {
+                let outcome = self.client.post(export.id, &export.destination, payload);
+                self.say_what_cannot_change(outcome, &export)
+            }
             None => Outcome::Failed(Failure {
                 kind: Kind::Lost,
                 message: "the payload was removed from the store by somebody else".into(),
@@ -247,6 +252,29 @@ impl Crew {
             outcome,
         }
     }
+
+    /// Where nothing may be sent whatever the name stands for, that a look-up of it has failed is
+    /// beside the point.
+    fn say_what_cannot_change(&self, outcome: Outcome, export: &Export) -> Outcome {
+        let forbidden = |kind| matches!(kind, Kind::ForbiddenAddress | Kind::ForbiddenHttp);
+        match outcome {
+            Outcome::Failed(failure)
+                if is_hopeless(&export.destination, self.settings.plain_allowed)
+                    && !forbidden(failure.kind) =>
+            {
+                Outcome::Failed(Failure {
+                    kind: Kind::ForbiddenHttp,
+                    message: format!(
+                        "nothing is sent to {}: plain http could be read on its way: use https, or \
+                         start with --allow-network to permit it in a network of yours",
+                        export.destination.authority()
+                    ),
+                    connected: false,
+                })
+            }
+            outcome => outcome,
+        }
+    }
 }
 
 impl Desk {
@@ -255,7 +283,7 @@ impl Desk {
     fn next(&mut self, crew: &Crew) -> Option<(Export, bool, bool)> {
         loop {
             while let Ok(Queued { export, resume }) = self.queue.try_recv() {
-                self.schedule.add(export, resume, crew.exports.now());
+                self.schedule.add(export, resume, crew.exports.running());
             }
             while let Ok(report) = self.reported.try_recv() {
                 self.book(report, crew);
@@ -267,18 +295,25 @@ impl Desk {
                 }
                 return None;
             }
-            let now = crew.exports.now();
+            let now = crew.exports.running();
             match self.schedule.next(now, self.may_try_failing(crew)) {
                 Next::Attempt {
                     export,
                     failing,
                     slow,
                 } => return Some((export, failing, slow)),
-                Next::GiveUp(export) => give_up(&export, crew),
-                Next::Wait(until) => {
-                    let wait = until.map_or(Duration::MAX, |until| {
-                        Duration::from_millis(until.saturating_sub(now).max(0).unsigned_abs())
+                Next::GiveUp(export) => {
+                    let (kind, message) = crew.exports.trouble(export.id).unwrap_or_else(|| {
+                        // Not reached: its queue has failed, and that has a reason.
+                        (
+                            Kind::Timeout.name().into(),
+                            "there was no turn in time".into(),
+                        )
                     });
+                    self.give_up(&export, kind, message, None, crew);
+                }
+                Next::Wait(at) => {
+                    let wait = at.map_or(Duration::MAX, |at| until(at, now));
                     self.wait(wait, crew);
                 }
             }
@@ -297,7 +332,7 @@ impl Desk {
         let timer = at.map_or_else(crossbeam_channel::never, crossbeam_channel::at);
         select! {
             recv(self.queue) -> queued => if let Ok(Queued { export, resume }) = queued {
-                self.schedule.add(export, resume, crew.exports.now());
+                self.schedule.add(export, resume, crew.exports.running());
             },
             recv(self.reported) -> report => if let Ok(report) = report {
                 self.book(report, crew);
@@ -318,58 +353,71 @@ impl Desk {
         } = report;
         self.under_way -= 1;
         self.failing_under_way -= usize::from(failing);
-        let now = crew.exports.now();
-        let again = retry(&outcome, &crew.settings.retry_on, SystemTime::now());
+        let now = crew.exports.running();
+        let Settings {
+            retry_on,
+            plain_allowed,
+            ..
+        } = &crew.settings;
+        let wall_clock = SystemTime::now();
+        let destination = &export.destination;
+        let again = retry(&outcome, destination, *plain_allowed, retry_on, wall_clock);
         log_attempt(&export, bytes, took, &outcome, again.is_some());
         let Some(again) = again else {
-            self.schedule.finished(&export.key, took, now);
-            let response = response(outcome, export.attempts + 1);
-            return crew.exports.settle(export.id, &response, true);
+            let (id, attempts) = (export.id, export.attempts + 1);
+            return match outcome {
+                Outcome::Answered(answer) => {
+                    self.schedule.answered(&export.key, took, now);
+                    crew.exports.settle(id, &answered(answer), true);
+                }
+                Outcome::Failed(failure) => {
+                    self.schedule.ended(&export.key, now);
+                    let kind = failure.kind.name().into();
+                    let result = failed(kind, failure.message, attempts);
+                    crew.exports.settle(id, &result, false);
+                }
+            };
         };
-        let Retry { to_end, .. } = again;
-        let (id, mut tried) = (export.id, export.clone());
-        match self.schedule.failed(export, again, took, chance(), now) {
-            Ok(backoff) => {
-                tried.attempts += 1;
-                let wait = Duration::from_millis((backoff.not_before - now).unsigned_abs());
-                let (kind, message) = words(&outcome, &tried);
-                let error = LastError {
-                    kind,
-                    message: &message,
-                };
-                crew.exports.postpone(&tried, &error, backoff, wait, to_end);
-            }
-            Err(export) => {
-                log::warn!(id:%, attempts = export.attempts; "given up");
-                crew.exports
-                    .settle(id, &response(outcome, export.attempts), false);
-            }
+        let Failed {
+            export,
+            backoff,
+            given_up,
+        } = self.schedule.failed(export, again, took, chance(), now);
+        let (kind, message) = words(&outcome, &export);
+        let delay = Delay {
+            error: LastError {
+                kind,
+                message: &message,
+            },
+            backoff,
+            wait: until(backoff.not_before, now),
+        };
+        if given_up {
+            self.give_up(&export, kind.into(), message.clone(), Some(&delay), crew);
+        } else {
+            crew.exports.postpone(&export, &delay, again.to_end);
         }
+    }
+
+    /// Finishes an export that has been tried for long enough, with the last error. `delay` is
+    /// there where that is the one of an attempt that has just failed.
+    fn give_up(
+        &self,
+        export: &Export,
+        kind: String,
+        message: String,
+        delay: Option<&Delay<'_>>,
+        crew: &Crew,
+    ) {
+        log::warn!(id:% = export.id, attempts = export.attempts; "given up");
+        let result = failed(kind, message, export.attempts);
+        let last = !self.schedule.has_waiting(&export.key);
+        crew.exports.give_up(export, &result, delay, last);
     }
 }
 
-/// Finishes an export whose time is over while it waits.
-fn give_up(export: &Export, crew: &Crew) {
-    log::warn!(id:% = export.id, attempts = export.attempts; "given up");
-    let (kind, message) = crew.exports.trouble(export.id).unwrap_or_else(|| {
-        let host = export.destination.authority();
-        (
-            "timeout".into(),
-            format!("there was no turn for {host} in time"),
-        )
-    });
-    let error = FailureReport {
-        kind,
-        message,
-        attempts: export.attempts,
-    };
-    let status = if error.kind == Kind::Timeout.name() {
-        504
-    } else {
-        502
-    };
-    crew.exports
-        .settle(export.id, &gateway(status, error), false);
+fn until(at: Millis, now: Millis) -> Duration {
+    Duration::from_millis(at.saturating_sub(now).max(0).unsigned_abs())
 }
 
 fn log_attempt(export: &Export, bytes: usize, took: Duration, outcome: &Outcome, again: bool) {
@@ -412,14 +460,6 @@ pub(crate) fn chance() -> f64 {
     RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64
 }
 
-/// The result of an export whose attempt was its last.
-fn response(outcome: Outcome, attempts: u32) -> ExtResponse {
-    match outcome {
-        Outcome::Answered(answer) => answered(answer),
-        Outcome::Failed(failure) => failed(failure, attempts),
-    }
-}
-
 fn answered(answer: Answer) -> ExtResponse {
     let (body, body_base64) = match String::from_utf8(answer.body) {
         Ok(text) => (text, None),
@@ -444,33 +484,22 @@ fn cut_text(error: std::string::FromUtf8Error) -> (String, Option<String>) {
     }
 }
 
-fn failed(failure: Failure, attempts: u32) -> ExtResponse {
-    let status = match failure.kind {
-        Kind::Timeout => 504,
-        Kind::Dns
-        | Kind::Connect
-        | Kind::Tls
-        | Kind::TlsTooEarly
-        | Kind::Closed
-        | Kind::Protocol
-        | Kind::Lost => 502,
-        Kind::ForbiddenAddress | Kind::ForbiddenHttp => 403,
+/// A result of this service's own, where there was no response for good.
+fn failed(kind: String, message: String, attempts: u32) -> ExtResponse {
+    let is = |one: Kind| kind == one.name();
+    let status = if is(Kind::Timeout) {
+        504
+    } else if is(Kind::ForbiddenAddress) || is(Kind::ForbiddenHttp) {
+        403
+    } else {
+        502
     };
-    let kind = failure.kind.name().into();
-    gateway(
-        status,
-        FailureReport {
-            kind,
-            message: failure.message,
-            attempts,
-        },
-    )
-}
-
-/// A result of this service's own, where there was no response.
-fn gateway(status: u16, error: FailureReport) -> ExtResponse {
     ExtResponse {
-        error: Some(error),
+        error: Some(FailureReport {
+            kind,
+            message,
+            attempts,
+        }),
         ..ExtResponse::with_status(status, reason(status))
     }
 }
@@ -519,14 +548,7 @@ mod tests {
 
     #[test]
     fn timeouts_are_504_forbidden_addresses_403_and_other_failures_502() {
-        let status = |kind| {
-            let failure = Failure {
-                kind,
-                message: String::new(),
-                connected: false,
-            };
-            failed(failure, 1).status_code
-        };
+        let status = |kind: Kind| failed(kind.name().into(), String::new(), 1).status_code;
         assert_eq!(status(Kind::Timeout), 504);
         assert_eq!(status(Kind::Connect), 502);
         assert_eq!(status(Kind::ForbiddenAddress), 403);

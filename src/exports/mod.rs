@@ -24,11 +24,12 @@ use uuid::Uuid;
 
 use crate::auth::Grant;
 use crate::delivery::addresses::Destination;
-use crate::delivery::schedule::{Backoff, Export, LONGEST_RESUMED, Millis, QueueKey};
+use crate::delivery::schedule::{Backoff, Export, Millis, QueueKey};
 use recorder::Recorder;
 pub use states::Reply;
 use states::{Poll, Progress, States, Trouble};
-use store::{IdempotencyKey, NewExport, News, Reader, Report, Stored, Unfinished, Writer};
+use store::{IdempotencyKey, NewExport, News, QueueNews, Reader, Report};
+use store::{Stored, StoredQueue, Unfinished, Writer};
 
 /// Submissions that may wait for the recorder; with more the disk is not keeping up.
 const WAITING: usize = 1024;
@@ -117,6 +118,16 @@ pub struct LastError<'a> {
     pub message: &'a str,
 }
 
+/// Why and how long a queue waits after an attempt of its.
+pub struct Delay<'a> {
+    /// Why the attempt failed.
+    pub error: LastError<'a>,
+    /// The queue's backoff from now on.
+    pub backoff: Backoff,
+    /// How long until there can be another attempt.
+    pub wait: Duration,
+}
+
 /// Why an export has no response of its destination's.
 #[derive(Deserialize, Serialize)]
 pub struct FailureReport {
@@ -141,7 +152,7 @@ pub enum Error {
     DiskFull,
     /// The store cannot be read or written; the log says why.
     Storage,
-    /// The owner has this many unfinished exports, and may not have more.
+    /// The queue has this many unfinished exports, and may not have more.
     TooMany(usize),
     /// The store has reached the size that it may have.
     StoreFull,
@@ -193,14 +204,14 @@ impl Query {
 pub struct Queued {
     /// Which export.
     pub export: Export,
-    /// Its queue's backoff as far as it was stored, where a restart found it unfinished.
+    /// Its queue's backoff, where a restart found one stored.
     pub resume: Option<Backoff>,
 }
 
 /// How much may wait or be kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Unfinished exports of one owner.
+    /// Unfinished exports of one queue.
     pub max_pending: usize,
     /// Bytes that all exports and results together take in the store.
     pub max_store: u64,
@@ -242,7 +253,7 @@ impl Exports {
         let (reports, reported) = bounded(UNWRITTEN_REPORTS);
         let exports = Arc::new(Self {
             states: States::default(),
-            clock: Clock::new(),
+            clock: Clock::new(writer.running()),
             accepts,
             waiting_bytes: AtomicUsize::new(0),
             reports,
@@ -267,9 +278,14 @@ impl Exports {
         Ok((exports, thread))
     }
 
-    /// What time it is, for everything that has to do with exports.
+    /// What time it is, for what is kept by the wall clock: Unix milliseconds.
     pub fn now(&self) -> Millis {
         self.clock.now()
+    }
+
+    /// For how long the service has run, all its runs together, in milliseconds.
+    pub fn running(&self) -> Millis {
+        self.clock.running()
     }
 
     /// How many exports are not finished.
@@ -278,7 +294,8 @@ impl Exports {
     }
 
     /// Submits a new export. `reply` is called once it is durable, or at `deadline` or when it is
-    /// finished, whichever is first, if `deadline` lies after that. Does not block.
+    /// finished, whichever is first, if `deadline` lies after that; but at once where its queue is
+    /// held up for longer. Does not block.
     pub fn submit(
         &self,
         submission: Submission,
@@ -303,6 +320,7 @@ impl Exports {
             destination,
             payload,
             accepted_at: self.now(),
+            running: self.running(),
             key,
         };
         // Relaxed: a count that nothing else is ordered by.
@@ -369,53 +387,76 @@ impl Exports {
     }
 
     /// Hands over an export's result. It is shown to nobody before it is in the store. Blocks
-    /// only while the store is far behind. `recovered` says that its destination was reached, so
+    /// only while the store is far behind. `answered` says that its destination was reached, so
     /// that its queue waits no longer. For the worker.
-    pub fn settle(&self, id: Uuid, result: &ExtResponse, recovered: bool) {
-        if recovered {
+    pub fn settle(&self, id: Uuid, result: &ExtResponse, answered: bool) {
+        if answered {
             self.states.recover(id);
         }
-        let response = raw(result);
-        self.report(Report {
-            id,
-            news: News::Finished {
-                response,
-                recovered,
-            },
-        });
+        let queue = if answered {
+            QueueNews::Forgotten
+        } else {
+            QueueNews::AsBefore
+        };
+        self.finished(id, result, queue);
     }
 
-    /// Hands over that an export was tried `attempts` times, the last time in vain, and is queued
-    /// again. Blocks only while the store is far behind. For the worker.
-    pub fn postpone(
+    /// The same for an export that was tried for long enough, after an attempt that has just
+    /// failed or while it waited. `last` says that no other is left in its queue. For the worker.
+    pub fn give_up(
         &self,
         export: &Export,
-        error: &LastError<'_>,
-        backoff: Backoff,
-        wait: Duration,
-        to_end: bool,
+        result: &ExtResponse,
+        delay: Option<&Delay<'_>>,
+        last: bool,
     ) {
-        let error = raw(error);
-        let attempts = export.attempts;
+        let delay = delay.map(|delay| (delay.backoff, self.delay(&export.key, delay)));
+        let queue = match delay {
+            // A queue that has no exports is not remembered beyond this run.
+            _ if last => QueueNews::Forgotten,
+            Some((backoff, error)) => QueueNews::Failing(backoff, error),
+            None => QueueNews::AsBefore,
+        };
+        self.finished(export.id, result, queue);
+    }
+
+    fn finished(&self, id: Uuid, result: &ExtResponse, queue: QueueNews) {
+        let response = raw(result);
+        let news = News::Finished { response };
+        self.report(Report { id, news, queue });
+    }
+
+    /// Hands over that an export was tried in vain and is queued again, at the end where it was
+    /// moved there. Blocks only while the store is far behind. For the worker.
+    pub fn postpone(&self, export: &Export, delay: &Delay<'_>, to_end: bool) {
+        let error = self.delay(&export.key, delay);
         let progress = Progress {
-            attempts,
+            attempts: export.attempts,
             last_error: Some(error.clone()),
         };
-        let trouble = Trouble {
-            error: error.clone(),
-            next_attempt: Instant::now() + wait,
-        };
-        self.states.postpone(export.id, progress, trouble);
+        self.states.postpone(export.id, progress);
         let news = News::Postponed {
-            attempts,
-            error,
-            backoff,
+            attempts: export.attempts,
+            error: error.clone(),
             to_end,
+            first_moved_at: export.first_moved_at,
         };
         self.report(Report {
             id: export.id,
             news,
+            queue: QueueNews::Failing(delay.backoff, error),
         });
+    }
+
+    fn delay(&self, key: &QueueKey, delay: &Delay<'_>) -> Arc<RawValue> {
+        let error = raw(&delay.error);
+        let next_attempt = Instant::now() + delay.wait;
+        let trouble = Trouble {
+            error: error.clone(),
+            next_attempt,
+        };
+        self.states.delay(key, trouble);
+        error
     }
 
     /// Kind and message of why an export waits, if that is known.
@@ -431,8 +472,8 @@ impl Exports {
     }
 
     /// Shows what a report says, now that it is in the store.
-    fn written(&self, Report { id, news }: Report) {
-        if let News::Finished { response, .. } = news {
+    fn written(&self, Report { id, news, .. }: Report) {
+        if let News::Finished { response } = news {
             self.states.finish(id, &response);
         }
     }
@@ -448,49 +489,43 @@ impl Exports {
             id,
             owner,
             destination,
-            accepted_at,
+            running,
             attempts,
+            first_moved_at,
             last_error,
-            backoff,
+            queue: stored,
         } = found;
         let key = QueueKey {
             owner: owner.into(),
             destination: destination.shared(),
         };
-        let key = self.states.insert(
-            id,
-            key,
-            Progress {
-                attempts,
-                last_error: last_error.clone(),
-            },
-        );
-        if let (Some(error), Some(backoff)) = (last_error, backoff) {
-            let wait = backoff.not_before - self.now();
-            // As long as the schedule waits.
-            let wait = Duration::from_millis(wait.clamp(0, LONGEST_RESUMED).unsigned_abs());
-            self.states.delay(
-                &key,
-                Trouble {
+        let progress = Progress {
+            attempts,
+            last_error,
+        };
+        let key = self.states.insert(id, key, progress);
+        let resume = stored.as_ref().map(|stored| stored.backoff);
+        if let Some(StoredQueue { backoff, error }) = stored {
+            let wait = backoff.not_before.saturating_sub(self.running()).max(0);
+            let wait = Duration::from_millis(wait.unsigned_abs());
+            let next_attempt = Instant::now().checked_add(wait);
+            if let (Some(error), Some(next_attempt)) = (error, next_attempt) {
+                let trouble = Trouble {
                     error,
-                    next_attempt: Instant::now() + wait,
-                },
-            );
+                    next_attempt,
+                };
+                self.states.delay(&key, trouble);
+            }
         }
         let export = Export {
             id,
             destination: destination.sharing(&key.destination),
             key,
-            accepted_at,
+            accepted_at: running,
             attempts,
+            first_moved_at,
         };
-        enqueue(
-            queue,
-            Queued {
-                export,
-                resume: Some(backoff.unwrap_or_default()),
-            },
-        );
+        enqueue(queue, Queued { export, resume });
     }
 
     /// What the waiter thread runs, until [`Exports::close`].
@@ -524,24 +559,32 @@ fn fingerprint(destination: &Destination, payload: &[u8]) -> [u8; 32] {
         .into()
 }
 
-/// Unix milliseconds that go on evenly from the start of the process: a clock that is set right
-/// meanwhile, as at the boot of a box without one of its own, must neither end nor prolong a wait.
-/// What is stored follows the wall clock: see [`Writer::clock_was_set`].
+/// Two counts of milliseconds that go on evenly from the start of the process: a clock that is set
+/// right meanwhile, as at the boot of a box without one of its own, must neither end nor prolong a
+/// wait. The first are Unix milliseconds, which are stored by the wall clock: see
+/// [`Writer::clock_was_set`]. The second is the running time, which goes on from one run to the next.
 struct Clock {
     started: Instant,
     wall: Millis,
+    /// The running time at the start.
+    ran: Millis,
 }
 
 impl Clock {
-    fn new() -> Self {
+    fn new(ran: Millis) -> Self {
         Self {
             started: Instant::now(),
             wall: wall_clock(),
+            ran,
         }
     }
 
     fn now(&self) -> Millis {
         self.wall.saturating_add(as_millis(self.started.elapsed()))
+    }
+
+    fn running(&self) -> Millis {
+        self.ran.saturating_add(as_millis(self.started.elapsed()))
     }
 
     /// By how much the wall clock is ahead of this one by now.

@@ -32,6 +32,9 @@ const LOG_AGE: Duration = Duration::from_secs(5);
 const LOG_BUSY: Duration = Duration::from_secs(5);
 /// A difference between clocks, in milliseconds, that says that the clock was set.
 const CLOCK_SET: Millis = 1000;
+/// How often the running time is stored while a queue is failing, and nothing else is written. A
+/// kill loses no more of it than a minute.
+const SAVE_RUNNING: Duration = Duration::from_secs(50);
 /// The longest the recorder sleeps.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 
@@ -68,11 +71,24 @@ impl Recorder {
                 }
             }
             if stopping {
+                if self.exports.unfinished() > 0 {
+                    self.save_running();
+                }
                 housekeeping.empty_log(&mut self.writer);
                 return;
             }
+            if housekeeping.is_running_due() && self.exports.states.is_any_failing() {
+                self.save_running();
+            }
             let now = self.exports.now();
             housekeeping.run(&mut self.writer, self.retention, now);
+        }
+    }
+
+    fn save_running(&mut self) {
+        let running = self.exports.running();
+        if let Err(error) = self.writer.save_running(running) {
+            log::warn!(reason:% = error; "cannot store for how long exports have been tried");
         }
     }
 
@@ -153,10 +169,9 @@ impl Recorder {
     /// takes as much room as the payload does, until the log is emptied.
     fn write_reports_one_by_one(&mut self) {
         while let Some(report) = self.reports.first() {
-            let now = self.exports.now();
-            let written = self
-                .writer
-                .commit(&[Change::Report(report)], now, |_| Ok(()));
+            let (now, running) = (self.exports.now(), self.exports.running());
+            let change = Change::Report(report);
+            let written = self.writer.commit(&[change], now, running, |_| Ok(()));
             if written.is_err() || self.writer.empty_log().is_err() {
                 return;
             }
@@ -169,7 +184,7 @@ impl Recorder {
     fn commit(&mut self, accepts: &[Accept]) -> Result<Vec<Effect>, store::Error> {
         let mut size = self.writer.size()?;
         for report in &mut self.reports {
-            if let News::Finished { response, .. } = &mut report.news {
+            if let News::Finished { response } = &mut report.news {
                 if size + response.get().len() as u64 > self.limits.max_store {
                     *response = without_body(response);
                 }
@@ -182,9 +197,13 @@ impl Recorder {
         let mut pending = HashMap::new();
         let (exports, limits) = (&self.exports, &self.limits);
         let has_room = |export: &NewExport| {
+            let key = QueueKey {
+                owner: export.owner.as_slice().into(),
+                destination: export.destination.shared(),
+            };
             let count = pending
-                .entry(export.owner.clone())
-                .or_insert_with_key(|owner| exports.states.count_of(owner));
+                .entry(key)
+                .or_insert_with_key(|key| exports.states.count_of(key));
             let bytes = (export.payload.len() + ROW) as u64;
             if *count >= limits.max_pending {
                 return Err(Error::TooMany(*count));
@@ -196,7 +215,8 @@ impl Recorder {
             size += bytes;
             Ok(())
         };
-        let mut effects = self.writer.commit(&changes, exports.now(), has_room)?;
+        let (now, running) = (exports.now(), exports.running());
+        let mut effects = self.writer.commit(&changes, now, running, has_room)?;
         Ok(effects.split_off(self.reports.len()))
     }
 
@@ -212,11 +232,17 @@ impl Recorder {
             owner,
             destination,
             payload,
-            accepted_at,
+            running,
             ..
         } = export;
         let states = &self.exports.states;
-        let anyone = |_: &[u8], _: &str| true;
+        // What is held up for longer is answered at once: apps that submit from their only loop must
+        // not fall behind while a destination is down.
+        let poll = |id, reply| {
+            let at_once = states.is_held_up(id, deadline);
+            let deadline = if at_once { received } else { deadline };
+            states.poll(id, |_, _| true, deadline, reply)
+        };
         let answer = match effect {
             Effect::Written => {
                 log::info!(
@@ -230,13 +256,14 @@ impl Recorder {
                 };
                 let key = states.insert(id, key, Progress::default());
                 // Before the worker knows of it, so that the first answer is always Pending.
-                let poll = states.poll(id, anyone, deadline, reply);
+                let answer = poll(id, reply);
                 let export = Export {
                     id,
                     destination: destination.sharing(&key.destination),
                     key,
-                    accepted_at,
+                    accepted_at: running,
                     attempts: 0,
+                    first_moved_at: None,
                 };
                 enqueue(
                     &self.queue,
@@ -245,13 +272,13 @@ impl Recorder {
                         resume: None,
                     },
                 );
-                poll
+                answer
             }
             Effect::Repeat { id, response } => {
                 log::info!(id:%, destination = destination.origin(); "accepted before");
                 match response {
                     Some(response) => Poll::Now(reply, Ok(View::finished(id, response))),
-                    None => states.poll(id, anyone, deadline, reply),
+                    None => poll(id, reply),
                 }
             }
             Effect::Conflict => Poll::Now(reply, Err(Error::KeyReused)),
@@ -288,6 +315,7 @@ struct Housekeeping {
     empty_log_at: Option<Instant>,
     /// Not to be tried again before this.
     follow_clock_at: Instant,
+    save_running_at: Instant,
 }
 
 impl Housekeeping {
@@ -297,6 +325,7 @@ impl Housekeeping {
             expire_at: now,
             empty_log_at: Some(now),
             follow_clock_at: now,
+            save_running_at: now + SAVE_RUNNING,
         }
     }
 
@@ -326,10 +355,19 @@ impl Housekeeping {
         self.empty_log_at.get_or_insert(Instant::now() + LOG_AGE);
     }
 
+    /// Whether it is time to store the running time.
+    fn is_running_due(&mut self) -> bool {
+        let now = Instant::now();
+        let due = self.save_running_at <= now;
+        if due {
+            self.save_running_at = now + SAVE_RUNNING;
+        }
+        due
+    }
+
     fn sleep(&self) -> Duration {
-        let next = self
-            .empty_log_at
-            .map_or(self.expire_at, |at| at.min(self.expire_at));
+        let next = self.expire_at.min(self.save_running_at);
+        let next = self.empty_log_at.map_or(next, |at| at.min(next));
         next.saturating_duration_since(Instant::now())
     }
 

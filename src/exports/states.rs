@@ -33,10 +33,11 @@ pub struct States {
 #[derive(Default)]
 struct Inner {
     unfinished: HashMap<Uuid, Entry>,
-    /// What the exports of a queue have in common; an entry for as long as there are any.
+    /// What the exports of a queue have in common; an entry for as long as there are any, or the
+    /// queue waits after it had some.
     queues: HashMap<QueueKey, Queue>,
-    /// How many unfinished exports each owner has.
-    owners: HashMap<Arc<[u8]>, usize>,
+    /// Those that have none and wait.
+    empty: Vec<QueueKey>,
     /// Whose time is over when; the number tells apart what is due at the same moment.
     deadlines: BTreeMap<(Instant, u64), Uuid>,
     parked: u64,
@@ -48,6 +49,13 @@ struct Inner {
 struct Queue {
     exports: usize,
     trouble: Option<Trouble>,
+}
+
+impl Queue {
+    fn waits(&self, now: Instant) -> bool {
+        let trouble = self.trouble.as_ref();
+        trouble.is_some_and(|trouble| trouble.next_attempt > now)
+    }
 }
 
 struct Entry {
@@ -95,10 +103,10 @@ impl States {
     /// thousand copies of a long URL are a lot of memory.
     pub fn insert(&self, id: Uuid, key: QueueKey, progress: Progress) -> QueueKey {
         let mut inner = self.inner.lock();
+        inner.forget_empty(Instant::now());
         let known = inner.queues.get_key_value(&key);
         let key = known.map_or(key, |(known, _)| known.clone());
         inner.queues.entry(key.clone()).or_default().exports += 1;
-        *inner.owners.entry(key.owner.clone()).or_default() += 1;
         let entry = Entry {
             key: key.clone(),
             state: State::Pending,
@@ -114,9 +122,26 @@ impl States {
         self.inner.lock().unfinished.len()
     }
 
-    /// How many exports of this owner are not finished.
-    pub fn count_of(&self, owner: &[u8]) -> usize {
-        self.inner.lock().owners.get(owner).copied().unwrap_or(0)
+    /// How many exports of this queue are not finished.
+    pub fn count_of(&self, key: &QueueKey) -> usize {
+        let inner = self.inner.lock();
+        inner.queues.get(key).map_or(0, |queue| queue.exports)
+    }
+
+    /// Whether it is known that an export will not be tried before `deadline`: its queue's last
+    /// attempt has failed, and the next one is later, or is another export's.
+    pub fn is_held_up(&self, id: Uuid, deadline: Instant) -> bool {
+        let inner = self.inner.lock();
+        let Some(entry) = inner.unfinished.get(&id) else {
+            return false;
+        };
+        let queue = inner.queues.get(&entry.key);
+        queue.is_some_and(|queue| {
+            queue.trouble.as_ref().is_some_and(|trouble| {
+                let behind = entry.progress.attempts == 0 && queue.exports > 1;
+                behind || trouble.next_attempt > deadline
+            })
+        })
     }
 
     /// The queue waits, for this reason.
@@ -127,15 +152,10 @@ impl States {
     }
 
     /// The export's attempt failed, and it is queued again.
-    pub fn postpone(&self, id: Uuid, progress: Progress, trouble: Trouble) {
-        let mut inner = self.inner.lock();
-        let inner = &mut *inner;
-        if let Some(entry) = inner.unfinished.get_mut(&id) {
+    pub fn postpone(&self, id: Uuid, progress: Progress) {
+        if let Some(entry) = self.inner.lock().unfinished.get_mut(&id) {
             entry.state = State::Pending;
             entry.progress = progress;
-            if let Some(queue) = inner.queues.get_mut(&entry.key) {
-                queue.trouble = Some(trouble);
-            }
         }
     }
 
@@ -190,6 +210,12 @@ impl States {
             self.changed.notify_one();
         }
         Poll::Parked
+    }
+
+    /// Whether any queue's last attempt has failed.
+    pub fn is_any_failing(&self) -> bool {
+        let inner = self.inner.lock();
+        inner.queues.values().any(|queue| queue.trouble.is_some())
     }
 
     /// The export's destination was reached: its queue waits no longer.
@@ -281,20 +307,37 @@ impl Entry {
 }
 
 impl Inner {
-    /// One export of a queue and its owner less.
+    /// One export of a queue less.
     fn leave(&mut self, key: &QueueKey) {
-        if let Some(queue) = self.queues.get_mut(key) {
-            queue.exports -= 1;
-            if queue.exports == 0 {
-                self.queues.remove(key);
-            }
+        let now = Instant::now();
+        self.forget_empty(now);
+        let Some(queue) = self.queues.get_mut(key) else {
+            return;
+        };
+        queue.exports -= 1;
+        if queue.exports > 0 {
+            return;
         }
-        if let Some(count) = self.owners.get_mut(&key.owner) {
-            *count -= 1;
-            if *count == 0 {
-                self.owners.remove(&key.owner);
+        if queue.waits(now) {
+            if !self.empty.contains(key) {
+                self.empty.push(key.clone());
             }
+        } else {
+            self.queues.remove(key);
         }
+    }
+
+    /// Forgets queues without exports whose wait is over, as the worker does.
+    fn forget_empty(&mut self, now: Instant) {
+        let queues = &mut self.queues;
+        self.empty.retain(|key| match queues.get(key) {
+            Some(queue) if queue.exports > 0 => false,
+            Some(queue) if queue.waits(now) => true,
+            _ => {
+                queues.remove(key);
+                false
+            }
+        });
     }
 
     /// Moves every parked poll whose time is over to `due`; all of them once closing.
@@ -367,7 +410,7 @@ mod tests {
         });
         let inner = states.inner.lock();
         assert!(inner.unfinished.is_empty() && inner.deadlines.is_empty());
-        assert!(inner.queues.is_empty() && inner.owners.is_empty());
+        assert!(inner.queues.is_empty());
     }
 
     #[test]

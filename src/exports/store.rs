@@ -29,18 +29,20 @@ pub const FILE: &str = "exports.db";
 /// "EXPS", so that `file` and SQLite itself can tell whose database this is.
 const APPLICATION_ID: i32 = 0x4558_5053;
 
-/// What the tables below look like. A change to them raises this by one and adds the statements
-/// that bring a file of the version before up to it, in [`migrate`].
-const SCHEMA_VERSION: i32 = 1;
+/// What the tables look like: how many of [`STEPS`] a file has behind it.
+const SCHEMA_VERSION: i32 = 2;
 
-/// `payload` is null once finished, `finished_at` and `response` are null before. Times are Unix
-/// milliseconds by the wall clock. `attempts` and `last_error` are the export's own; `failures` and
-/// `next_attempt_at` are its queue's backoff as it was after the export's last attempt. `turn`
-/// stands for `seq` in the order of delivery once the export was moved to the end of its queue, which
-/// happened at `moved_at`.
-/// `fingerprint` tells a repeat of the same submission from another one under the same
-/// idempotency key, when the payload itself is gone already.
-const SCHEMA: &str = "
+/// What brings a file from each version to the next; a new one goes all the way, so that all look
+/// alike. A change to the tables adds a step.
+const STEPS: [&str; SCHEMA_VERSION as usize] = [VERSION_1, VERSION_2];
+
+/// `payload` is null once finished, `finished_at` and `response` are null before. `accepted_at` and
+/// `finished_at` are Unix milliseconds by the wall clock. `attempts` and `last_error` are the
+/// export's own. `turn` stands for `seq` in the order of delivery once the export was moved to the
+/// end of its queue, which happened at `moved_at`. `fingerprint` tells a repeat of the same
+/// submission from another one under the same idempotency key, when the payload itself is gone
+/// already. `failures` and `next_attempt_at` are not used since version 2.
+const VERSION_1: &str = "
     CREATE TABLE exports (
         seq             INTEGER PRIMARY KEY,
         id              TEXT NOT NULL UNIQUE,
@@ -65,6 +67,44 @@ const SCHEMA: &str = "
     CREATE UNIQUE INDEX repeats ON exports (owner, idempotency_key)
         WHERE idempotency_key IS NOT NULL;
 ";
+
+/// Times from here on are running time, in milliseconds: see `Exports::running`. It is kept in
+/// `running`; `running_at` is when the export was accepted, `first_moved_at` and now `moved_at` when
+/// it was moved to the end of its queue. `queues` has those whose last attempt failed. Only columns
+/// that cost nothing are added, as a large file must be taken over on a disk that is almost full.
+///
+/// Waits that a file of version 1 has were stored by the wall clock, which may have been wrong then.
+const VERSION_2: &str = "
+    ALTER TABLE exports ADD COLUMN running_at INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE exports ADD COLUMN first_moved_at INTEGER;
+    CREATE TABLE running (millis INTEGER NOT NULL) STRICT;
+    INSERT INTO running VALUES (0);
+    CREATE TABLE queues (
+        owner           BLOB NOT NULL,
+        destination     TEXT NOT NULL,
+        failures        INTEGER NOT NULL,
+        next_attempt_at INTEGER NOT NULL,
+        failing_since   INTEGER NOT NULL,
+        last_error      TEXT,
+        PRIMARY KEY (owner, destination)
+    ) STRICT, WITHOUT ROWID;
+    INSERT INTO queues
+        SELECT owner, destination, failures,
+            min(max(latest - unixepoch() * 1000, 0), 3600000), 0, last_error
+        FROM (SELECT owner, destination, failures, last_error,
+                  max(coalesce(next_attempt_at, 0)) AS latest
+              FROM exports WHERE failures > 0 AND finished_at IS NULL
+              GROUP BY owner, destination);
+    UPDATE exports SET moved_at = moved_at - (SELECT max(moved_at) FROM exports)
+        WHERE moved_at IS NOT NULL;
+    DROP INDEX delayed;
+    DROP INDEX repeats;
+    CREATE UNIQUE INDEX repeats ON exports (owner, destination, idempotency_key)
+        WHERE idempotency_key IS NOT NULL;
+";
+
+/// The running time is stored with any commit when so much of it has passed, in milliseconds.
+const RUNNING_STEP: i64 = 10_000;
 
 /// Rows deleted in one go once they expired: a few milliseconds even on an SD card.
 const EXPIRY_STEP: u32 = 100;
@@ -150,6 +190,8 @@ pub struct NewExport {
     pub payload: Vec<u8>,
     /// Unix milliseconds.
     pub accepted_at: i64,
+    /// The same in running time.
+    pub running: i64,
     /// The idempotency key, if the submission had one.
     pub key: Option<IdempotencyKey>,
 }
@@ -174,8 +216,10 @@ pub enum Change<'a> {
 pub struct Report {
     /// Which export.
     pub id: Uuid,
-    /// Its result, or when it is tried again.
+    /// Its result, or that it is tried again.
     pub news: News,
+    /// What is known of its queue by that.
+    pub queue: QueueNews,
 }
 
 /// See [`Report`].
@@ -184,8 +228,6 @@ pub enum News {
     Finished {
         /// The `ext_response` object.
         response: Arc<RawValue>,
-        /// Whether its destination was reached, so that its queue waits no longer.
-        recovered: bool,
     },
     /// An attempt failed, and there will be another.
     Postponed {
@@ -193,11 +235,21 @@ pub enum News {
         attempts: u32,
         /// Why the last attempt failed: `kind` and `message`.
         error: Arc<RawValue>,
-        /// The backoff of its queue.
-        backoff: Backoff,
         /// Whether it went to the end of its queue.
         to_end: bool,
+        /// When it first did, in running time.
+        first_moved_at: Option<i64>,
     },
+}
+
+/// See [`Report`].
+pub enum QueueNews {
+    /// Nothing.
+    AsBefore,
+    /// It is not failing, or has no exports left.
+    Forgotten,
+    /// Its last attempt failed: its backoff, and why.
+    Failing(Backoff, Arc<RawValue>),
 }
 
 /// What became of a [`Change`].
@@ -235,14 +287,24 @@ pub struct Unfinished {
     pub owner: Vec<u8>,
     /// Where it goes.
     pub destination: Destination,
-    /// Unix milliseconds.
-    pub accepted_at: i64,
+    /// When it was accepted, in running time.
+    pub running: i64,
     /// How often it was tried.
     pub attempts: u32,
+    /// When it was first moved to the end of its queue, in running time.
+    pub first_moved_at: Option<i64>,
     /// Why its last attempt failed.
     pub last_error: Option<Arc<RawValue>>,
-    /// The backoff of its queue after its last attempt, if that failed.
-    pub backoff: Option<Backoff>,
+    /// What its queue waits for, if that was failing.
+    pub queue: Option<StoredQueue>,
+}
+
+/// A queue whose last attempt failed.
+pub struct StoredQueue {
+    /// Its backoff, in running time.
+    pub backoff: Backoff,
+    /// Why that attempt failed.
+    pub error: Option<Arc<RawValue>>,
 }
 
 /// The one connection that writes. Dropping it gives the folder free for another process.
@@ -253,6 +315,8 @@ pub struct Writer {
     connection: Connection,
     /// What the wall clock is ahead of the process's count, in milliseconds.
     clock_offset: i64,
+    /// The running time as it was stored last.
+    running: i64,
     /// The file, or a URI for a database in memory.
     path: PathBuf,
     /// Held for as long as the folder is in use; the operating system lets go of it in any case.
@@ -271,14 +335,18 @@ impl Writer {
                 // A name of its own, so that two stores in one process (as in tests) stay apart.
                 let uri = format!("{MEMORY}/{}?vfs=memdb", Uuid::now_v7());
                 let path = PathBuf::from(uri);
-                let connection = connect(&path, WRITING)
-                    .and_then(|connection| prepare(&connection).map(|()| connection))
+                let (connection, running) = connect(&path, WRITING)
+                    .and_then(|mut connection| {
+                        let running = prepare(&mut connection)?;
+                        Ok((connection, running))
+                    })
                     .map_err(|error| {
                         OpenError(format!("cannot keep exports in memory: {error}"))
                     })?;
                 Ok(Self {
                     connection,
                     clock_offset: 0,
+                    running,
                     path,
                     _lock: None,
                 })
@@ -312,12 +380,13 @@ impl Writer {
         }
         let path = folder.join(FILE);
         private_file(&path).map_err(|error| unusable("use", &error))?;
-        let connection = connect(&path, WRITING).map_err(|error| unusable("use", &error))?;
-        migrate(&connection, &path)?;
-        prepare_folder(&connection).map_err(|error| unusable("use", &error))?;
+        let mut connection = connect(&path, WRITING).map_err(|error| unusable("use", &error))?;
+        recognise(&connection, &path)?;
+        let running = prepare_folder(&mut connection).map_err(|error| unusable("use", &error))?;
         Ok(Self {
             connection,
             clock_offset: 0,
+            running,
             path,
             _lock: Some(lock),
         })
@@ -339,9 +408,11 @@ impl Writer {
     /// Where the store cannot be read, or holds a row that no version of this program wrote.
     pub fn unfinished(&self, mut each: impl FnMut(Unfinished)) -> Result<(), Error> {
         let mut statement = self.connection.prepare(
-            "SELECT id, owner, destination, accepted_at, attempts, last_error,
-                    failures, next_attempt_at
-             FROM exports WHERE finished_at IS NULL ORDER BY coalesce(turn, seq), moved_at",
+            "SELECT id, owner, destination, running_at, attempts, first_moved_at,
+                    exports.last_error, queues.failures, queues.next_attempt_at, failing_since,
+                    queues.last_error
+             FROM exports LEFT JOIN queues USING (owner, destination)
+             WHERE finished_at IS NULL ORDER BY coalesce(turn, seq), moved_at",
         )?;
         let mut rows = statement.query([])?;
         while let Some(row) = rows.next()? {
@@ -349,21 +420,43 @@ impl Writer {
             let (Ok(id), Ok(destination)) = (id.parse(), Destination::restore(&destination)) else {
                 return Err(Error::Damaged);
             };
-            let failures = row.get(6)?;
-            let not_before: Option<i64> = row.get(7)?;
+            let queue = match row.get(7)? {
+                Some(failures) => Some(StoredQueue {
+                    backoff: Backoff {
+                        failures,
+                        not_before: row.get(8)?,
+                        failing_since: row.get(9)?,
+                    },
+                    error: json(row.get(10)?)?,
+                }),
+                None => None,
+            };
             each(Unfinished {
                 id,
                 owner: row.get(1)?,
                 destination,
-                accepted_at: row.get(3)?,
+                running: row.get(3)?,
                 attempts: row.get(4)?,
-                last_error: json(row.get(5)?)?,
-                backoff: not_before.map(|not_before| Backoff {
-                    failures,
-                    not_before,
-                }),
+                first_moved_at: row.get(5)?,
+                last_error: json(row.get(6)?)?,
+                queue,
             });
         }
+        Ok(())
+    }
+
+    /// The running time as it was stored last.
+    pub fn running(&self) -> i64 {
+        self.running
+    }
+
+    /// Stores the running time.
+    ///
+    /// # Errors
+    /// Where the store cannot be written.
+    pub fn save_running(&mut self, running: i64) -> Result<(), Error> {
+        save_running(&self.connection, running)?;
+        self.running = running;
         Ok(())
     }
 
@@ -384,7 +477,8 @@ impl Writer {
 
     /// Writes all of `changes` in one transaction and returns what became of each, in order.
     /// `has_room` is asked about each new export, but for repeats of an earlier submission, which
-    /// need none. Blocks until the disk has them: that is what a 200 to an app stands for.
+    /// need none. `now` are Unix milliseconds, `running` is the running time. Blocks until the disk
+    /// has them: that is what a 200 to an app stands for.
     ///
     /// # Errors
     /// Nothing of it was written.
@@ -392,6 +486,7 @@ impl Writer {
         &mut self,
         changes: &[Change<'_>],
         now: i64,
+        running: i64,
         mut has_room: impl FnMut(&NewExport) -> Result<(), exports::Error>,
     ) -> Result<Vec<Effect>, Error> {
         let offset = self.clock_offset;
@@ -400,10 +495,24 @@ impl Writer {
         for change in changes {
             effects.push(match change {
                 Change::Accept(export) => accept(&transaction, export, offset, &mut has_room)?,
-                Change::Report(report) => write_report(&transaction, report, offset, now)?,
+                Change::Report(report) => {
+                    write_report(&transaction, report, now.saturating_add(offset), running)?
+                }
             });
         }
+        let failing = |change: &Change<'_>| {
+            matches!(change, Change::Report(report)
+                if matches!(report.queue, QueueNews::Failing(..)))
+        };
+        // Waits are counted from the time that is stored with them.
+        let save = running - self.running >= RUNNING_STEP || changes.iter().any(failing);
+        if save {
+            save_running(&transaction, running)?;
+        }
         transaction.commit()?;
+        if save {
+            self.running = running;
+        }
         Ok(effects)
     }
 
@@ -449,15 +558,11 @@ impl Writer {
     pub fn clock_was_set(&mut self, started: i64, now: i64, by: i64) -> Result<(), Error> {
         let (from, to) = (started + self.clock_offset, now + self.clock_offset);
         let transaction = self.connection.transaction()?;
-        // Waits lie ahead of the time at which they were stored.
         transaction.execute(
             "UPDATE exports SET
                  accepted_at = accepted_at + iif(accepted_at BETWEEN :from AND :to, :by, 0),
-                 finished_at = finished_at + iif(finished_at BETWEEN :from AND :to, :by, 0),
-                 moved_at = moved_at + iif(moved_at BETWEEN :from AND :to, :by, 0),
-                 next_attempt_at = next_attempt_at + iif(next_attempt_at >= :from, :by, 0)
-             WHERE accepted_at BETWEEN :from AND :to OR finished_at BETWEEN :from AND :to
-                 OR moved_at BETWEEN :from AND :to OR next_attempt_at >= :from",
+                 finished_at = finished_at + iif(finished_at BETWEEN :from AND :to, :by, 0)
+             WHERE accepted_at BETWEEN :from AND :to OR finished_at BETWEEN :from AND :to",
             named_params! { ":from": from, ":to": to, ":by": by },
         )?;
         transaction.execute(
@@ -543,7 +648,7 @@ fn accept(
     has_room: impl FnOnce(&NewExport) -> Result<(), exports::Error>,
 ) -> Result<Effect, Error> {
     if let Some(key) = &export.key
-        && let Some(earlier) = earlier(transaction, &export.owner, key)?
+        && let Some(earlier) = earlier(transaction, export, key)?
     {
         return Ok(earlier);
     }
@@ -553,8 +658,8 @@ fn accept(
     transaction
         .prepare_cached(
             "INSERT INTO exports
-             (id, owner, destination, payload, accepted_at, idempotency_key, fingerprint)
-             VALUES (?, ?, ?, ?, ?, ?, ?)",
+             (id, owner, destination, payload, accepted_at, running_at, idempotency_key, fingerprint)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         )?
         .execute(params![
             export.id.to_string(),
@@ -562,22 +667,24 @@ fn accept(
             export.destination.as_str(),
             export.payload,
             export.accepted_at.saturating_add(clock_offset),
+            export.running,
             export.key.as_ref().map(|key| &key.key),
             export.key.as_ref().map(|key| key.fingerprint),
         ])?;
     Ok(Effect::Written)
 }
 
-/// What was submitted before under the same key, if anything was.
+/// What was submitted before to the same queue under the same key, if anything was.
 fn earlier(
     transaction: &Transaction<'_>,
-    owner: &[u8],
+    export: &NewExport,
     key: &IdempotencyKey,
 ) -> Result<Option<Effect>, Error> {
     let mut statement = transaction.prepare_cached(
-        "SELECT id, fingerprint, response FROM exports WHERE owner = ? AND idempotency_key = ?",
+        "SELECT id, fingerprint, response FROM exports
+         WHERE owner = ? AND destination = ? AND idempotency_key = ?",
     )?;
-    let mut rows = statement.query(params![owner, key.key])?;
+    let mut rows = statement.query(params![export.owner, export.destination.as_str(), key.key])?;
     let Some(row) = rows.next()? else {
         return Ok(None);
     };
@@ -597,58 +704,75 @@ fn earlier(
 fn write_report(
     transaction: &Transaction<'_>,
     report: &Report,
-    clock_offset: i64,
     now: i64,
+    running: i64,
 ) -> Result<Effect, Error> {
     let id = report.id.to_string();
-    let now = now.saturating_add(clock_offset);
     match &report.news {
-        News::Finished {
-            response,
-            recovered,
-        } => {
+        News::Finished { response } => {
             transaction
                 .prepare_cached(
-                    "UPDATE exports SET payload = NULL, finished_at = ?, response = ?, failures = 0
-                     WHERE id = ?",
+                    "UPDATE exports SET payload = NULL, finished_at = ?, response = ? WHERE id = ?",
                 )?
                 .execute(params![now, response.get(), id])?;
-            if *recovered {
-                transaction
-                    .prepare_cached(
-                        "UPDATE exports SET failures = 0, next_attempt_at = NULL
-                         WHERE failures > 0 AND (owner, destination) =
-                             (SELECT owner, destination FROM exports WHERE id = ?)",
-                    )?
-                    .execute([id])?;
-            }
         }
         News::Postponed {
             attempts,
             error,
-            backoff,
             to_end,
+            first_moved_at,
         } => {
             transaction
                 .prepare_cached(
                     "UPDATE exports SET attempts = :attempts, last_error = :error,
-                         failures = :failures, next_attempt_at = :not_before,
                          turn = iif(:to_end, (SELECT max(seq) FROM exports), turn),
-                         moved_at = iif(:to_end, :now, moved_at)
+                         moved_at = iif(:to_end, :running, moved_at),
+                         first_moved_at = :first_moved_at
                      WHERE id = :id",
                 )?
                 .execute(named_params! {
                     ":attempts": attempts,
                     ":error": error.get(),
-                    ":failures": backoff.failures,
-                    ":not_before": backoff.not_before.saturating_add(clock_offset),
                     ":to_end": to_end,
-                    ":now": now,
+                    ":running": running,
+                    ":first_moved_at": first_moved_at,
                     ":id": id,
                 })?;
         }
     }
+    match &report.queue {
+        QueueNews::AsBefore => {}
+        QueueNews::Forgotten => {
+            transaction
+                .prepare_cached(
+                    "DELETE FROM queues WHERE (owner, destination) =
+                         (SELECT owner, destination FROM exports WHERE id = ?)",
+                )?
+                .execute([id])?;
+        }
+        QueueNews::Failing(backoff, error) => {
+            transaction
+                .prepare_cached(
+                    "INSERT OR REPLACE INTO queues
+                     SELECT owner, destination, ?, ?, ?, ? FROM exports WHERE id = ?",
+                )?
+                .execute(params![
+                    backoff.failures,
+                    backoff.not_before,
+                    backoff.failing_since,
+                    error.get(),
+                    id
+                ])?;
+        }
+    }
     Ok(Effect::Written)
+}
+
+fn save_running(connection: &Connection, running: i64) -> Result<(), rusqlite::Error> {
+    connection
+        .prepare_cached("UPDATE running SET millis = ?")?
+        .execute([running])?;
+    Ok(())
 }
 
 fn connect(path: &Path, access: OpenFlags) -> Result<Connection, rusqlite::Error> {
@@ -662,31 +786,35 @@ fn connect(path: &Path, access: OpenFlags) -> Result<Connection, rusqlite::Error
     Ok(connection)
 }
 
-/// What the writer needs set, in a file or in memory.
-fn prepare(connection: &Connection) -> Result<(), rusqlite::Error> {
+/// Sets what the writer needs, in a file or in memory, and brings the tables to
+/// [`SCHEMA_VERSION`], all of it or nothing. Returns the running time.
+fn prepare(connection: &mut Connection) -> Result<i64, rusqlite::Error> {
     connection.pragma_update(None, "cache_size", -1024)?;
     connection.pragma_update(None, "temp_store", "memory")?;
     connection.pragma_update(None, "secure_delete", true)?;
-    if connection.pragma_query_value(None, "user_version", |row| row.get::<_, i32>(0))? == 0 {
-        connection.execute_batch(&format!(
-            "BEGIN; {SCHEMA}
-             PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION};
-             COMMIT;"
-        ))?;
+    let transaction = connection.transaction()?;
+    let version: i32 = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    let behind = usize::try_from(version).unwrap_or(0).min(STEPS.len());
+    if behind < STEPS.len() {
+        for step in &STEPS[behind..] {
+            transaction.execute_batch(step)?;
+        }
+        transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
+        transaction.pragma_update(None, "user_version", SCHEMA_VERSION)?;
     }
-    Ok(())
+    transaction.commit()?;
+    connection.query_row("SELECT millis FROM running", [], |row| row.get(0))
 }
 
-fn prepare_folder(connection: &Connection) -> Result<(), rusqlite::Error> {
+fn prepare_folder(connection: &mut Connection) -> Result<i64, rusqlite::Error> {
     // Sets the mode and returns the one in force, so it is a query.
     connection.query_row("PRAGMA journal_mode = WAL", [], |_| Ok(()))?;
     connection.pragma_update(None, "synchronous", "FULL")?;
     prepare(connection)
 }
 
-/// Brings the file to [`SCHEMA_VERSION`]. There is only one version so far, so this only says
-/// no to what is not ours or from the future.
-fn migrate(connection: &Connection, path: &Path) -> Result<(), OpenError> {
+/// Says no to a file that is not ours, or from the future.
+fn recognise(connection: &Connection, path: &Path) -> Result<(), OpenError> {
     let number =
         |pragma: &str| connection.pragma_query_value(None, pragma, |row| row.get::<_, i32>(0));
     let path = path.display();
@@ -763,6 +891,7 @@ mod tests {
             destination: Destination::parse("https://a.example/").unwrap(),
             payload: vec![content],
             accepted_at: 0,
+            running: 0,
             key: key.map(|key| IdempotencyKey {
                 key: key.into(),
                 fingerprint: [content; 32],
@@ -783,7 +912,7 @@ mod tests {
         let changes: Vec<_> = exports.iter().map(Change::Accept).collect();
         let mut asked = Vec::new();
         let effects = writer
-            .commit(&changes, 0, |export| {
+            .commit(&changes, 0, 0, |export| {
                 asked.push(export.payload[0]);
                 match export.payload[0] {
                     4 => Err(exports::Error::StoreFull),
@@ -828,13 +957,13 @@ mod tests {
                 id: export.id,
                 news: News::Finished {
                     response: RawValue::from_string("{}".into()).unwrap().into(),
-                    recovered: false,
                 },
+                queue: QueueNews::AsBefore,
             };
             let changes = [Change::Accept(&export), Change::Report(&report)];
             let all = if finished_at > 0 { 2 } else { 1 };
             writer
-                .commit(&changes[..all], finished_at, |_| Ok(()))
+                .commit(&changes[..all], finished_at, 0, |_| Ok(()))
                 .unwrap();
         };
         // An earlier run's, by the right time; then this one's, which starts three days late.

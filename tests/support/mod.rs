@@ -279,6 +279,28 @@ impl Service {
         Some(Self::launch(folder, command, Some(SECRET), &arguments))
     }
 
+    /// A service that finds names in this file, in the format of `/etc/hosts`, and may send to this
+    /// machine.
+    pub fn start_with_hosts(hosts: &Path, arguments: &[&str]) -> Self {
+        let folder = Arc::new(tempfile::tempdir().unwrap());
+        let script = format!(
+            "mount --bind {} /etc/hosts && exec {} \"$@\"",
+            hosts.display(),
+            program().display(),
+        );
+        let mut command = Command::new("unshare");
+        command.args([
+            "--map-root-user",
+            "--mount",
+            "sh",
+            "-c",
+            &script,
+            "export-service",
+        ]);
+        let arguments = [&["--allow-network", LOOPBACK], arguments].concat();
+        Self::launch(folder, command, Some(SECRET), &arguments)
+    }
+
     /// Removes the file of somebody else's; see [`Service::start_on_small_disk`].
     pub fn remove_ballast(&self) {
         let seen_by_it = self.folder().strip_prefix("/").unwrap().join(BALLAST);
@@ -807,6 +829,13 @@ impl Identity {
         thread::spawn(move || child.wait());
         (stdin, BufReader::new(stdout))
     }
+}
+
+/// A URL where nothing listens, and the address to listen on to change that.
+pub fn nowhere() -> (String, SocketAddr) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    (format!("http://{address}/in"), address)
 }
 
 /// What arrived at a destination.
