@@ -76,6 +76,25 @@ impl Arbiter {
         self.peer.ask(&json!({"do": "start", "as": kind}));
     }
 
+    fn restart(&mut self) {
+        self.stop();
+        self.start_as("well");
+    }
+
+    /// Cannot be reached from now on, but goes on.
+    fn cut(&mut self) {
+        self.peer.ask(&json!({"do": "cut"}));
+    }
+
+    fn mend(&mut self) {
+        self.peer.ask(&json!({"do": "mend"}));
+    }
+
+    /// Loses the service's registration and gets it again.
+    fn forget(&mut self) {
+        self.peer.ask(&json!({"do": "forget"}));
+    }
+
     /// A token for an app, if the arbiter can mint one.
     fn mint(&mut self, destination: &str) -> Option<String> {
         let minted = self
@@ -92,6 +111,19 @@ fn submitted(service: &Service, token: &str, url: &str) -> u16 {
 
 fn submit(service: &Service, token: &str, url: &str) -> Response {
     service.post("/export", token, &json!({"uri": url, "data": payload(1)}))
+}
+
+/// What the service has written down.
+fn cached(service: &Service) -> Value {
+    serde_json::from_slice(&fs::read(service.folder().join("secret")).unwrap()).unwrap()
+}
+
+/// Changes what it has written down; not while it runs.
+fn change_cached(folder: &Path, change: impl FnOnce(&mut serde_json::Map<String, Value>)) {
+    let file = folder.join("secret");
+    let mut cached: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    change(cached.as_object_mut().unwrap());
+    fs::write(&file, cached.to_string()).unwrap();
 }
 
 /// Waits until the service says what is wrong in these words, and finds it putting requests off.
@@ -312,21 +344,227 @@ fn a_service_that_was_restarted_while_the_arbiter_was_away_asks_again() {
 }
 
 #[test]
-fn after_a_boot_of_the_machine_the_arbiter_is_asked_although_it_was_up_first() {
+fn an_arbiter_that_was_restarted_while_the_service_was_off_is_asked_at_once() {
     let mut arbiter = Arbiter::start();
-    let service = arbiter.service();
+    let mut service = arbiter.service();
     service.event("secret is there", |_| true);
     let url = "https://a.example/";
-    let old = arbiter.mint(url).unwrap();
-    let file = service.folder().join("secret");
-    let mut kept: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
-    kept["boot"] = "another".into();
-    fs::write(&file, kept.to_string()).unwrap();
-    let service = service.kill_and_restart();
-    service.event("secret is there", |line| line["from"] == "kept");
-    service.event("secret is there", |line| line["from"] == "arbiter");
+    let mut old = arbiter.mint(url).unwrap();
+    for asked in [2, 3] {
+        service = service.kill_and_restart_after(|| arbiter.restart());
+        let there = service.event("secret is there", |line| line["from"] == "arbiter");
+        assert_eq!(there["reason"], "the arbiter was restarted");
+        service.event("connected to the arbiter", |_| true);
+        assert_eq!(arbiter.asked(), asked);
+        assert!(!service.log().iter().any(|line| line.contains("no link")));
+        let new = arbiter.mint(url).unwrap();
+        assert_eq!(submitted(&service, &new, url), 200);
+        assert_eq!(submitted(&service, &old, url), 401);
+        old = new;
+    }
+}
+
+#[test]
+fn a_connection_lost_to_an_arbiter_that_was_not_restarted_costs_no_token() {
+    let mut arbiter = Arbiter::start();
+    let service = arbiter.service();
+    service.event("connected to the arbiter", |_| true);
+    let url = "https://a.example/";
+    let token = arbiter.mint(url).unwrap();
+    for losses in 1..=3 {
+        arbiter.cut();
+        service.events("no link to the arbiter", losses);
+        arbiter.mend();
+        service.events("connected to the arbiter", losses + 1);
+        assert_eq!(arbiter.asked(), 1);
+    }
+    for token in [token, arbiter.mint(url).unwrap()] {
+        assert_eq!(submitted(&service, &token, url), 200);
+    }
+
+    // That it was restarted afterwards is not missed.
+    arbiter.restart();
+    service.event("secret is there", |line| {
+        line["reason"] == "the arbiter was restarted"
+    });
     assert_eq!(arbiter.asked(), 2);
-    assert_eq!(submitted(&service, &old, url), 401);
+    let token = arbiter.mint(url).unwrap();
+    assert_eq!(submitted(&service, &token, url), 200);
+}
+
+#[test]
+fn an_arbiter_out_of_reach_while_the_service_is_restarted_costs_no_token() {
+    let mut arbiter = Arbiter::start();
+    let service = arbiter.service();
+    service.event("connected to the arbiter", |_| true);
+    let url = "https://a.example/";
+    let token = arbiter.mint(url).unwrap();
+    arbiter.cut();
+    service.event("no link to the arbiter", |_| true);
+    let service = service.kill_and_restart();
+    service.event("no link to the arbiter", |_| true);
+    assert_eq!(submitted(&service, &token, url), 200);
+    arbiter.mend();
+    service.event("connected to the arbiter", |_| true);
+    assert_eq!(arbiter.asked(), 1);
+    for token in [token, arbiter.mint(url).unwrap()] {
+        assert_eq!(submitted(&service, &token, url), 200);
+    }
+}
+
+#[test]
+fn an_arbiter_that_does_not_know_the_service_is_asked_every_second_or_two() {
+    let mut arbiter = Arbiter::start();
+    arbiter.behave("unauthorized");
+    let service = arbiter.service();
+    service.events("no link to the arbiter", 6);
+    let waits: Vec<u64> = service
+        .log()
+        .iter()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|line| line["event"] == "no link to the arbiter")
+        .map(|line| line["retry_ms"].as_u64().unwrap())
+        .collect();
+    assert!(
+        waits.iter().all(|wait| (1000..=2000).contains(wait)),
+        "{waits:?}"
+    );
+    assert!(waits.iter().any(|wait| *wait != waits[0]), "{waits:?}");
+    arbiter.behave("well");
+    service.event("secret is there", |_| true);
+    let url = "https://a.example/";
+    let token = arbiter.mint(url).unwrap();
+    assert_eq!(submitted(&service, &token, url), 200);
+}
+
+#[test]
+fn trouble_after_the_arbiter_did_not_know_the_service_is_waited_out_from_the_start() {
+    let mut arbiter = Arbiter::start();
+    arbiter.behave("unavailable");
+    let service = arbiter.service();
+    let wait = |line: &Value, words: &str, range: std::ops::RangeInclusive<u64>| {
+        line["reason"].as_str().unwrap().contains(words)
+            && range.contains(&line["retry_ms"].as_u64().unwrap())
+    };
+    let doubled = |line: &Value| wait(line, "163", 3200..=4800);
+    service.event("no link to the arbiter", doubled);
+    arbiter.behave("unauthorized");
+    service.event("no link to the arbiter", |line| {
+        wait(line, "129", 1000..=2000)
+    });
+    arbiter.stop();
+    service.event("no link to the arbiter", |line| {
+        !wait(line, "129", 0..=2000) && wait(line, "--arbiter", 800..=1200)
+    });
+}
+
+#[test]
+fn an_arbiter_that_lost_the_registration_is_asked_although_it_is_the_same() {
+    let mut arbiter = Arbiter::start();
+    let mut service = arbiter.service();
+    service.event("connected to the arbiter", |_| true);
+    let url = "https://a.example/";
+    for restarted in [false, true] {
+        let (old, asked) = (arbiter.mint(url).unwrap(), arbiter.asked());
+        arbiter.cut();
+        service.event("no link to the arbiter", |_| true);
+        arbiter.behave("unauthorized");
+        arbiter.mend();
+        service.event("no link to the arbiter", |line| {
+            line["reason"].as_str().unwrap().contains("129")
+        });
+        assert_eq!(submitted(&service, &old, url), 200);
+        if restarted {
+            // It is not there when the service finds out that it is registered again.
+            service = service.kill_and_restart_after(|| arbiter.forget());
+        } else {
+            arbiter.forget();
+        }
+        arbiter.behave("well");
+        service.event("secret is there", |line| {
+            line["from"] == "arbiter" && line["reason"] != "none was cached"
+        });
+        service.event("connected to the arbiter", |_| true);
+        assert!(arbiter.asked() > asked);
+        let new = arbiter.mint(url).unwrap();
+        assert_eq!(submitted(&service, &new, url), 200);
+        assert_eq!(submitted(&service, &old, url), 401);
+        service = service.kill_and_restart();
+        service.event("connected to the arbiter", |_| true);
+    }
+}
+
+#[test]
+fn an_arbiter_that_names_no_instance_is_asked_after_each_loss_and_each_boot() {
+    let mut arbiter = Arbiter::start();
+    arbiter.behave("old");
+    let mut service = arbiter.service();
+    service.event("connected to the arbiter", |_| true);
+    assert_eq!(cached(&service)["instance"], Value::Null);
+    arbiter.cut();
+    service.event("no link to the arbiter", |_| true);
+    arbiter.mend();
+    service.events("connected to the arbiter", 2);
+    assert_eq!(arbiter.asked(), 2);
+    let url = "https://a.example/";
+    let token = arbiter.mint(url).unwrap();
+
+    service = service.kill_and_restart();
+    service.event("connected to the arbiter", |_| true);
+    assert_eq!(arbiter.asked(), 2, "nothing was lost");
+    assert_eq!(submitted(&service, &token, url), 200);
+
+    let folder = service.folder();
+    service = service.kill_and_restart_after(|| {
+        change_cached(&folder, |cached| cached["boot"] = "another".into());
+    });
+    // Although the arbiter was up first.
+    let there = service.event("secret is there", |line| line["from"] == "arbiter");
+    assert_eq!(there["reason"], "the machine was started");
+    assert_eq!(arbiter.asked(), 3);
+    assert_eq!(submitted(&service, &token, url), 401);
+
+    service.event("connected to the arbiter", |_| true);
+    arbiter.cut();
+    service.event("no link to the arbiter", |_| true);
+    service = service.kill_and_restart_after(|| arbiter.mend());
+    service.event("secret is there", |line| line["from"] == "arbiter");
+    assert_eq!(arbiter.asked(), 4, "that it was lost outlives a restart");
+}
+
+#[test]
+fn what_an_earlier_release_has_written_down_is_taken_over() {
+    let mut arbiter = Arbiter::start();
+    let mut service = arbiter.service();
+    service.event("connected to the arbiter", |_| true);
+    let (url, folder) = ("https://a.example/", service.folder());
+    let token = arbiter.mint(url).unwrap();
+    let written = cached(&service);
+    let earlier = |lost: bool| {
+        change_cached(&folder, |cached| {
+            assert!(cached.remove("instance").unwrap().is_string());
+            assert!(cached["boot"].is_string());
+            if lost {
+                cached["boot"] = Value::Null;
+            }
+        });
+    };
+    service = service.kill_and_restart_after(|| earlier(false));
+    assert_eq!(submitted(&service, &token, url), 200);
+    service.event("connected to the arbiter", |_| true);
+    assert_eq!(arbiter.asked(), 1);
+    assert_eq!(cached(&service), written, "from now on it is known");
+    service = service.kill_and_restart_after(|| arbiter.restart());
+    service.event("secret is there", |line| line["from"] == "arbiter");
+    service.event("connected to the arbiter", |_| true);
+    assert_eq!(arbiter.asked(), 2);
+
+    // What was in doubt for that release is in doubt still.
+    service = service.kill_and_restart_after(|| earlier(true));
+    service.event("secret is there", |line| line["from"] == "arbiter");
+    service.event("connected to the arbiter", |_| true);
+    assert_eq!(arbiter.asked(), 3);
+    assert!(cached(&service)["boot"].is_string(), "no more doubt");
 }
 
 #[test]
@@ -515,9 +753,13 @@ fn an_arbiter_that_hangs_is_noticed_at_each_step() {
                     .unwrap()
                     .contains("no answer to the PING in time")
             });
+            // It was only stalled: what it made is still good.
             signal("-CONT");
-            service.events("secret is there", 2);
-            assert_eq!(arbiter.asked(), 2);
+            service.events("connected to the arbiter", 2);
+            assert_eq!(arbiter.asked(), 1);
+            let url = "https://a.example/";
+            let token = arbiter.mint(url).unwrap();
+            assert_eq!(submitted(&service, &token, url), 200);
         });
     });
 }

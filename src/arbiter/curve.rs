@@ -36,8 +36,9 @@ const HANDSHAKE: Duration = Duration::from_secs(15);
 const ANSWER: Duration = Duration::from_secs(30);
 /// How often the arbiter is asked for a sign of life.
 const PING_EVERY: Duration = Duration::from_secs(15);
-/// How long the sign of life may take, which costs all tokens where it is missed. A restart shows by
-/// the connection's end; this is for a loss that nothing else tells of.
+/// How long the sign of life may take. A restart shows by the connection's end; this is for a loss
+/// that nothing else tells of. Long, because an arbiter that names no instance has to be taken for
+/// restarted after it, which costs all tokens.
 const PONG: Duration = Duration::from_secs(30);
 
 /// The length of keys in bytes.
@@ -350,7 +351,7 @@ impl Client {
     }
 
     /// Asks for a sign of life. Without a time to live: a service that was only stopped for a while
-    /// is not to lose its connection, which would cost all tokens.
+    /// is not to lose its connection.
     pub fn ping(&mut self) {
         self.step = Step::Hold;
         self.ponged = false;

@@ -1,4 +1,4 @@
-//! Zest messages: a GET as bytes, and bytes as a reply.
+//! Zest messages: a request as bytes, and bytes as a reply.
 //!
 //! Zest is the protocol of a Databox's stores and of its arbiter ("Zest: REST over ZeroMQ", Moore et
 //! al., 2019): one frame with a header, options and a payload, all numbers big-endian. Its codes and
@@ -10,10 +10,16 @@
 const GET: u8 = 1;
 /// The host that the asking side is known as.
 const URI_HOST: u16 = 3;
+/// Makes a GET an observe request; its value says what is to be observed.
+const OBSERVE: u16 = 6;
 /// The path that is asked for.
 const URI_PATH: u16 = 11;
 /// What kind of payload is meant.
 const CONTENT_FORMAT: u16 = 12;
+/// For how many seconds to observe, in four bytes; 0 would be for ever.
+const MAX_AGE: u16 = 14;
+/// In the reply to an observe request: the public key of the socket that sends what was observed.
+const PUBLIC_KEY: u16 = 2048;
 /// JSON, which the arbiter's clients name for all they ask.
 const JSON: u16 = 50;
 
@@ -30,12 +36,23 @@ pub const UNAVAILABLE: u8 = 163;
 
 /// Encodes a GET of `path` by `host`; `None` where a part is longer than its 16-bit length can say.
 pub fn get(token: &[u8], path: &str, host: &str) -> Option<Vec<u8>> {
-    let options = [
+    encode(token, path, host, &[])
+}
+
+/// Encodes a request to observe `path` for a second. No more is meant by it than to have the
+/// reply's [`Reply::instance`]; what is observed would go to a socket that nobody connects to.
+pub fn observe(token: &[u8], path: &str, host: &str) -> Option<Vec<u8>> {
+    let second = 1_u32.to_be_bytes();
+    encode(token, path, host, &[(OBSERVE, b"data"), (MAX_AGE, &second)])
+}
+
+fn encode(token: &[u8], path: &str, host: &str, more: &[(u16, &[u8])]) -> Option<Vec<u8>> {
+    let usual = [
         (URI_PATH, path.as_bytes()),
         (URI_HOST, host.as_bytes()),
         (CONTENT_FORMAT, &JSON.to_be_bytes()),
     ];
-    let mut message = vec![GET, options.len() as u8];
+    let mut message = vec![GET, (usual.len() + more.len()) as u8];
     let mut sized = |before: &[u8], value: &[u8]| {
         message.extend_from_slice(before);
         message.extend_from_slice(&u16::try_from(value.len()).ok()?.to_be_bytes());
@@ -43,7 +60,7 @@ pub fn get(token: &[u8], path: &str, host: &str) -> Option<Vec<u8>> {
         Some(())
     };
     sized(&[], token)?;
-    for (number, value) in options {
+    for (number, value) in usual.iter().chain(more) {
         sized(&number.to_be_bytes(), value)?;
     }
     Some(message)
@@ -54,6 +71,9 @@ pub fn get(token: &[u8], path: &str, host: &str) -> Option<Vec<u8>> {
 pub struct Reply<'a> {
     /// What became of the request, like [`CONTENT`].
     pub code: u8,
+    /// The key that the arbiter made at its start, which tells one run of it from another. It is in
+    /// the reply to an observe request; never empty.
+    pub instance: Option<&'a [u8]>,
     /// Everything after the options.
     pub payload: &'a [u8],
 }
@@ -63,22 +83,28 @@ impl<'a> Reply<'a> {
     /// are options, which are 255 at the most.
     pub fn read(message: &'a [u8]) -> Option<Self> {
         let (&[code, options], rest) = message.split_first_chunk()?;
-        let mut rest = skip_sized(rest)?;
+        let (_token, mut rest) = split_sized(rest)?;
+        let mut instance = None;
         for _ in 0..options {
-            let (_number, sized) = rest.split_first_chunk::<2>()?;
-            rest = skip_sized(sized)?;
+            let (&number, sized) = rest.split_first_chunk()?;
+            let (value, after) = split_sized(sized)?;
+            if u16::from_be_bytes(number) == PUBLIC_KEY && !value.is_empty() {
+                instance = Some(value);
+            }
+            rest = after;
         }
         Some(Self {
             code,
+            instance,
             payload: rest,
         })
     }
 }
 
-/// What follows a value that has its 16-bit length before it.
-fn skip_sized(bytes: &[u8]) -> Option<&[u8]> {
+/// A value that has its 16-bit length before it, and what follows.
+fn split_sized(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
     let (&length, rest) = bytes.split_first_chunk()?;
-    rest.get(u16::from_be_bytes(length).into()..)
+    rest.split_at_checked(u16::from_be_bytes(length).into())
 }
 
 #[cfg(test)]
@@ -102,6 +128,33 @@ mod tests {
     }
 
     #[test]
+    fn an_observe_request_has_the_two_options_more_that_the_arbiter_reads() {
+        let message = observe(b"tok", "/status", "export-service").unwrap();
+        let expected = [
+            &[1, 5, 0, 3][..],
+            b"tok",
+            &[0, 11, 0, 7],
+            b"/status",
+            &[0, 3, 0, 14],
+            b"export-service",
+            &[0, 12, 0, 2, 0, 50],
+            &[0, 6, 0, 4],
+            b"data",
+            &[0, 14, 0, 4, 0, 0, 0, 1],
+        ];
+        assert_eq!(message, expected.concat());
+    }
+
+    #[test]
+    fn a_reply_to_an_observe_request_names_the_instance() {
+        let instance = |reply| Reply::read(reply).unwrap().instance;
+        let reply = b"\x45\x02\0\0\0\x0c\0\x02\0\0\x08\0\0\x03keyuuid";
+        assert_eq!(instance(reply), Some(&b"key"[..]));
+        assert_eq!(instance(b"\x45\x01\0\0\x08\0\0\0uuid"), None);
+        assert_eq!(instance(b"\x45\0\0\0\x08\0\0\x03keyuuid"), None);
+    }
+
+    #[test]
     fn a_part_too_long_for_its_length_is_not_encoded() {
         assert!(get(&[0; 65_535], "/", "h").is_some());
         assert!(get(&[0; 65_536], "/", "h").is_none());
@@ -121,7 +174,7 @@ mod tests {
         fn any_reply_gives_back_its_code_and_payload(
             code: u8,
             token in proptest::collection::vec(any::<u8>(), 0..40),
-            options in proptest::collection::vec((any::<u16>(), proptest::collection::vec(any::<u8>(), 0..9)), 0..9),
+            options in proptest::collection::vec((prop_oneof![any::<u16>(), Just(2048)], proptest::collection::vec(any::<u8>(), 0..9)), 0..9),
             payload in proptest::collection::vec(any::<u8>(), 0..40),
         ) {
             let mut message = vec![code, options.len() as u8];
@@ -134,8 +187,10 @@ mod tests {
             }
             message.extend(&payload);
             let reply = Reply::read(&message);
-            let read = reply.map(|reply| (reply.code, reply.payload));
-            prop_assert_eq!(read, Some((code, &payload[..])));
+            let read = reply.map(|reply| (reply.code, reply.instance, reply.payload));
+            let mut keys = options.iter().filter(|(number, value)| *number == 2048 && !value.is_empty());
+            let instance = keys.next_back().map(|(_, value)| &value[..]);
+            prop_assert_eq!(read, Some((code, instance, &payload[..])));
         }
 
         #[test]

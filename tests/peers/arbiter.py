@@ -3,16 +3,24 @@
 Writes what a Databox mounts into a container to FOLDER: ARBITER_TOKEN (the service's) and
 ZMQ_PUBLIC_KEY, and APP_TOKEN beside them. Listens at ENDPOINT, or on an address that nobody else uses, and
 prints it as JSON. Serves Zest's GET /store/secret and POST /token as the real one does: a new secret each
-time it is asked, and no token for a service that has not asked since the arbiter was started.
+time it is asked, no token for a service that has not asked since the arbiter was started, and nothing for one
+that it does not know. A GET of any path with observe is answered with the key of its notifications' socket, which
+is another one after each start; that socket itself is left out.
 
 It reads one JSON object per line and answers with one:
 
-{"do": "count"}                        -> how often it was asked, and how many connections ZAP has admitted
+{"do": "count"}                        -> how often it was asked for a secret, a token and its instance, and how many
+                                          connections ZAP has admitted
 {"do": "mint", "destination": URL}     -> {"token": T}, or null where it cannot mint; more fields: "target",
                                           "path", "method"
 {"do": "behave", "as": KIND}           -> from now on: "well"; "late" (answers after 10 s); "mute" (never
-                                          answers); "unauthorized" (129); "unavailable" (163); "gibberish" (an
-                                          answer that is no Zest); "exclusive" (ZAP admits nobody)
+                                          answers); "unauthorized" (129, as before the container manager has
+                                          told it of the service); "unavailable" (163); "gibberish" (an
+                                          answer that is no Zest); "exclusive" (ZAP admits nobody); "old"
+                                          (knows nothing of observe)
+{"do": "forget"}                       -> as if it had been told that the service is gone, and then of it again
+{"do": "cut"}                          -> cannot be reached, as if a cable was pulled
+{"do": "mend"}                         -> can be reached again, having forgotten nothing
 {"do": "stop"}                         -> as if it was killed
 {"do": "start", "as": KIND}            -> up again, having forgotten everything; or without ZeroMQ: "silent"
                                           (says nothing), "garbage" (says nonsense), "reset" (RST to everyone)
@@ -32,13 +40,14 @@ import struct
 import sys
 import threading
 import time
+import uuid
 
 import zmq
 from pymacaroons import MACAROON_V1, Macaroon
 
 GET, POST = 1, 2
-CONTENT, BAD_REQUEST, UNAUTHORIZED, UNAVAILABLE = 69, 128, 129, 163
-URI_HOST, URI_PATH = 3, 11
+CREATED, CONTENT, BAD_REQUEST, UNAUTHORIZED, INTERNAL_ERROR, UNAVAILABLE = 65, 69, 128, 129, 160, 163
+URI_HOST, OBSERVE, URI_PATH, CONTENT_FORMAT, MAX_AGE, PUBLIC_KEY = 3, 6, 11, 12, 14, 2048
 
 
 def take(message, at):
@@ -78,7 +87,7 @@ class Arbiter:
             (folder / file).write_bytes(token)
         (folder / "ZMQ_PUBLIC_KEY").write_bytes(public + b"\n")
         self.secrets = {}
-        self.count = {"secrets": 0, "tokens": 0, "connections": 0}
+        self.count = {"secrets": 0, "tokens": 0, "instances": 0, "connections": 0}
         self.kind = "well"
         self.stopping = threading.Event()
         self.threads = []
@@ -86,6 +95,10 @@ class Arbiter:
 
     def start(self, kind):
         self.secrets = {}
+        self.instance, _ = zmq.curve_keypair()
+        self.open(kind)
+
+    def open(self, kind):
         self.stopping = threading.Event()
         if kind in ("silent", "garbage", "reset"):
             self.run(self.play, kind)
@@ -167,20 +180,32 @@ class Arbiter:
     def answer(self, message):
         code, token, options, payload = parse(message)
         name, path = self.tokens.get(token), options.get(URI_PATH)
-        if (code, path) == (GET, b"/store/secret"):
-            self.count["secrets"] += 1
-            if self.kind == "unavailable":
-                return compose(UNAVAILABLE)
-            if self.kind == "unauthorized" or options.get(URI_HOST) != (name or "").encode():
-                return compose(UNAUTHORIZED)
+        observed = code == GET and OBSERVE in options and self.kind != "old"
+        asked = {(GET, b"/store/secret"): "secrets", (POST, b"/token"): "tokens"}.get((code, path))
+        if observed or asked:
+            self.count["instances" if observed else asked] += 1
+        if self.kind == "unavailable":
+            return compose(UNAVAILABLE)
+        if not {URI_PATH, URI_HOST, CONTENT_FORMAT} <= options.keys():
+            return compose(INTERNAL_ERROR)
+        if name is None or options[URI_HOST] != name.encode():
+            return compose(UNAUTHORIZED)
+        if self.kind == "unauthorized" and name == "export-service":
+            return compose(UNAUTHORIZED)
+        if observed:
+            # Before anything is made of the path.
+            if options[OBSERVE] not in (b"", b"data", b"audit") or len(options.get(MAX_AGE, b"")) != 4:
+                return compose(INTERNAL_ERROR)
+            key = [(CONTENT_FORMAT, b"\0\0"), (PUBLIC_KEY, self.instance)]
+            return compose(CONTENT, str(uuid.uuid4()).encode(), options=key)
+        if (code, path) == (GET, b"/status"):
+            return compose(CREATED)
+        if asked == "secrets":
             self.secrets[name] = "MARK-secret-" + secrets.token_hex(16)
             return compose(CONTENT, self.secrets[name].encode())
-        if (code, path) == (POST, b"/token"):
-            self.count["tokens"] += 1
-            if not name:
-                return compose(UNAUTHORIZED)
+        if asked == "tokens":
             minted = self.mint(json.loads(payload))
-            return compose(CONTENT, minted.encode()) if minted else compose(BAD_REQUEST)
+            return compose(CONTENT, minted.encode()) if minted else compose(UNAUTHORIZED)
         return compose(BAD_REQUEST)
 
     def mint(self, ask):
@@ -200,8 +225,12 @@ class Arbiter:
             return {"token": self.mint(ask)}
         if ask["do"] == "behave":
             self.kind = ask["as"]
-        elif ask["do"] == "stop":
+        elif ask["do"] == "forget":
+            self.secrets = {}
+        elif ask["do"] in ("cut", "stop"):
             self.stop()
+        elif ask["do"] == "mend":
+            self.open(self.kind)
         elif ask["do"] == "start":
             self.start(ask.get("as", "well"))
         return self.count
