@@ -207,26 +207,6 @@ fn an_export_whose_payload_somebody_removed_ends_and_holds_up_no_other() {
 }
 
 #[test]
-fn a_destination_that_an_older_version_took_and_this_one_would_not_keeps_nobody_from_starting() {
-    let destination = Destination::start(|_| ok());
-    let refusing = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let dead = format!("http://{}/in", refusing.local_addr().unwrap());
-    drop(refusing);
-    let service = Service::start(&["--give-up-after", "3s"]);
-    let odd = service.submit(&dead, &payload(1));
-    let database = service.folder().join("exports.db");
-    let url = "http://[fe80::1%25eth0]/";
-    let service = service.kill_and_restart_after(|| {
-        let database = rusqlite::Connection::open(database).unwrap();
-        let changed = database.execute("UPDATE exports SET destination = ?1", [url]);
-        assert_eq!(changed.unwrap(), 1);
-    });
-    let good = service.submit(&destination.url, &payload(2));
-    assert_eq!(service.result(&destination.url, &good)["status_code"], 200);
-    assert_eq!(service.result(url, &odd)["error"]["kind"], "dns");
-}
-
-#[test]
 fn a_result_and_its_idempotency_key_expire_after_the_retention() {
     let destination = Destination::start(|_| ok());
     let service = Service::start(&["--retention", "1s"]);
@@ -436,6 +416,27 @@ fn a_folder_of_the_first_release_is_taken_over_with_all_that_is_in_it() {
         assert_eq!(destination.arrival().text(), format!("[{number}]"));
         assert_eq!(service.result(&url, &uuid(number))["status_code"], 200);
     }
+}
+
+#[test]
+fn an_export_whose_url_is_no_longer_taken_ends_and_keeps_nothing_from_starting() {
+    let destination = Destination::start(|_| ok());
+    let [bad, good] = ["ftp://a.example/in", &destination.url];
+    let row = |number: u32, url: &str| {
+        format!(
+            "INSERT INTO exports (seq, id, owner, destination, payload, accepted_at)
+             VALUES ({number}, '{}', x'', '{url}', CAST('[1]' AS BLOB), 1);",
+            uuid(number)
+        )
+    };
+    let (service, _) = old_folder(&(row(1, bad) + &row(2, good)));
+    let service = service.kill_and_restart();
+    let result = service.result(bad, &uuid(1));
+    assert_eq!(
+        (&result["status_code"], &result["error"]["kind"]),
+        (&json!(502), &json!("bad_uri"))
+    );
+    assert_eq!(service.result(good, &uuid(2))["status_code"], 200);
 }
 
 #[test]

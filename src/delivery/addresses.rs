@@ -31,17 +31,6 @@ impl Destination {
         if has_zone(url) {
             return Err(BadUrl::Zone);
         }
-        let destination = Self::restore(url)?;
-        check_host(destination.host())?;
-        Ok(destination)
-    }
-
-    /// A URL that was accepted before, perhaps by a version that did not look at the host as closely:
-    /// what cannot be looked up ends as such.
-    ///
-    /// # Errors
-    /// As [`Destination::parse`].
-    pub fn restore(url: &str) -> Result<Self, BadUrl> {
         if url.len() > LONGEST_URL {
             return Err(BadUrl::TooLong);
         }
@@ -73,6 +62,7 @@ impl Destination {
         if !behind.is_empty() && port.is_none() {
             return Err(BadUrl::Port);
         }
+        check_host(host)?;
         // The authority stands right behind "scheme://" in the text as it was given.
         let scheme = url.find("://").map_or(0, |at| at + 3);
         let origin = scheme + authority.len();

@@ -779,10 +779,11 @@ mod tests {
             not_before: Millis::MAX,
             failing_since: Millis::MAX,
         };
-        schedule.add(export(2, Millis::MAX), Some(wild), 17_000);
-        attempt(&mut schedule, 17_000);
+        let mut schedule = Schedule::new(Duration::MAX);
+        schedule.add(export(1, Millis::MAX), Some(wild), 17_000);
         let longest = 17_000 + LONGEST_RETRY_AFTER;
         assert!(matches!(schedule.next(17_000, true), Next::Wait(Some(at)) if at == longest));
+        assert_eq!(attempt(&mut schedule, longest).accepted_at, 17_000);
     }
 
     #[test]

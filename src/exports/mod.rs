@@ -23,12 +23,12 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::auth::Grant;
-use crate::delivery::addresses::Destination;
+use crate::delivery::addresses::{BadUrl, Destination};
 use crate::delivery::schedule::{Backoff, Export, Millis, QueueKey};
 use recorder::Recorder;
 pub use states::Reply;
 use states::{Poll, Progress, States, Trouble};
-use store::{IdempotencyKey, NewExport, News, QueueNews, Reader, Report};
+use store::{Change, IdempotencyKey, NewExport, News, QueueNews, Reader, Report};
 use store::{Stored, StoredQueue, Unfinished, Writer};
 
 /// Submissions that may wait for the recorder; with more the disk is not keeping up.
@@ -242,9 +242,9 @@ impl Exports {
     /// The second half is for the thread that runs [`Recorder::run`].
     ///
     /// # Errors
-    /// Where the store cannot be read.
+    /// Where the store cannot be read, or not be written although that is needed.
     pub fn open(
-        writer: Writer,
+        mut writer: Writer,
         retention: Duration,
         limits: Limits,
         queue: Sender<Queued>,
@@ -260,9 +260,21 @@ impl Exports {
             finished: Mutex::new(writer.reader()?),
             payloads: Mutex::new(writer.reader()?),
         });
-        writer.unfinished(|export| {
+        let refused = writer.unfinished(|export| {
             exports.resume(export, &queue);
         })?;
+        for (id, bad) in refused {
+            log::warn!(id:%, reason:% = format_args!("its uri {bad}"); "cannot be delivered");
+            let report = Report {
+                id,
+                news: News::Finished {
+                    response: raw(&refused_now(bad)),
+                },
+                queue: QueueNews::AsBefore,
+            };
+            let (now, running) = (exports.now(), exports.running());
+            writer.commit(&[Change::Report(&report)], now, running, |_| Ok(()))?;
+        }
         let thread = Recorder {
             exports: exports.clone(),
             writer,
@@ -547,6 +559,18 @@ fn enqueue(queue: &Sender<Queued>, queued: Queued) {
 fn raw(value: &impl Serialize) -> Arc<RawValue> {
     // Structs of strings and numbers have no way not to become JSON.
     to_raw_value(value).expect("a struct serialises").into()
+}
+
+/// The result of an export whose URL is no longer taken.
+fn refused_now(bad: BadUrl) -> ExtResponse {
+    ExtResponse {
+        error: Some(FailureReport {
+            kind: "bad_uri".into(),
+            message: format!("the uri that was accepted by an earlier version {bad}"),
+            attempts: 0,
+        }),
+        ..ExtResponse::with_status(502, "Bad Gateway")
+    }
 }
 
 fn fingerprint(destination: &Destination, payload: &[u8]) -> [u8; 32] {

@@ -19,7 +19,7 @@ use rusqlite::{
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
-use crate::delivery::addresses::Destination;
+use crate::delivery::addresses::{BadUrl, Destination};
 use crate::delivery::schedule::Backoff;
 use crate::exports;
 
@@ -402,11 +402,16 @@ impl Writer {
         Ok(Reader { connection })
     }
 
-    /// The exports that were accepted and have no result, in the order of their acceptance.
+    /// The exports that were accepted and have no result, in the order of their delivery. Returns
+    /// those whose URL an earlier version has let in and this one does not, and why.
     ///
     /// # Errors
     /// Where the store cannot be read, or holds a row that no version of this program wrote.
-    pub fn unfinished(&self, mut each: impl FnMut(Unfinished)) -> Result<(), Error> {
+    pub fn unfinished(
+        &self,
+        mut each: impl FnMut(Unfinished),
+    ) -> Result<Vec<(Uuid, BadUrl)>, Error> {
+        let mut refused = Vec::new();
         let mut statement = self.connection.prepare(
             "SELECT id, owner, destination, running_at, attempts, first_moved_at,
                     exports.last_error, queues.failures, queues.next_attempt_at, failing_since,
@@ -417,8 +422,13 @@ impl Writer {
         let mut rows = statement.query([])?;
         while let Some(row) = rows.next()? {
             let (id, destination): (String, String) = (row.get(0)?, row.get(2)?);
-            let (Ok(id), Ok(destination)) = (id.parse(), Destination::restore(&destination)) else {
-                return Err(Error::Damaged);
+            let id = id.parse().map_err(|_| Error::Damaged)?;
+            let destination = match Destination::parse(&destination) {
+                Ok(destination) => destination,
+                Err(bad) => {
+                    refused.push((id, bad));
+                    continue;
+                }
             };
             let queue = match row.get(7)? {
                 Some(failures) => Some(StoredQueue {
@@ -442,7 +452,7 @@ impl Writer {
                 queue,
             });
         }
-        Ok(())
+        Ok(refused)
     }
 
     /// The running time as it was stored last.

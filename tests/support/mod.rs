@@ -833,8 +833,15 @@ impl Identity {
 
 /// A URL where nothing listens, and the address to listen on to change that.
 pub fn nowhere() -> (String, SocketAddr) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
+    use rustix::net::sockopt::set_socket_reuseaddr;
+    use rustix::net::{AddressFamily, SocketType, bind, getsockname, socket};
+    let reserved = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    set_socket_reuseaddr(&reserved, true).unwrap();
+    bind(&reserved, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    let address = SocketAddr::try_from(getsockname(&reserved).unwrap()).unwrap();
+    // Bound for as long as the test runs, so that the system gives the port to nobody else; a
+    // listener may have the same address as long as this one does not listen.
+    std::mem::forget(reserved);
     (format!("http://{address}/in"), address)
 }
 
