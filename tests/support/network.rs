@@ -337,7 +337,7 @@ fn encoded(name: &str) -> Vec<u8> {
 
 type Script = dyn Fn(&Question) -> Packets + Send + Sync;
 
-/// A name server on port 53, over UDP and TCP, that does what its script says.
+/// A name server on port 53, over UDP and TCP, that does what its script says; the script may block.
 pub struct NameServer {
     script: Arc<Mutex<Arc<Script>>>,
     asked: Arc<Mutex<Vec<(String, Kind)>>>,
@@ -377,9 +377,13 @@ impl NameServer {
                 let Ok((length, peer)) = udp.recv_from(&mut packet) else {
                     continue;
                 };
-                for reply in answer(&packet[..length], false) {
-                    let _ = udp.send_to(&reply, peer);
-                }
+                let (packet, answer) = (packet[..length].to_vec(), answer.clone());
+                let socket = udp.try_clone().unwrap();
+                thread::spawn(move || {
+                    for reply in answer(&packet, false) {
+                        let _ = socket.send_to(&reply, peer);
+                    }
+                });
             }
         });
         thread::spawn(move || {
