@@ -46,7 +46,7 @@ pub struct Network {
     etc: PathBuf,
 }
 
-/// Runs a test in a network of its own, or says on the real stderr why it cannot.
+/// Runs a test in a network of its own, or says why it cannot.
 pub fn alone<Test: FnOnce(&Network)>(test: Test) {
     if let Some(etc) = std::env::var_os(INSIDE) {
         return test(&Network { etc: etc.into() });
@@ -55,11 +55,9 @@ pub fn alone<Test: FnOnce(&Network)>(test: Test) {
     let path = std::any::type_name::<Test>();
     let name = path.split("::").nth(1).unwrap();
     if let Err(reason) = available() {
-        // Not by a macro, whose output is shown only for tests that fail.
-        let line = format!(
-            "{name} DID NOT RUN: it needs iproute2, and root or user namespaces: {reason}\n"
-        );
-        std::io::stderr().write_all(line.as_bytes()).unwrap();
+        super::not_run(&format!(
+            "it needs iproute2, and root or user namespaces: {reason}"
+        ));
         return;
     }
     let folder = tempfile::tempdir().unwrap();
