@@ -14,7 +14,7 @@ use crate::delivery::addresses::{Destination, Rules};
 use crate::delivery::attempt::{explain_look_up, refusal};
 use crate::delivery::connect::is_own;
 use crate::delivery::tls::{self, Trust};
-use crate::dial::{self, Names};
+use crate::dial::{self, Late, Names};
 use crate::socket::Socket;
 
 /// How long all steps together may take: as long as an attempt, where nothing else is set.
@@ -100,7 +100,8 @@ fn follow(url: &str, rules: &Rules, trust: &Trust) -> Vec<Finding> {
     let (host, port) = destination.host_and_port();
     let encrypted = destination.is_encrypted();
     let deadline = Instant::now() + LIMIT;
-    let addresses = match Names::default().look_up(host, port, deadline) {
+    let names = Names::default();
+    let addresses = match names.look_up(host, port, deadline) {
         Ok(found) => found,
         Err(error) => {
             note("look-up", Err(explain_look_up(error, host)));
@@ -124,11 +125,30 @@ fn follow(url: &str, rules: &Rules, trust: &Trust) -> Vec<Finding> {
     if !permitted {
         return findings;
     }
-    let connected = dial::connect(&addresses, deadline)
-        .and_then(|stream| stream.peer_addr().map(|address| (stream, address)));
+    let late = |until| {
+        let late = names.late(host, port, until);
+        if let Late::All(all) = &late {
+            for address in all {
+                rules
+                    .judge(*address, encrypted, is_own)
+                    .map_err(|error| Obstacle::Forbidden(error.to_string()))?;
+            }
+        }
+        Ok(late)
+    };
+    let connected = dial::connect(&addresses, deadline, late).and_then(|stream| {
+        stream
+            .peer_addr()
+            .map(|address| (stream, address))
+            .map_err(Obstacle::from)
+    });
     let (stream, address) = match connected {
         Ok(connected) => connected,
-        Err(error) => {
+        Err(Obstacle::Forbidden(message)) => {
+            note("address", Err(message));
+            return findings;
+        }
+        Err(Obstacle::Failed(error)) => {
             note("connection", Err(refusal(&error, destination.authority())));
             return findings;
         }
@@ -138,6 +158,19 @@ fn follow(url: &str, rules: &Rules, trust: &Trust) -> Vec<Finding> {
         note("certificate", handshake(stream, deadline, host, trust));
     }
     findings
+}
+
+/// Why no connection came about.
+enum Obstacle {
+    /// An address that was heard of late may not be sent to.
+    Forbidden(String),
+    Failed(io::Error),
+}
+
+impl From<io::Error> for Obstacle {
+    fn from(error: io::Error) -> Self {
+        Self::Failed(error)
+    }
 }
 
 fn handshake(

@@ -32,7 +32,7 @@ const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 /// Names that are remembered at a time. More have been asked for within seconds only by somebody who
 /// makes them up.
 const NAMES: usize = 1024;
-/// The addresses of a name that are used.
+/// The addresses of a name that are dialled.
 const MOST_ADDRESSES: usize = 64;
 
 /// Why a name has no address.
@@ -152,15 +152,36 @@ impl Names {
             };
             let now = Instant::now();
             let until = match name.decide(started, now, deadline) {
-                Decision::Use(mut addresses) => {
-                    for address in &mut addresses {
-                        address.set_port(port);
-                    }
-                    return Ok(addresses);
-                }
+                Decision::Use => return Ok(name.addresses(started, port)),
                 Decision::Fail(error) => return Err(error),
                 Decision::WaitUntil(until) => until,
             };
+            self.shared.answered.wait_until(&mut names, until);
+        }
+    }
+}
+
+/// Addresses that may still come, while those that are known are dialled.
+pub enum Late {
+    /// A look-up is still under way.
+    Awaited,
+    /// Nothing more comes: this is all there is.
+    All(Vec<SocketAddr>),
+}
+
+impl Names {
+    /// What has become of a look-up of which [`Names::look_up`] has returned the first answer. Blocks
+    /// until there is another one, until `until` at the most.
+    pub fn late(&self, host: &str, port: u16, until: Instant) -> Late {
+        let mut names = self.shared.names.lock();
+        loop {
+            let now = Instant::now();
+            match names.get(host) {
+                Some(name) if !name.is_asked() => return Late::All(name.addresses(now, port)),
+                None => return Late::All(Vec::new()),
+                Some(_) if now >= until => return Late::Awaited,
+                Some(_) => {}
+            }
             self.shared.answered.wait_until(&mut names, until);
         }
     }
@@ -214,7 +235,8 @@ fn make_room(names: &mut HashMap<String, Name>, now: Instant) {
 }
 
 enum Decision {
-    Use(Vec<SocketAddr>),
+    /// Take what is there.
+    Use,
     Fail(LookUpError),
     WaitUntil(Instant),
 }
@@ -242,18 +264,12 @@ impl Name {
     /// What to do for a caller who came at `started`; pure.
     fn decide(&self, started: Instant, now: Instant, deadline: Instant) -> Decision {
         let (v6, v4) = (self.v6.recent(started), self.v4.recent(started));
-        let addresses = |answer: Option<&Answer>| match answer {
-            Some(Answer {
-                result: Ok(found), ..
-            }) => found.clone(),
-            _ => Vec::new(),
-        };
-        let found = in_turns(addresses(v6), addresses(v4));
+        let found = self.has_address(started);
         if v6.is_some() && v4.is_some() {
-            return match (found.is_empty(), v6, v4) {
-                (false, ..) => Decision::Use(found),
+            return match (found, v6, v4) {
+                (true, ..) => Decision::Use,
                 (
-                    true,
+                    false,
                     Some(Answer { result: Err(a), .. }),
                     Some(Answer { result: Err(b), .. }),
                 ) => {
@@ -266,7 +282,7 @@ impl Name {
                 _ => Decision::Fail(LookUpError::NoAddress),
             };
         }
-        if found.is_empty() {
+        if !found {
             return if now < deadline {
                 Decision::WaitUntil(deadline)
             } else {
@@ -279,8 +295,23 @@ impl Name {
         if now < until {
             Decision::WaitUntil(until)
         } else {
-            Decision::Use(found)
+            Decision::Use
         }
+    }
+
+    /// The addresses of both families with this port, as far as they stand at `now`.
+    fn addresses(&self, now: Instant, port: u16) -> Vec<SocketAddr> {
+        let of = |answers: &Answers| match answers.recent(now) {
+            Some(Answer {
+                result: Ok(found), ..
+            }) => found.clone(),
+            _ => Vec::new(),
+        };
+        let mut all = in_turns(of(&self.v6), of(&self.v4));
+        for address in &mut all {
+            address.set_port(port);
+        }
+        all
     }
 }
 
@@ -295,34 +326,39 @@ impl Answers {
 
 fn in_turns(v6: Vec<SocketAddr>, v4: Vec<SocketAddr>) -> Vec<SocketAddr> {
     let (mut v6, mut v4) = (v6.into_iter(), v4.into_iter());
-    let mut all = Vec::new();
-    loop {
-        let before = all.len();
+    let mut all = Vec::with_capacity(v6.len() + v4.len());
+    while v6.len() + v4.len() > 0 {
         all.extend(v6.next());
         all.extend(v4.next());
-        if all.len() == before || all.len() >= MOST_ADDRESSES {
-            all.truncate(MOST_ADDRESSES);
-            return all;
-        }
     }
+    all
 }
 
 /// Connects to one of these addresses (RFC 8305, section 5): the next one is dialled when one has
 /// failed, for whatever reason, or has not answered for a quarter of a second; the first that answers
-/// is taken. Blocks until `deadline` at the most.
+/// is taken. `late` is asked for those that the other family's answer brings, and may wait until the time that it is
+/// given. Blocks until `deadline` at the most.
 ///
 /// # Errors
-/// The most telling one of the addresses; `ErrorKind::TimedOut` where one of them was still silent.
-pub fn connect(addresses: &[SocketAddr], deadline: Instant) -> io::Result<TcpStream> {
-    let mut left = addresses.iter();
+/// The most telling one of the addresses; `ErrorKind::TimedOut` where one of them was still silent; those of
+/// `late`.
+pub fn connect<E: From<io::Error>>(
+    addresses: &[SocketAddr],
+    deadline: Instant,
+    mut late: impl FnMut(Instant) -> Result<Late, E>,
+) -> Result<TcpStream, E> {
+    let mut known = addresses.to_vec();
+    let mut next = 0;
+    let mut complete = false;
     let mut dialled: Vec<OwnedFd> = Vec::new();
     let mut failure = io::Error::new(ErrorKind::NotFound, "the name has no address");
     let mut next_at = Instant::now();
     loop {
         let now = Instant::now();
         while (now >= next_at || dialled.is_empty())
-            && let Some(address) = left.next()
+            && let Some(address) = known.get(next).filter(|_| next < MOST_ADDRESSES)
         {
+            next += 1;
             match begin(address) {
                 Ok(socket) => {
                     dialled.push(socket);
@@ -332,18 +368,32 @@ pub fn connect(addresses: &[SocketAddr], deadline: Instant) -> io::Result<TcpStr
                 Err(error) => failure = more_telling(failure, error),
             }
         }
-        if dialled.is_empty() {
-            return Err(failure);
+        if !complete {
+            // There is nothing else to do where nothing is dialled.
+            let until = if dialled.is_empty() { deadline } else { now };
+            if let Late::All(all) = late(until)? {
+                complete = true;
+                known.extend(all.iter().filter(|one| !addresses.contains(one)));
+                continue;
+            }
         }
         if now >= deadline {
-            return Err(ErrorKind::TimedOut.into());
+            return Err(io::Error::from(ErrorKind::TimedOut).into());
         }
-        let until = if left.len() > 0 {
-            next_at.min(deadline)
-        } else {
+        if dialled.is_empty() {
+            match complete {
+                true => return Err(failure.into()),
+                false => continue,
+            }
+        }
+        let until = if next < known.len().min(MOST_ADDRESSES) {
+            next_at
+        } else if complete {
             deadline
+        } else {
+            now + RESOLUTION_DELAY
         };
-        let answered = wait(&dialled, until.saturating_duration_since(now))?;
+        let answered = wait(&dialled, until.min(deadline).saturating_duration_since(now))?;
         // From the last on, so that the numbers before it stay right.
         for at in answered.into_iter().rev() {
             let socket = dialled.remove(at);
@@ -461,8 +511,9 @@ mod tests {
         );
         assert!(matches!(
             name.decide(start, at + RESOLUTION_DELAY, deadline),
-            Decision::Use(found) if found.len() == 1
+            Decision::Use
         ));
+        assert_eq!(name.addresses(at, 7), ["192.0.2.1:7".parse().unwrap()]);
         // Nothing there, or nothing heard: that is for the other one to say.
         for v4 in [answer(at, &[]), failed(at, LookUpError::NoAnswer)] {
             let name = Name { v6: asked(), v4 };
@@ -521,11 +572,23 @@ mod tests {
         // Nobody listens at the one, and the other may not be dialled at all.
         let refusing = SocketAddr::from(([127, 0, 0, 1], 1));
         let impossible: SocketAddr = "[ff02::1%1]:80".parse().unwrap_or(refusing);
-        let stream = connect(&[impossible, refusing, alive], soon()).unwrap();
+        let connect = |addresses: &[SocketAddr], late: &[SocketAddr]| {
+            // The second time that they are asked for, they are there.
+            let mut asked = false;
+            connect(addresses, soon(), |_| -> io::Result<Late> {
+                match std::mem::replace(&mut asked, true) {
+                    true => Ok(Late::All(late.to_vec())),
+                    false => Ok(Late::Awaited),
+                }
+            })
+        };
+        let stream = connect(&[impossible, refusing, alive], &[]).unwrap();
         assert_eq!(stream.peer_addr().unwrap(), alive);
-        let error = connect(&[refusing], soon()).unwrap_err();
+        let error = connect(&[refusing], &[]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
-        assert!(connect(&[], soon()).is_err());
+        assert!(connect(&[], &[]).is_err());
+        let stream = connect(&[refusing], &[refusing, alive]).unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), alive);
     }
 
     proptest! {
@@ -534,10 +597,9 @@ mod tests {
             let six: Vec<_> = (0..v6).map(|n| SocketAddr::from(([0x2001, 0, 0, 0, 0, 0, 0, n], 0))).collect();
             let four: Vec<_> = (0..v4).map(|n| SocketAddr::from(([192, 0, 2, n], 0))).collect();
             let all = in_turns(six.clone(), four.clone());
-            prop_assert_eq!(all.len(), (six.len() + four.len()).min(MOST_ADDRESSES));
             let of = |wanted: bool| all.iter().copied().filter(|one| one.is_ipv6() == wanted).collect::<Vec<_>>();
-            prop_assert!(six.starts_with(&of(true)) && four.starts_with(&of(false)));
-            let both = six.len().min(four.len()).min(MOST_ADDRESSES / 2);
+            prop_assert!(six == of(true) && four == of(false));
+            let both = six.len().min(four.len());
             prop_assert!(all[..2 * both].iter().enumerate().all(|(at, one)| one.is_ipv6() == (at % 2 == 0)));
         }
     }

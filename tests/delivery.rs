@@ -15,7 +15,7 @@ use export_service::delivery::addresses::{self, Rules};
 use export_service::delivery::attempt::{Client, Kind, Outcome, Settings};
 use export_service::delivery::connect::LookUp;
 use export_service::delivery::tls::Trust;
-use export_service::dial::LookUpError;
+use export_service::dial::{Late, LookUpError};
 use serde_json::{Value, json};
 use support::{
     Destination, Gate, PATIENCE, Reaction, Response, Service, nowhere, ok, payload, python, root,
@@ -942,6 +942,10 @@ impl LookUp for Rebinding {
     fn look_up(&self, _: &str, _: u16, _: Instant) -> Result<Vec<SocketAddr>, LookUpError> {
         let first = self.lookups.fetch_add(1, Ordering::Relaxed) == 0;
         Ok(vec![if first { self.first } else { self.then }])
+    }
+
+    fn late(&self, _: &str, _: u16, _: Instant) -> Late {
+        Late::All(Vec::new())
     }
 }
 

@@ -679,10 +679,13 @@ impl Connection {
             step,
             cause: Cause::Failed(format!("{endpoint}: {cause}")),
         };
-        let addresses = Names::default()
-            .look_up(&endpoint.host, endpoint.port, Instant::now() + LOOK_UP)
+        let names = Names::default();
+        let (host, port) = (&*endpoint.host, endpoint.port);
+        let addresses = names
+            .look_up(host, port, Instant::now() + LOOK_UP)
             .map_err(|error| failed(Step::LookUp, &error))?;
-        let stream = dial::connect(&addresses, Instant::now() + CONNECT)
+        let late = |until| Ok::<_, io::Error>(names.late(host, port, until));
+        let stream = dial::connect(&addresses, Instant::now() + CONNECT, late)
             .and_then(|stream| stream.set_nodelay(true).map(|()| stream))
             .map_err(|error| failed(Step::Connect, &error))?;
         let mut random = [0; RANDOM];

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::io::{self, ErrorKind, Read};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ureq::Agent;
@@ -12,7 +13,7 @@ use ureq::http::header;
 use uuid::Uuid;
 
 use super::addresses::{Destination, Forbidden, Rules};
-use super::connect::{self, Dialler, JudgingResolver, LookUp, Step, is_closed};
+use super::connect::{self, Dialler, Judge, JudgingResolver, LookUp, Step, is_closed};
 use super::response::NotHttp;
 use super::signature::SigningKey;
 use super::tls::{self, Trust};
@@ -160,8 +161,9 @@ impl Client {
             .max_idle_connections(4)
             .max_idle_connections_per_host(1)
             .build();
-        let resolver = JudgingResolver { names, rules };
-        let agent = Agent::with_parts(config, Dialler { trust }, resolver);
+        let judge = Arc::new(Judge { names, rules });
+        let resolver = JudgingResolver(judge.clone());
+        let agent = Agent::with_parts(config, Dialler { judge, trust }, resolver);
         Self {
             agent,
             timeout,

@@ -12,6 +12,7 @@ use std::fmt;
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustls::{ClientConnection, StreamOwned};
@@ -22,7 +23,7 @@ use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTi
 use super::addresses::{Rules, bare};
 use super::response::Reader;
 use super::tls::{self, Trust};
-use crate::dial::{self, LookUpError, Names};
+use crate::dial::{self, Late, LookUpError, Names};
 use crate::socket::Socket;
 
 /// What is sent at once, and read at once, in bytes.
@@ -86,6 +87,9 @@ pub trait LookUp: fmt::Debug + Send + Sync + 'static {
         port: u16,
         deadline: Instant,
     ) -> Result<Vec<SocketAddr>, LookUpError>;
+
+    /// What has come of it since. Blocks until `until` at the most.
+    fn late(&self, host: &str, port: u16, until: Instant) -> Late;
 }
 
 impl LookUp for Names {
@@ -97,16 +101,65 @@ impl LookUp for Names {
     ) -> Result<Vec<SocketAddr>, LookUpError> {
         Names::look_up(self, host, port, deadline)
     }
+
+    fn late(&self, host: &str, port: u16, until: Instant) -> Late {
+        Names::late(self, host, port, until)
+    }
 }
 
-/// Looks a destination up and lets its addresses pass only if all of them may be sent to.
+/// Knows which addresses a destination has, and lets them pass only if all of them may be sent to.
 #[derive(Debug)]
-pub struct JudgingResolver<L> {
+pub struct Judge<L> {
     /// What says which addresses a name has.
     pub names: L,
     /// Which addresses may be sent to.
     pub rules: Rules,
 }
+
+impl<L: LookUp> Judge<L> {
+    fn look_up(&self, uri: &Uri, timeout: NextTimeout) -> Result<Vec<SocketAddr>, ureq::Error> {
+        let (host, port) = host_and_port(uri);
+        let found = self.names.look_up(host, port, deadline(timeout));
+        let found = found.map_err(|error| match error {
+            LookUpError::TooSlow => ureq::Error::Timeout(timeout.reason),
+            error => ureq::Error::Other(error.into()),
+        })?;
+        self.judge(uri, &found)?;
+        Ok(found)
+    }
+
+    fn late(&self, uri: &Uri, until: Instant) -> Result<Late, ureq::Error> {
+        let (host, port) = host_and_port(uri);
+        let late = self.names.late(host, port, until);
+        if let Late::All(all) = &late {
+            self.judge(uri, all)?;
+        }
+        Ok(late)
+    }
+
+    fn judge(&self, uri: &Uri, addresses: &[SocketAddr]) -> Result<(), ureq::Error> {
+        for address in addresses {
+            self.rules
+                .judge(*address, is_encrypted(uri), is_own)
+                .map_err(|forbidden| ureq::Error::Other(forbidden.into()))?;
+        }
+        Ok(())
+    }
+}
+
+fn is_encrypted(uri: &Uri) -> bool {
+    uri.scheme_str() == Some("https")
+}
+
+fn host_and_port(uri: &Uri) -> (&str, u16) {
+    let default = if is_encrypted(uri) { 443 } else { 80 };
+    let port = uri.port_u16().unwrap_or(default);
+    (bare(uri.host().unwrap_or_default()), port)
+}
+
+/// Tells ureq where a destination is, once that may be sent to.
+#[derive(Debug)]
+pub struct JudgingResolver<L>(pub Arc<Judge<L>>);
 
 impl<L: LookUp> Resolver for JudgingResolver<L> {
     fn resolve(
@@ -115,19 +168,7 @@ impl<L: LookUp> Resolver for JudgingResolver<L> {
         _: &ureq::config::Config,
         timeout: NextTimeout,
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        let encrypted = uri.scheme_str() == Some("https");
-        let port = uri.port_u16().unwrap_or(if encrypted { 443 } else { 80 });
-        let host = bare(uri.host().unwrap_or_default());
-        let found = self.names.look_up(host, port, deadline(timeout));
-        let found = found.map_err(|error| match error {
-            LookUpError::TooSlow => ureq::Error::Timeout(timeout.reason),
-            error => ureq::Error::Other(error.into()),
-        })?;
-        for address in &found {
-            self.rules
-                .judge(*address, encrypted, is_own)
-                .map_err(|forbidden| ureq::Error::Other(forbidden.into()))?;
-        }
+        let found = self.0.look_up(uri, timeout)?;
         // ureq has room for a few, and wants to see one; all of them are dialled.
         let mut seen = self.empty();
         seen.push(*found.first().ok_or(ureq::Error::HostNotFound)?);
@@ -167,12 +208,14 @@ fn deadline(timeout: NextTimeout) -> Instant {
 
 /// Makes new connections, which ureq asks for only when no kept one will do.
 #[derive(Debug)]
-pub struct Dialler {
+pub struct Dialler<L> {
+    /// What judges the addresses that are heard of late.
+    pub judge: Arc<Judge<L>>,
     /// Which certificates are trusted.
     pub trust: Trust,
 }
 
-impl Connector for Dialler {
+impl<L: LookUp> Connector for Dialler<L> {
     type Out = Exchange;
 
     fn connect(
@@ -182,20 +225,24 @@ impl Connector for Dialler {
     ) -> Result<Option<Exchange>, ureq::Error> {
         let NextTimeout { reason, .. } = details.timeout;
         let deadline = deadline(details.timeout);
-        let in_time = |error: io::Error| match error.kind() {
-            ErrorKind::TimedOut => ureq::Error::Timeout(reason),
-            _ => error.into(),
+        let in_time = |error| match error {
+            ureq::Error::Io(error) if error.kind() == ErrorKind::TimedOut => {
+                ureq::Error::Timeout(reason)
+            }
+            error => error,
         };
         set_step(Step::Connecting);
         let host = bare(details.uri.host().unwrap_or_default());
         let judged = PROGRESS.with_borrow(|progress| progress.judged.clone());
-        let stream = dial::connect(&judged, deadline).map_err(in_time)?;
+        let late = |until| self.judge.late(details.uri, until);
+        let stream = dial::connect(&judged, deadline, late).map_err(in_time)?;
         stream.set_nodelay(true)?;
         let peer = stream.peer_addr()?;
         let socket = Socket::new(stream, deadline);
         let wire = if details.needs_tls() {
             set_step(Step::Handshaking);
-            let stream = tls::handshake(&self.trust, host, socket).map_err(in_time)?;
+            let stream =
+                tls::handshake(&self.trust, host, socket).map_err(|error| in_time(error.into()))?;
             Wire::Tls(Box::new(stream))
         } else {
             Wire::Plain(socket)
