@@ -368,13 +368,13 @@ impl Desk {
             return match outcome {
                 Outcome::Answered(answer) => {
                     self.schedule.answered(&export.key, took, now);
-                    crew.exports.settle(id, &answered(answer), true);
+                    crew.exports.settle(id, answered(answer), true);
                 }
                 Outcome::Failed(failure) => {
                     self.schedule.ended(&export.key, now);
                     let kind = failure.kind.name().into();
                     let result = failed(kind, failure.message, attempts);
-                    crew.exports.settle(id, &result, false);
+                    crew.exports.settle(id, result, false);
                 }
             };
         };
@@ -412,7 +412,7 @@ impl Desk {
         log::warn!(id:% = export.id, attempts = export.attempts; "given up");
         let result = failed(kind, message, export.attempts);
         let last = !self.schedule.has_waiting(&export.key);
-        crew.exports.give_up(export, &result, delay, last);
+        crew.exports.give_up(export, result, delay, last);
     }
 }
 
@@ -470,6 +470,7 @@ fn answered(answer: Answer) -> ExtResponse {
         body,
         body_base64,
         truncated: answer.truncated,
+        memory: answer.memory,
         ..ExtResponse::with_status(answer.status, reason(answer.status))
     }
 }

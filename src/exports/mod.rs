@@ -25,6 +25,7 @@ use uuid::Uuid;
 use crate::auth::Grant;
 use crate::delivery::addresses::{BadUrl, Destination};
 use crate::delivery::schedule::{Backoff, Export, Millis, QueueKey};
+use crate::memory::Reservation;
 use recorder::Recorder;
 pub use states::Reply;
 use states::{Poll, Progress, States, Trouble};
@@ -96,6 +97,9 @@ pub struct ExtResponse {
     /// Why there was no response; the status is then this service's own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<FailureReport>,
+    /// What the body takes of the memory that all of them share, until it is in the store.
+    #[serde(skip)]
+    pub memory: Option<Reservation>,
 }
 
 impl ExtResponse {
@@ -269,6 +273,7 @@ impl Exports {
                 id,
                 news: News::Finished {
                     response: raw(&refused_now(bad)),
+                    memory: None,
                 },
                 queue: QueueNews::AsBefore,
             };
@@ -401,7 +406,7 @@ impl Exports {
     /// Hands over an export's result. It is shown to nobody before it is in the store. Blocks
     /// only while the store is far behind. `answered` says that its destination was reached, so
     /// that its queue waits no longer. For the worker.
-    pub fn settle(&self, id: Uuid, result: &ExtResponse, answered: bool) {
+    pub fn settle(&self, id: Uuid, result: ExtResponse, answered: bool) {
         if answered {
             self.states.recover(id);
         }
@@ -418,7 +423,7 @@ impl Exports {
     pub fn give_up(
         &self,
         export: &Export,
-        result: &ExtResponse,
+        result: ExtResponse,
         delay: Option<&Delay<'_>>,
         last: bool,
     ) {
@@ -432,9 +437,11 @@ impl Exports {
         self.finished(export.id, result, queue);
     }
 
-    fn finished(&self, id: Uuid, result: &ExtResponse, queue: QueueNews) {
-        let response = raw(result);
-        let news = News::Finished { response };
+    fn finished(&self, id: Uuid, result: ExtResponse, queue: QueueNews) {
+        let news = News::Finished {
+            response: raw(&result),
+            memory: result.memory,
+        };
         self.report(Report { id, news, queue });
     }
 
@@ -485,7 +492,7 @@ impl Exports {
 
     /// Shows what a report says, now that it is in the store.
     fn written(&self, Report { id, news, .. }: Report) {
-        if let News::Finished { response } = news {
+        if let News::Finished { response, .. } = news {
             self.states.finish(id, &response);
         }
     }

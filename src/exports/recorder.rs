@@ -184,7 +184,7 @@ impl Recorder {
     fn commit(&mut self, accepts: &[Accept]) -> Result<Vec<Effect>, store::Error> {
         let mut size = self.writer.size()?;
         for report in &mut self.reports {
-            if let News::Finished { response } = &mut report.news {
+            if let News::Finished { response, .. } = &mut report.news {
                 if size + response.get().len() as u64 > self.limits.max_store {
                     *response = without_body(response);
                 }

@@ -22,6 +22,7 @@ use uuid::Uuid;
 use crate::delivery::addresses::{BadUrl, Destination};
 use crate::delivery::schedule::Backoff;
 use crate::exports;
+use crate::memory::Reservation;
 
 /// The file's name in the data folder.
 pub const FILE: &str = "exports.db";
@@ -228,6 +229,8 @@ pub enum News {
     Finished {
         /// The `ext_response` object.
         response: Arc<RawValue>,
+        /// What it takes of the memory that all of them share.
+        memory: Option<Reservation>,
     },
     /// An attempt failed, and there will be another.
     Postponed {
@@ -719,7 +722,7 @@ fn write_report(
 ) -> Result<Effect, Error> {
     let id = report.id.to_string();
     match &report.news {
-        News::Finished { response } => {
+        News::Finished { response, .. } => {
             transaction
                 .prepare_cached(
                     "UPDATE exports SET payload = NULL, finished_at = ?, response = ? WHERE id = ?",
@@ -967,6 +970,7 @@ mod tests {
                 id: export.id,
                 news: News::Finished {
                     response: RawValue::from_string("{}".into()).unwrap().into(),
+                    memory: None,
                 },
                 queue: QueueNews::AsBefore,
             };
