@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use support::{
-    Destination, Ends, Identity, PATIENCE, Response, Service, ok, payload, python, token,
+    Destination, Ends, Identity, PATIENCE, Reaction, Response, Service, ok, payload, python, token,
 };
 
 /// What the service may take at most, in kB, whatever is done to it.
@@ -529,9 +529,17 @@ fn deadlines_are_moments_and_a_byte_now_and_then_prolongs_none() {
             );
         });
         scope.spawn(|| {
-            // Asks and asks and reads nothing; in the end nothing more is taken from it.
+            // Asks and asks and reads nothing; in the end nothing more is taken from it. The answers
+            // are large, since a slow machine would take minutes to fill the buffers with small ones.
+            let destination = Destination::start(|_| Reaction::Answer(200, vec![b'x'; 60_000]));
+            let (url, token) = (&destination.url, token(&destination.url));
+            let id = service.submit(url, &payload(1));
+            service.result(url, &id);
+            let body = json!({"id": id}).to_string();
+            let headers = [("X-Api-Key", token.as_str()), ("Connection", "keep-alive")];
+            let request = Service::written("POST", "/export", &headers, body.as_bytes());
+            let requests = request.repeat(100);
             let mut stream = connect(&service);
-            let requests = b"GET /status HTTP/1.1\r\nHost: x\r\n\r\n".repeat(1000);
             let mut stalled = Duration::ZERO;
             loop {
                 let started = Instant::now();
