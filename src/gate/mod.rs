@@ -58,6 +58,9 @@ const HOUSEKEEPING: Duration = Duration::from_secs(10);
 /// also what gives those that have just come the time to send their request.
 const PAUSE: Duration = Duration::from_millis(10);
 
+/// How often it is seen whether newcomers that wait for a slot can have one.
+const LOOK: Duration = Duration::from_millis(10);
+
 /// Bodies and answers up to this many bytes are not counted: all connections together have room
 /// for theirs.
 const SMALL: usize = 16 * 1024;
@@ -65,6 +68,9 @@ const SMALL: usize = 16 * 1024;
 const STACK: usize = 256 * 1024;
 /// Connections that may wait to be accepted; a flood of them is soon over.
 const BACKLOG: i32 = 1024;
+/// Connections that may be accepted and wait for a slot, if there are descriptors enough. Beyond
+/// that none is accepted, of whichever address.
+const NEWCOMERS: u64 = 1024;
 /// Descriptors that a connection needs with its link: the client's, ours to tiny_http, two there.
 const DESCRIPTORS: u64 = 4;
 /// Descriptors for everything else: the store, attempts, spares, connections without a place.
@@ -100,6 +106,8 @@ pub struct Gate {
 
 struct Shared {
     slots: Arc<Slots>,
+    /// How many may wait for a slot.
+    max_newcomers: usize,
     links: Links,
     max_body: usize,
     identity: Option<Arc<Identity>>,
@@ -112,11 +120,12 @@ impl Gate {
     /// Where tiny_http is not there, or the listener is of no use.
     pub fn open(listener: TcpListener, inside: PathBuf, settings: Settings) -> io::Result<Self> {
         let mut limits = settings.limits;
-        limits.connections = possible_connections(limits.connections);
+        let (connections, max_newcomers) = possible_connections(limits.connections);
+        limits.connections = connections;
         rustix::net::listen(&listener, BACKLOG)?;
-        set_socket_timeout(&listener, Timeout::Recv, Some(HOUSEKEEPING))?;
         let shared = Arc::new(Shared {
             slots: Slots::new(limits),
+            max_newcomers,
             links: Links::open(inside)?,
             max_body: settings.max_body,
             identity: settings.identity,
@@ -149,11 +158,11 @@ impl Gate {
 }
 
 /// How many connections there can be with the descriptors that the process may have, after it
-/// has asked for as many as it needs.
-fn possible_connections(wanted: usize) -> usize {
+/// has asked for as many as it needs, and how many newcomers beside them.
+fn possible_connections(wanted: usize) -> (usize, usize) {
     let needed = wanted as u64 * DESCRIPTORS + OTHER_DESCRIPTORS;
     let limit = getrlimit(Resource::Nofile);
-    let most = limit.maximum.unwrap_or(u64::MAX).min(needed);
+    let most = limit.maximum.unwrap_or(u64::MAX).min(needed + NEWCOMERS);
     let mut current = limit.current.unwrap_or(u64::MAX);
     let raised = Rlimit {
         current: Some(most),
@@ -162,23 +171,23 @@ fn possible_connections(wanted: usize) -> usize {
     if current < most && setrlimit(Resource::Nofile, raised).is_ok() {
         current = most;
     }
+    let to_usize = |count: u64| usize::try_from(count).unwrap_or(usize::MAX);
     if current >= needed {
-        return wanted;
+        let left = (current - needed).clamp(1, NEWCOMERS);
+        return (wanted, to_usize(left));
     }
     let possible = (current.saturating_sub(OTHER_DESCRIPTORS) / DESCRIPTORS).max(1);
     log::warn!(
         possible, wanted, descriptors = current;
         "fewer connections than --max-connections: raise the limit of open files (ulimit -n)"
     );
-    usize::try_from(possible).unwrap_or(wanted)
+    (to_usize(possible), 1)
 }
 
 impl Shared {
     fn accept_all(self: &Arc<Self>, listener: &TcpListener) {
         let mut last_look = Instant::now();
         let (mut last_failure, mut failures_in_a_row) = (None::<Instant>, 0);
-        // A connection that there was no thread for.
-        let mut without_thread = None;
         loop {
             if last_look.elapsed() >= HOUSEKEEPING {
                 self.links.close_unused();
@@ -189,17 +198,7 @@ impl Shared {
             if last_failure.take_if(is_over).is_some() {
                 log::info!("accepting connections again");
             }
-            let next = match without_thread.take() {
-                Some(next) => Ok(next),
-                None => listener
-                    .accept()
-                    .map(|(stream, client)| (Arc::new(stream), client)),
-            };
-            let accepted = next.and_then(|(stream, client)| {
-                self.welcome(&stream, client)
-                    .inspect_err(|_| without_thread = Some((stream, client)))
-            });
-            match accepted {
+            match self.welcome().and_then(|()| self.accept(listener)) {
                 Ok(()) => failures_in_a_row = 0,
                 Err(_) if self.slots.is_closing() => return,
                 // None came.
@@ -227,30 +226,51 @@ impl Shared {
         }
     }
 
-    /// Gives a connection a slot and a thread, or closes it where there is no slot.
-    ///
-    /// # Errors
-    /// Where there is no thread; it can be tried again.
-    fn welcome(self: &Arc<Self>, stream: &Arc<TcpStream>, client: SocketAddr) -> io::Result<()> {
+    /// Has the next connection stand in line, unless too many do. Blocks until one comes, but only
+    /// for a moment while others stand there.
+    fn accept(&self, listener: &TcpListener) -> io::Result<()> {
+        let limit = match self.slots.newcomers() {
+            0 => HOUSEKEEPING,
+            newcomers if newcomers < self.max_newcomers => LOOK,
+            _ => {
+                thread::sleep(LOOK);
+                return Ok(());
+            }
+        };
+        set_socket_timeout(listener, Timeout::Recv, Some(limit))?;
+        let (stream, client) = listener.accept()?;
         // An answer is written at once: nothing is gained by waiting for more of it.
         let _ = stream.set_nodelay(true);
-        let Some(slot) = self.slots.take(client.ip(), stream.clone()) else {
-            return Ok(());
-        };
-        let (shared, stream) = (self.clone(), stream.clone());
-        let _opening = self.links.hold_opening();
-        // With a name, as all threads of ours: a panic in it must not go unnoticed.
-        thread::Builder::new()
-            .name("connection".into())
-            .stack_size(STACK)
-            .spawn(move || shared.serve(slot, stream, client))
-            .map_err(|error| io::Error::other(format!("no thread for a connection: {error}")))?;
+        self.slots.line_up(Arc::new(stream), client);
+        Ok(())
+    }
+
+    /// Gives a slot and a thread to each newcomer that can have a slot now.
+    ///
+    /// # Errors
+    /// Where there is no thread: that newcomer is in line again.
+    fn welcome(self: &Arc<Self>) -> io::Result<()> {
+        while let Some((slot, stream, client)) = self.slots.admit(Instant::now()) {
+            let (shared, socket) = (self.clone(), stream.clone());
+            let _opening = self.links.hold_opening();
+            // With a name, as all threads of ours: a panic in it must not go unnoticed.
+            thread::Builder::new()
+                .name("connection".into())
+                .stack_size(STACK)
+                .spawn(move || shared.serve(slot, socket, client))
+                .inspect_err(|_| self.slots.line_up(stream, client))
+                .map_err(|error| {
+                    io::Error::other(format!("no thread for a connection: {error}"))
+                })?;
+        }
         Ok(())
     }
 
     /// The whole life of a connection.
-    fn serve(&self, slot: Slot, stream: Arc<TcpStream>, client: SocketAddr) {
+    fn serve(&self, mut slot: Slot, stream: Arc<TcpStream>, client: SocketAddr) {
         let born = Instant::now();
+        // Until now nothing could be read from it.
+        slot.begin();
         let handshake = if slot.is_turned_away() {
             TURNING_AWAY
         } else {
@@ -258,7 +278,7 @@ impl Shared {
         };
         let socket = Socket::new(stream, born + handshake);
         let config = self.identity.as_ref().map(|identity| identity.config());
-        let (wire, failed) = match Wire::accept(socket, config) {
+        let (wire, failed) = match Wire::accept(socket, config, || slot.begin_handshake()) {
             Ok(wire) => (wire, None),
             Err((wire, error)) => (wire, Some(error)),
         };

@@ -5,13 +5,17 @@
 //! nothing, so when there is no room the one that has been waiting longest is closed. A connection
 //! whose request is being served is never closed here.
 //!
+//! Each has a moment first. Where a crowd comes faster than that a newcomer waits in line, without
+//! a thread: closing whoever came just before it would let nobody through on a slow machine. There
+//! is a line for each client address, so that a crowd holds up its own address only.
+//!
 //! One that is closed gives up its place at once, and is *leaving* until its thread has ended.
 //! Nobody waits for that, unless there are too many of them.
 //!
 //! Not here: sockets, but for closing them.
 
-use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, Ipv6Addr, Shutdown, TcpStream};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -20,12 +24,18 @@ use parking_lot::{Condvar, Mutex};
 
 /// How many connections beyond the limit are let in to be told 503.
 const TURNED_AWAY: usize = 16;
-/// How many may be leaving before newcomers wait for them.
+/// How many may be leaving before newcomers wait until they have left.
 const LEAVING: usize = 64;
 /// The connections that there may be beside those that have a place.
 pub const BESIDE: usize = LEAVING + TURNED_AWAY;
-/// How long a newcomer waits for those that are leaving.
-const MAKING_ROOM: Duration = Duration::from_secs(1);
+/// How long a client has to send its first message, from when its connection was accepted, and after
+/// that to finish a TLS handshake and send a request, before it makes room for a newcomer. A client
+/// that is not slow can take as long on a busy machine.
+const GRACE: Duration = Duration::from_secs(1);
+/// How long a connection is read from at least before it makes room. A crowd that comes back as soon
+/// as it is closed spends its `GRACE` in line, so this is what it delays others of its address by for
+/// each `Limits::per_peer` of them.
+const TURN: Duration = Duration::from_millis(250);
 /// How long a connection may keep large memory waiting before others may take it. A client that
 /// does not dawdle has sent its body by then.
 const DAWDLING: Duration = Duration::from_secs(1);
@@ -45,7 +55,7 @@ pub struct Limits {
 pub struct Slots {
     limits: Limits,
     inner: Mutex<Inner>,
-    /// A connection has gone, or all is to end.
+    /// A connection has gone.
     left: Condvar,
 }
 
@@ -54,6 +64,7 @@ pub struct Slot {
     slots: Arc<Slots>,
     handle: Arc<Handle>,
     peer: IpAddr,
+    came: Instant,
     /// Its key in [`Inner::waiting`], or in [`Inner::leaving`] once it was closed; none while a
     /// request of it is served.
     key: Option<u64>,
@@ -84,41 +95,60 @@ impl Slots {
         })
     }
 
-    /// Takes a slot for a connection that begins, and closes another where that is needed. None
-    /// where there is no room, not even to be told so. Blocks only while there are too many that
-    /// leave, for a second at most.
-    pub fn take(self: &Arc<Self>, peer: IpAddr, socket: Arc<TcpStream>) -> Option<Slot> {
-        let peer = network(peer);
-        let deadline = Instant::now() + MAKING_ROOM;
+    /// Puts a connection that begins at the end of the line of its client address.
+    pub fn line_up(&self, socket: Arc<TcpStream>, client: SocketAddr) {
         let mut inner = self.inner.lock();
-        while inner.leaving.len() >= LEAVING && !inner.closing {
-            inner.hurry_oldest();
-            if self.left.wait_until(&mut inner, deadline).timed_out() {
-                break;
-            }
-        }
         if inner.closing {
-            return None;
+            return;
         }
-        let turned_away = inner.leaving.len() >= LEAVING || !inner.admit(&self.limits, peer);
-        if turned_away && inner.turned_away >= TURNED_AWAY {
-            return None;
-        }
-        inner.turned_away += usize::from(turned_away);
-        let mut slot = Slot {
-            slots: self.clone(),
-            handle: Arc::new(Handle {
-                socket,
-                cut_off: AtomicBool::new(false),
-                changed: Condvar::new(),
-            }),
-            peer,
-            key: None,
-            memory: 0,
-            turned_away,
+        let newcomer = Newcomer {
+            ticket: inner.ticket(),
+            socket,
+            client,
+            came: Instant::now(),
         };
-        slot.enter(&mut inner, false);
-        Some(slot)
+        inner.newcomers += 1;
+        inner.change_peer(network(client.ip()), |peer| {
+            peer.newcomers.push_back(newcomer)
+        });
+    }
+
+    /// How many stand in line.
+    pub fn newcomers(&self) -> usize {
+        self.inner.lock().newcomers
+    }
+
+    /// Takes a slot for the next newcomer that can have one now, and closes another connection where
+    /// that is needed. Newcomers that there is no room for, not even to be told so, are closed.
+    pub fn admit(self: &Arc<Self>, now: Instant) -> Option<(Slot, Arc<TcpStream>, SocketAddr)> {
+        let mut inner = self.inner.lock();
+        loop {
+            if inner.newcomers > 0 && inner.leaving.len() >= LEAVING {
+                inner.hurry_oldest();
+            }
+            let peer = inner.next_newcomer(&self.limits, now)?;
+            let newcomer = inner.call(peer)?;
+            let turned_away = !inner.admit(&self.limits, peer, now);
+            if turned_away && inner.turned_away >= TURNED_AWAY {
+                continue;
+            }
+            inner.turned_away += usize::from(turned_away);
+            let mut slot = Slot {
+                slots: self.clone(),
+                handle: Arc::new(Handle {
+                    socket: newcomer.socket.clone(),
+                    cut_off: AtomicBool::new(false),
+                    changed: Condvar::new(),
+                }),
+                peer,
+                came: newcomer.came,
+                key: None,
+                memory: 0,
+                turned_away,
+            };
+            slot.enter(&mut inner, false, None);
+            return Some((slot, newcomer.socket, newcomer.client));
+        }
     }
 
     /// Closes the connection that has been waiting longest, if there is one.
@@ -131,7 +161,11 @@ impl Slots {
         let mut inner = self.inner.lock();
         inner.closing = true;
         while inner.evict(|_| true) {}
-        self.left.notify_all();
+        inner.newcomers = 0;
+        inner.peers.retain(|_, peer| {
+            peer.newcomers.clear();
+            !peer.is_gone()
+        });
     }
 
     /// Whether [`Slots::close`] was called.
@@ -181,11 +215,10 @@ impl Slot {
         if inner.waiting.remove(&key).is_none() {
             let hurried = inner.leaving.get(&key).is_none_or(|left| left.hurried);
             let again = !hurried && !self.turned_away && !inner.closing;
-            if !again || !inner.admit(&self.slots.limits, self.peer) {
+            if !again || !inner.admit(&self.slots.limits, self.peer, Instant::now()) {
                 return Err(Evicted);
             }
             inner.leaving.remove(&key);
-            self.slots.left.notify_all();
         }
         self.key = None;
         Ok(())
@@ -202,12 +235,30 @@ impl Slot {
             Some(key) => inner.set_sending(key, true),
             // None is closed any more then, so there is nothing to enter for.
             None if inner.closing => {}
-            None => self.enter(&mut inner, true),
+            None => self.enter(&mut inner, true, Some(Instant::now() + TURN)),
         }
         if inner.closing || self.is_cut_off() {
             return Err(Evicted);
         }
         Ok(())
+    }
+
+    /// Its thread begins to read from it; as long as it has not, its client is not to blame.
+    pub fn begin(&mut self) {
+        self.stay_until((self.came + GRACE).max(Instant::now() + TURN));
+    }
+
+    /// Its client has begun a TLS handshake.
+    pub fn begin_handshake(&mut self) {
+        self.stay_until(Instant::now() + GRACE);
+    }
+
+    /// It makes room for no newcomer before then.
+    fn stay_until(&self, until: Instant) {
+        let mut inner = self.slots.inner.lock();
+        if let Some(waiting) = self.key.and_then(|key| inner.waiting.get_mut(&key)) {
+            waiting.stays_until = Some(until);
+        }
     }
 
     /// The client has taken what was sent, and is waited for to send something.
@@ -280,13 +331,14 @@ impl Slot {
         self.key.is_some_and(|key| inner.leaving.contains_key(&key))
     }
 
-    fn enter(&mut self, inner: &mut Inner, sending: bool) {
+    fn enter(&mut self, inner: &mut Inner, sending: bool, stays_until: Option<Instant>) {
         let key = inner.ticket();
         let waiting = Waiting {
             handle: self.handle.clone(),
             peer: self.peer,
             turned_away: self.turned_away,
             sending,
+            stays_until,
             memory: self.memory,
             keeping_since: Instant::now(),
         };
@@ -339,6 +391,8 @@ impl Drop for Slot {
 struct Inner {
     taken: usize,
     turned_away: usize,
+    /// In all lines together.
+    newcomers: usize,
     peers: HashMap<IpAddr, Peer>,
     /// By how long they have been waiting: the longest first.
     waiting: BTreeMap<u64, Waiting>,
@@ -358,6 +412,33 @@ struct Inner {
 struct Peer {
     connections: usize,
     memory: usize,
+    /// In the order of coming.
+    newcomers: VecDeque<Newcomer>,
+}
+
+/// A connection in line.
+struct Newcomer {
+    ticket: u64,
+    socket: Arc<TcpStream>,
+    client: SocketAddr,
+    came: Instant,
+}
+
+impl Peer {
+    fn is_gone(&self) -> bool {
+        self.connections == 0 && self.memory == 0 && self.newcomers.is_empty()
+    }
+}
+
+/// Where one connection more can go.
+enum Room {
+    Free,
+    /// Where the waiting connection with this key is.
+    InPlaceOf(u64),
+    /// The same, but it has not had its time.
+    Later(u64),
+    /// Nowhere: all that could make room are being served.
+    None,
 }
 
 struct Waiting {
@@ -366,6 +447,8 @@ struct Waiting {
     turned_away: bool,
     /// It waits for its client to take something.
     sending: bool,
+    /// Until when it makes no room for newcomers; none as long as its thread has not begun.
+    stays_until: Option<Instant>,
     memory: usize,
     /// Since when it keeps that memory.
     keeping_since: Instant,
@@ -394,7 +477,7 @@ impl Inner {
     fn change_peer(&mut self, address: IpAddr, change: impl FnOnce(&mut Peer)) {
         let peer = self.peers.entry(address).or_default();
         change(peer);
-        if peer.connections == 0 && peer.memory == 0 {
+        if peer.is_gone() {
             self.peers.remove(&address);
         }
     }
@@ -409,16 +492,63 @@ impl Inner {
         }
     }
 
-    /// Counts one connection more, for which another is closed where there is no room: one of the
-    /// same peer if that has as many as it may have. False where all of those are being served.
-    fn admit(&mut self, limits: &Limits, address: IpAddr) -> bool {
+    /// The client address whose first in line can come in, to be served or to be told that there is
+    /// no room: of those the one that has the fewest connections, and then the one that came first.
+    fn next_newcomer(&self, limits: &Limits, now: Instant) -> Option<IpAddr> {
+        let mut lines: Vec<_> = self
+            .peers
+            .iter()
+            .filter_map(|(address, peer)| {
+                let first = peer.newcomers.front()?;
+                Some((peer.connections, first.ticket, *address))
+            })
+            .collect();
+        lines.sort_unstable();
+        let mut addresses = lines.into_iter().map(|(.., address)| address);
+        addresses.find(|address| match self.room(limits, *address, now) {
+            Room::InPlaceOf(_) => self.leaving.len() < LEAVING,
+            Room::Later(_) => false,
+            Room::Free | Room::None => true,
+        })
+    }
+
+    /// Takes the first in the line of an address out of it.
+    fn call(&mut self, address: IpAddr) -> Option<Newcomer> {
+        let mut first = None;
+        self.change_peer(address, |peer| first = peer.newcomers.pop_front());
+        self.newcomers -= usize::from(first.is_some());
+        first
+    }
+
+    /// Where one connection more of this address can go: in the place of one of its own if it has
+    /// as many as it may have.
+    fn room(&self, limits: &Limits, address: IpAddr, now: Instant) -> Room {
         let of_peer = self.peers.get(&address).map_or(0, |peer| peer.connections);
         let peer_is_full = of_peer >= limits.per_peer;
-        let makes_room =
-            |waiting: &Waiting| !waiting.turned_away && (!peer_is_full || waiting.peer == address);
-        let is_full = peer_is_full || self.taken >= limits.connections;
-        if is_full && !self.evict(makes_room) {
-            return false;
+        if !peer_is_full && self.taken < limits.connections {
+            return Room::Free;
+        }
+        let mut by_time = self.waiting.iter().filter(|(_, waiting)| {
+            !waiting.turned_away && (!peer_is_full || waiting.peer == address)
+        });
+        let Some((longest, waiting)) = by_time.next() else {
+            return Room::None;
+        };
+        let has_stayed = |waiting: &Waiting| waiting.stays_until.is_some_and(|until| until <= now);
+        if has_stayed(waiting) {
+            return Room::InPlaceOf(*longest);
+        }
+        let other = by_time.find(|(_, waiting)| has_stayed(waiting));
+        other.map_or(Room::Later(*longest), |(key, _)| Room::InPlaceOf(*key))
+    }
+
+    /// Counts one connection more, for which another is closed where that is needed. False where
+    /// all that could make room are being served.
+    fn admit(&mut self, limits: &Limits, address: IpAddr, now: Instant) -> bool {
+        match self.room(limits, address, now) {
+            Room::None => return false,
+            Room::InPlaceOf(key) | Room::Later(key) => self.close(key),
+            Room::Free => {}
         }
         self.taken += 1;
         self.change_peer(address, |peer| peer.connections += 1);
@@ -430,13 +560,17 @@ impl Inner {
         self.change_peer(address, |peer| peer.connections -= 1);
     }
 
-    /// Closes the longest waiting connection of those that may be; false where there is none. Its
-    /// place is free at once.
+    /// Closes the longest waiting connection of those that may be; false where there is none.
     fn evict(&mut self, may_be: impl Fn(&Waiting) -> bool) -> bool {
         let found = self.waiting.iter().find(|(_, waiting)| may_be(waiting));
         let key = found.map(|(key, _)| *key);
-        let Some((key, waiting)) = key.and_then(|key| self.waiting.remove_entry(&key)) else {
-            return false;
+        key.inspect(|key| self.close(*key)).is_some()
+    }
+
+    /// Closes a waiting connection, whose place is free at once.
+    fn close(&mut self, key: u64) {
+        let Some(waiting) = self.waiting.remove(&key) else {
+            return;
         };
         let handle = waiting.handle;
         handle.cut_off.store(true, Ordering::Relaxed);
@@ -459,15 +593,14 @@ impl Inner {
         if !waiting.turned_away {
             self.give_up_place(waiting.peer);
         }
-        true
     }
 
     /// Has the one that has been leaving longest tell its client nothing more, which wakes its
     /// thread wherever that waits.
     fn hurry_oldest(&mut self) {
-        if let Some(mut oldest) = self.leaving.first_entry() {
-            oldest.get_mut().hurried = true;
-            let _ = oldest.get().handle.socket.shutdown(Shutdown::Both);
+        if let Some(oldest) = self.leaving.values_mut().find(|left| !left.hurried) {
+            oldest.hurried = true;
+            let _ = oldest.handle.socket.shutdown(Shutdown::Both);
         }
     }
 
@@ -542,9 +675,90 @@ mod tests {
         Arc::new(TcpStream::connect(listener.local_addr().unwrap()).unwrap())
     }
 
+    fn client(peer: u8) -> SocketAddr {
+        SocketAddr::from(([192, 168, 1, peer], 1))
+    }
+
+    /// The slot of a newcomer that comes when the others have waited long enough.
+    fn come(slots: &Arc<Slots>, peer: u8) -> Option<Slot> {
+        slots.line_up(socket(), client(peer));
+        admitted(slots, Instant::now() + GRACE).map(|(slot, _)| slot)
+    }
+
+    fn admitted(slots: &Arc<Slots>, now: Instant) -> Option<(Slot, SocketAddr)> {
+        let (mut slot, _, client) = slots.admit(now)?;
+        slot.begin();
+        Some((slot, client))
+    }
+
     fn taken(slots: &Arc<Slots>, peer: u8) -> Slot {
-        let peer = IpAddr::from([192, 168, 1, peer]);
-        slots.take(peer, socket()).unwrap()
+        come(slots, peer).unwrap()
+    }
+
+    #[test]
+    fn nobody_makes_room_before_its_time_and_newcomers_wait_in_the_order_of_coming() {
+        let slots = Slots::new(LIMITS);
+        let too_early = Instant::now();
+        let [mut a, b] = [1, 1].map(|peer| taken(&slots, peer));
+        let ports = [5, 3, 4].map(|port| SocketAddr::from(([192, 168, 1, 1], port)));
+        for client in ports {
+            slots.line_up(socket(), client);
+        }
+        assert!(admitted(&slots, too_early).is_none());
+        assert_eq!((slots.newcomers(), a.is_leaving()), (3, false));
+        // Whose client has begun a handshake has more time.
+        let enough = Instant::now() + GRACE;
+        a.begin_handshake();
+        let (first, from) = admitted(&slots, enough).unwrap();
+        assert_eq!(from, ports[0]);
+        assert_eq!([&a, &b, &first].map(Slot::is_leaving), [false, true, false]);
+        let now = Instant::now() + GRACE;
+        let next = [1, 2].map(|_| admitted(&slots, now).unwrap());
+        assert_eq!(next.each_ref().map(|(_, client)| *client), ports[1..]);
+        let evicted = [&a, &first, &next[0].0, &next[1].0].map(Slot::is_leaving);
+        assert_eq!(evicted, [true, true, false, false]);
+    }
+
+    #[test]
+    fn a_connection_whose_thread_has_not_begun_makes_no_room() {
+        let slots = Slots::new(LIMITS);
+        slots.line_up(socket(), client(1));
+        let (not_begun, ..) = slots.admit(Instant::now()).unwrap();
+        let begun = taken(&slots, 1);
+        let newcomer = taken(&slots, 1);
+        let evicted = [&not_begun, &begun, &newcomer].map(Slot::is_leaving);
+        assert_eq!(evicted, [false, true, false]);
+    }
+
+    #[test]
+    fn a_crowd_in_line_holds_up_its_own_address_and_no_other() {
+        let slots = Slots::new(LIMITS);
+        let too_early = Instant::now();
+        let crowd = [1, 1].map(|peer| taken(&slots, peer));
+        for _ in 0..100 {
+            slots.line_up(socket(), client(1));
+        }
+        slots.line_up(socket(), client(2));
+        let (other, from) = admitted(&slots, too_early).unwrap();
+        assert_eq!((from, other.is_turned_away()), (client(2), false));
+        assert!(admitted(&slots, too_early).is_none());
+        // Where one of them all has to make room, whoever has fewest comes first.
+        slots.line_up(socket(), client(3));
+        let now = Instant::now() + GRACE;
+        let (another, from) = admitted(&slots, now).unwrap();
+        assert_eq!((from, another.is_turned_away()), (client(3), false));
+        assert_eq!(crowd.each_ref().map(Slot::is_leaving), [true, false]);
+    }
+
+    #[test]
+    fn who_stands_in_line_when_the_service_stops_is_closed() {
+        let slots = Slots::new(LIMITS);
+        let _crowd = [1, 1].map(|peer| taken(&slots, peer));
+        slots.line_up(socket(), client(1));
+        slots.close();
+        slots.line_up(socket(), client(1));
+        assert_eq!(slots.newcomers(), 0);
+        assert!(admitted(&slots, Instant::now() + GRACE).is_none());
     }
 
     #[test]
@@ -567,11 +781,10 @@ mod tests {
         for slot in &mut served {
             assert_eq!(slot.serve(), Ok(()));
         }
-        let started = Instant::now();
         let too_many: Vec<_> = (0..TURNED_AWAY).map(|_| taken(&slots, 1)).collect();
         assert!(too_many.iter().all(Slot::is_turned_away));
-        assert!(slots.take([192, 168, 1, 1].into(), socket()).is_none());
-        assert!(started.elapsed() < MAKING_ROOM);
+        assert!(come(&slots, 1).is_none());
+        assert_eq!(slots.newcomers(), 0);
         // They take nothing from others, and are not closed in the place of others.
         let others = [2, 3].map(|peer| taken(&slots, peer));
         assert_eq!(others.map(|other| other.is_turned_away()), [false, false]);
@@ -725,10 +938,18 @@ mod tests {
             for (step, peer, which) in steps {
                 let index = (!held.is_empty()).then(|| which.index(held.len()));
                 match (step, index) {
-                    (0 | 1, _) => held.extend(slots.take([192, 168, 1, peer].into(), socket.clone())),
+                    (0 | 1, _) => {
+                        slots.line_up(socket.clone(), client(peer));
+                        let now = Instant::now() + GRACE * u32::from(step);
+                        held.extend(slots.admit(now).map(|(slot, ..)| slot));
+                    }
                     (2, Some(index)) => drop(held.swap_remove(index)),
                     (3, Some(index)) => { let _ = held[index].serve(); }
-                    (4, Some(index)) => { let _ = held[index].wait(); held[index].listen(); }
+                    (4, Some(index)) => {
+                        let _ = held[index].wait();
+                        held[index].listen();
+                        held[index].begin_handshake();
+                    }
                     (5, Some(index)) => held[index].keep_anyway(usize::from(peer) * 40),
                     (6, _) => slots.evict_one(),
                     _ => {}
@@ -737,7 +958,8 @@ mod tests {
                 prop_assert!(inner.taken <= LIMITS.connections && inner.turned_away <= TURNED_AWAY);
                 let peers = || inner.peers.values();
                 prop_assert!(peers().all(|peer| peer.connections <= LIMITS.per_peer));
-                prop_assert!(peers().all(|peer| peer.connections + peer.memory > 0));
+                prop_assert!(!peers().any(Peer::is_gone));
+                prop_assert_eq!(peers().map(|peer| peer.newcomers.len()).sum::<usize>(), inner.newcomers);
                 prop_assert_eq!(peers().map(|peer| peer.connections).sum::<usize>(), inner.taken);
                 let leaving = held.iter().filter(|slot| !slot.turned_away && slot.leaves(&inner));
                 prop_assert_eq!(inner.taken + leaving.count() + inner.turned_away, held.len());
@@ -746,8 +968,9 @@ mod tests {
                 prop_assert_eq!(peers().map(|peer| peer.memory).sum::<usize>(), memory);
             }
             drop(held);
+            while slots.admit(Instant::now()).is_some() {}
             let inner = slots.inner.lock();
-            prop_assert_eq!((inner.taken, inner.turned_away, inner.memory), (0, 0, 0));
+            prop_assert_eq!((inner.taken, inner.turned_away, inner.newcomers, inner.memory), (0, 0, 0, 0));
             prop_assert!(inner.peers.is_empty() && inner.waiting.is_empty() && inner.leaving.is_empty());
         }
     }

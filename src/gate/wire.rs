@@ -10,6 +10,7 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustls::server::{Accepted, AcceptedAlert, Acceptor};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
 use super::links::is_timeout;
@@ -27,14 +28,16 @@ pub enum Wire {
 }
 
 impl Wire {
-    /// Waits for the client's first byte and makes the TLS handshake, if there is to be one.
+    /// Waits for the client's first byte and makes the TLS handshake, if there is to be one. Says
+    /// when the client has sent its first message whole.
     ///
     /// # Errors
     /// Where the client leaves, takes too long, or the two find no common ground. A client that
     /// speaks plain HTTP to a TLS port gets [`Wire::Plain`] with `ErrorKind::InvalidInput`.
     pub fn accept(
-        socket: Socket,
+        mut socket: Socket,
         config: Option<Arc<ServerConfig>>,
+        begun: impl FnOnce(),
     ) -> Result<Self, (Self, io::Error)> {
         let Some(config) = config else {
             return Ok(Self::Plain(socket));
@@ -45,9 +48,17 @@ impl Wire {
             Ok(None) => return Err((Self::Plain(socket), ErrorKind::UnexpectedEof.into())),
             Err(error) => return Err((Self::Plain(socket), error)),
         }
-        let connection = match ServerConnection::new(config) {
+        let accepted = match client_hello(&mut socket) {
+            Ok(accepted) => accepted,
+            Err(error) => return Err((Self::Plain(socket), error)),
+        };
+        begun();
+        let connection = match accepted.into_connection(config) {
             Ok(connection) => connection,
-            Err(error) => return Err((Self::Plain(socket), io::Error::other(error))),
+            Err(refused) => {
+                let error = alert(refused, &mut socket);
+                return Err((Self::Plain(socket), error));
+            }
         };
         let mut stream = Box::new(StreamOwned::new(connection, socket));
         match stream.conn.complete_io(&mut stream.sock) {
@@ -108,6 +119,27 @@ impl Write for Wire {
             Self::Tls(stream) => stream.flush(),
         }
     }
+}
+
+/// Reads the message that a client begins a TLS handshake with.
+fn client_hello(socket: &mut Socket) -> io::Result<Accepted> {
+    let mut acceptor = Acceptor::default();
+    loop {
+        if acceptor.read_tls(socket)? == 0 {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        match acceptor.accept() {
+            Ok(Some(accepted)) => return Ok(accepted),
+            Ok(None) => {}
+            Err(refused) => return Err(alert(refused, socket)),
+        }
+    }
+}
+
+/// Tells the client why there is no handshake; whether that arrives changes nothing.
+fn alert((error, mut alert): (rustls::Error, AcceptedAlert), socket: &mut Socket) -> io::Error {
+    let _ = alert.write_all(socket);
+    io::Error::new(ErrorKind::InvalidData, error)
 }
 
 /// The content type of a handshake record, with which every TLS connection begins (RFC 8446,
