@@ -282,9 +282,7 @@ impl Desk {
     /// time to stop and nothing is under way any more.
     fn next(&mut self, crew: &Crew) -> Option<(Export, bool, bool)> {
         loop {
-            while let Ok(Queued { export, resume }) = self.queue.try_recv() {
-                self.schedule.add(export, resume, crew.exports.running());
-            }
+            self.take_in(crew);
             while let Ok(report) = self.reported.try_recv() {
                 self.book(report, crew);
             }
@@ -342,8 +340,16 @@ impl Desk {
         }
     }
 
+    fn take_in(&mut self, crew: &Crew) {
+        while let Ok(Queued { export, resume }) = self.queue.try_recv() {
+            self.schedule.add(export, resume, crew.exports.running());
+        }
+    }
+
     /// Decides what an attempt's outcome means, and tells the exports.
     fn book(&mut self, report: Report, crew: &Crew) {
+        // The end of a queue is behind all that has been accepted by now.
+        self.take_in(crew);
         let Report {
             export,
             failing,
