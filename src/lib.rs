@@ -42,3 +42,4 @@ pub mod routes;
 pub mod server;
 pub mod socket;
 pub mod threads;
+pub mod waits;

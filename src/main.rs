@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::{self, ExitCode};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use clap::Parser;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -20,6 +20,7 @@ use export_service::gate::Gate;
 use export_service::gate::tls::Identity;
 use export_service::routes::Policy;
 use export_service::server::{Server, Service};
+use export_service::waits::Waits;
 use export_service::{arbiter, check, commands, logging, threads};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -126,12 +127,14 @@ fn serve(mut config: Config) -> Result<(), String> {
         client,
         config.worker,
     );
+    let waits = Arc::new(Waits::default());
     let service = Service {
         policy: Policy {
             name: config.name,
             secret,
         },
         exports: exports.clone(),
+        waits: waits.clone(),
     };
     let server = Server::start(config.place.folder(), service, config.threads).map_err(|error| {
         format!(
@@ -140,8 +143,13 @@ fn serve(mut config: Config) -> Result<(), String> {
         )
     })?;
     let scheme = config.connections.scheme();
-    let gate = Gate::open(listener, server.socket(), config.connections)
-        .map_err(|error| format!("cannot serve on {address}: {error}"))?;
+    let gate = Gate::open(
+        listener,
+        &server.socket(),
+        waits.clone(),
+        config.connections,
+    )
+    .map_err(|error| format!("cannot serve on {address}: {error}"))?;
     log::info!(address:% = address, scheme; "listening");
 
     // The thread that sends ends only with the process.
@@ -150,8 +158,10 @@ fn serve(mut config: Config) -> Result<(), String> {
     // First, so that it begins no other attempt meanwhile.
     drop(stop_worker);
     gate.close();
-    server.stop();
     exports.close();
+    // All that was sent on is answered, before those who answer it stop.
+    waits.wait_until_answered(Instant::now() + LAST_ANSWERS);
+    server.stop();
     waiter.ends_within(LAST_ANSWERS);
     gate.drain(LAST_ANSWERS);
     // Nothing is ever sent: it is closed at the end of the last attempt.

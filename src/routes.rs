@@ -464,6 +464,7 @@ fn idempotency_key(value: &str) -> Result<String, Refusal> {
 }
 
 /// A response, ready to be written.
+#[derive(Default)]
 pub struct Response {
     /// The HTTP status.
     pub status: u16,

@@ -1,14 +1,15 @@
-//! tiny_http's requests to a fixed pool of threads, and answers back; the orderly stop.
+//! tiny_http's requests to a fixed pool of threads; the orderly stop.
 //!
-//! A thread of the pool reads a request, has `routes` decide, and hands submissions and polls to
-//! `exports` together with the means to answer. It waits for no commit and no destination.
+//! A thread of the pool takes a request from tiny_http, has `routes` decide, and hands submissions and polls to
+//! `exports` together with the means to answer: the connection that sent it waits in `waits`. It waits for
+//! no commit and no destination. What tiny_http itself is told to answer is empty.
 //!
 //! Not here: clients. tiny_http trusts them, so it listens on a socket that only `gate` can reach,
 //! which sends it whole requests of a bounded size.
 
 use std::env;
 use std::fs::{self, DirBuilder, Permissions};
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Write as _};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -16,18 +17,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use crossbeam_channel::{Sender, bounded};
-use tiny_http::{Header, Method, StatusCode};
 use uuid::Uuid;
 
 use crate::exports::{Exports, Reply, View};
-use crate::gate::framing::CLIENT;
+use crate::gate::framing::{CLIENT, CONNECTION};
 use crate::logging;
-use crate::routes::{self, Command, Policy, Refusal, Request, Response};
+use crate::routes::{self, Command, Policy, Refusal, Request};
 use crate::threads::{self, Thread};
+use crate::waits::{Answerer, Waits};
 
-/// Requests that may wait for a thread of the pool, for each of its threads.
-const WAITING_PER_THREAD: usize = 4;
 /// How long a stop waits for requests that the pool has begun to serve.
 const STOP: Duration = Duration::from_secs(1);
 /// The name of the private socket in its folder.
@@ -39,6 +37,8 @@ pub struct Service {
     pub policy: Policy,
     /// Where submissions and polls go.
     pub exports: Arc<Exports>,
+    /// Where connections wait for their answers.
+    pub waits: Arc<Waits>,
 }
 
 /// A running server.
@@ -50,8 +50,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves what arrives at a private socket with `threads` threads, and one that hands out
-    /// requests. The socket is in the data folder if there is one and it can hold sockets, else
+    /// Serves what arrives at a private socket with `threads` threads. The socket is in the data folder if there is one and it can hold sockets, else
     /// where temporary files are.
     ///
     /// # Errors
@@ -67,19 +66,14 @@ impl Server {
         let http = Arc::new(http);
         let stopping = Arc::new(AtomicBool::new(false));
         let service = Arc::new(service);
-        let (requests, waiting) = bounded(threads * WAITING_PER_THREAD);
         let pool = (0..threads)
             .map(|number| {
-                let (service, waiting) = (service.clone(), waiting.clone());
+                let (http, service, stopping) = (http.clone(), service.clone(), stopping.clone());
                 threads::spawn(&format!("pool-{number}"), move || {
-                    for request in waiting {
-                        service.serve(request);
-                    }
+                    service.serve_all(&http, &stopping);
                 })
             })
             .collect();
-        let (incoming, flag) = (http.clone(), stopping.clone());
-        threads::spawn("server", move || hand_out(&incoming, &requests, &flag));
         Ok(Self {
             http,
             stopping,
@@ -96,8 +90,11 @@ impl Server {
     /// Takes no more requests, and waits until those taken are served, a second at most.
     pub fn stop(self) {
         self.stopping.store(true, Ordering::Release);
-        self.http.unblock();
-        // The listener closes when both this and the one in `hand_out` are dropped.
+        // One thread each, behind the requests that are there.
+        for _ in &self.pool {
+            self.http.unblock();
+        }
+        // The listener closes when the last thread has dropped it too.
         drop(self.http);
         let deadline = Instant::now() + STOP;
         for thread in self.pool {
@@ -130,34 +127,22 @@ fn private_socket(folder: PathBuf) -> io::Result<(UnixListener, PathBuf)> {
     }
 }
 
-fn hand_out(
-    http: &tiny_http::Server,
-    requests: &Sender<tiny_http::Request>,
-    stopping: &AtomicBool,
-) {
-    loop {
-        match http.recv() {
-            Ok(request) => {
-                if requests.send(request).is_err() {
-                    return;
+impl Service {
+    /// What each thread of the pool does.
+    fn serve_all(&self, http: &tiny_http::Server, stopping: &AtomicBool) {
+        loop {
+            match http.recv() {
+                Ok(request) => self.serve(request),
+                Err(_) if stopping.load(Ordering::Acquire) => return,
+                Err(error) => {
+                    // tiny_http says so once and never accepts again.
+                    log::error!(reason:% = error; "tiny_http no longer accepts connections");
+                    panic!("tiny_http stopped accepting");
                 }
             }
-            Err(_) if stopping.load(Ordering::Acquire) => break,
-            Err(error) => {
-                // tiny_http says so once and never accepts again.
-                log::error!(reason:% = error; "cannot accept connections any more");
-                panic!("tiny_http stopped accepting");
-            }
         }
     }
-    while let Ok(Some(request)) = http.try_recv() {
-        if requests.send(request).is_err() {
-            return;
-        }
-    }
-}
 
-impl Service {
     fn serve(&self, mut request: tiny_http::Request) {
         let received = Instant::now();
         let mut body = Vec::with_capacity(request.body_length().unwrap_or(0));
@@ -165,20 +150,45 @@ impl Service {
             // The gate has gone away in the middle of a request: nobody waits for an answer.
             return;
         }
-        let parts = parts(&request, &body);
-        let decided = routes::command(&parts, &self.policy, SystemTime::now());
+        let number = header(&request, CONNECTION).and_then(|number| number.parse().ok());
+        // None for the request that proves a link, or where the client has gone by now.
+        if let Some(answerer) = number.and_then(|number| self.waits.answerer(number)) {
+            self.answer(&request, &body, received, answerer);
+        }
+        // Not `Request::respond`, which looks at the client's headers and writes some of its own.
+        let mut writer = request.into_writer();
+        let written = writer
+            .write_all(b"HTTP/1.1 204 No Content\r\n\r\n")
+            .and_then(|()| writer.flush());
+        if let Err(error) = written {
+            log::debug!(reason:% = error; "a link to tiny_http broke");
+        }
+    }
+
+    fn answer(
+        &self,
+        request: &tiny_http::Request,
+        body: &[u8],
+        received: Instant,
+        answerer: Answerer,
+    ) {
+        let decided = routes::command(&parts(request, body), &self.policy, SystemTime::now());
         match decided {
-            Ok(Command::Status) => respond(request, routes::status()),
+            Ok(Command::Status) => answerer.put(routes::status()),
             Ok(Command::Submit(submission, wait)) => {
-                let deadline = received + wait;
+                let reply = reply(request, answerer);
                 self.exports
-                    .submit(submission, received, deadline, reply(request));
+                    .submit(submission, received, received + wait, reply);
             }
             Ok(Command::Poll(query, wait)) => {
                 log::debug!(id:% = query.id; "poll");
-                self.exports.poll(&query, received + wait, reply(request));
+                let reply = reply(request, answerer);
+                self.exports.poll(&query, received + wait, reply);
             }
-            Err(refusal) => refuse(request, &refusal),
+            Err(refusal) => {
+                log_refusal(&RequestLine::of(request), &refusal);
+                answerer.put(routes::refusal(&refusal));
+            }
         }
     }
 }
@@ -200,45 +210,42 @@ fn header<'a>(request: &'a tiny_http::Request, name: &'static str) -> Option<&'a
     found.map(|header| header.value.as_str())
 }
 
+/// What is logged of a request that is refused later.
+struct RequestLine {
+    method: String,
+    target: String,
+    client: String,
+}
+
+impl RequestLine {
+    fn of(request: &tiny_http::Request) -> Self {
+        Self {
+            method: request.method().as_str().to_owned(),
+            target: request.url().to_owned(),
+            client: header(request, CLIENT).unwrap_or_default().to_owned(),
+        }
+    }
+}
+
 /// The means to answer a request later, from another thread.
-fn reply(request: tiny_http::Request) -> Reply {
+fn reply(request: &tiny_http::Request, answerer: Answerer) -> Reply {
+    let line = RequestLine::of(request);
     Box::new(move |result: Result<View, _>| match result {
-        Ok(view) => respond(request, routes::view(&view)),
-        Err(error) => refuse(request, &Refusal::Export(error)),
+        Ok(view) => answerer.put(routes::view(&view)),
+        Err(error) => {
+            let refusal = Refusal::Export(error);
+            log_refusal(&line, &refusal);
+            answerer.put(routes::refusal(&refusal));
+        }
     })
 }
 
-fn refuse(request: tiny_http::Request, refusal: &Refusal) {
-    let client = header(&request, CLIENT).unwrap_or_default();
-    let method = request.method().as_str();
-    logging::refused(method, request.url(), refusal.status(), refusal, client);
-    respond(request, routes::refusal(refusal));
-}
-
-fn respond(request: tiny_http::Request, response: Response) {
-    let header = |(name, value): (&str, String)| {
-        // Names and values are ours: literals, numbers and lists of methods, all ASCII.
-        Header::from_bytes(name, value).expect("headers are ASCII")
-    };
-    let named = ("Server", "export-service".to_owned());
-    let headers = response
-        .headers
-        .into_iter()
-        .chain([named])
-        .map(header)
-        .collect();
-    let length = response.body.len();
-    let body = response.body.as_bytes();
-    let status = StatusCode(response.status);
-    let response = tiny_http::Response::new(status, headers, body, Some(length), None)
-        // Always with Content-Length: a length is what a simple client can rely on.
-        .with_chunked_threshold(usize::MAX);
-    let version = request.http_version().clone();
-    let head_only = *request.method() == Method::Head;
-    let mut writer = request.into_writer();
-    // Not `Request::respond`: it sorts the client's TE header, and panics at a weight of NaN.
-    let written = response.raw_print(&mut writer, version, &[], head_only, None);
-    if let Err(error) = written.and_then(|()| writer.flush()) {
-        log::debug!(reason:% = error; "cannot answer");
-    }
+fn log_refusal(line: &RequestLine, refusal: &Refusal) {
+    logging::refused(
+        &line.method,
+        &line.target,
+        refusal.status(),
+        refusal,
+        &line.client,
+    );
 }

@@ -308,7 +308,7 @@ impl Inside {
     /// byte too many or too few is seen.
     fn sees(&mut self, mut request: Request) -> (String, String, Vec<u8>) {
         let client = SocketAddr::from(([127, 0, 0, 1], 1));
-        let head = request.normalised_head(client);
+        let head = request.normalised_head(client, 7);
         let body = request.take_body();
         self.link.write_all(&[&head, &body[..]].concat()).unwrap();
         let taken = self.receive();

@@ -30,6 +30,8 @@ const READ: usize = 4 * 1024;
 const PASSED: [&str; 3] = ["X-Api-Key", "Authorization", "Idempotency-Key"];
 /// The header in which the client's address is passed on, for the log.
 pub const CLIENT: &str = "Client-Address";
+/// The header in which the number of its connection is passed on, for the answer.
+pub const CONNECTION: &str = "Connection-Number";
 
 /// One whole request.
 #[derive(Debug, PartialEq, Eq)]
@@ -65,10 +67,13 @@ impl Request {
         self.head.old
     }
 
-    /// The head as it is passed on: in one spelling, with only what the service looks at.
-    pub fn normalised_head(&self, client: SocketAddr) -> Vec<u8> {
+    /// The head as it is passed on: in one spelling, with only what the service looks at, and the
+    /// number of the connection that waits for the answer.
+    pub fn normalised_head(&self, client: SocketAddr, connection: u64) -> Vec<u8> {
         let Head { method, target, .. } = &self.head;
-        let mut head = format!("{method} {target} HTTP/1.1\r\n{CLIENT}: {client}\r\n");
+        let mut head = format!(
+            "{method} {target} HTTP/1.1\r\n{CLIENT}: {client}\r\n{CONNECTION}: {connection}\r\n"
+        );
         for (name, value) in &self.head.passed {
             // Writing to a String cannot fail.
             let _ = write!(head, "{name}: {value}\r\n");

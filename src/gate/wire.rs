@@ -10,6 +10,7 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustls::server::{Accepted, AcceptedAlert, Acceptor};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
@@ -164,6 +165,13 @@ impl Socket {
             read_timeout: Duration::MAX,
             write_timeout: Duration::MAX,
         }
+    }
+
+    /// Whether the client has closed its side, or the connection is broken. Does not block.
+    pub fn is_left(&self) -> bool {
+        let mut socket = [PollFd::new(&*self.stream, PollFlags::RDHUP)];
+        let now = Timespec::default();
+        poll(&mut socket, Some(&now)).is_ok_and(|left| left > 0)
     }
 
     fn first_byte(&self) -> io::Result<Option<u8>> {
