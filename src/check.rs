@@ -10,10 +10,11 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::config::CheckArgs;
-use crate::delivery::addresses::{Destination, Rules};
+use crate::delivery::addresses::Rules;
 use crate::delivery::attempt::{explain_look_up, refusal};
 use crate::delivery::connect::is_own;
 use crate::delivery::tls::{self, Trust};
+use crate::destination::Destination;
 use crate::dial::{self, Late, Names};
 use crate::socket::Socket;
 

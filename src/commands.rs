@@ -12,7 +12,7 @@ use ureq::tls::TlsConfig;
 
 use crate::auth::Macaroon;
 use crate::config::{HealthcheckArgs, SinkArgs, TokenArgs};
-use crate::delivery::addresses::Destination;
+use crate::destination::Destination;
 use crate::threads;
 
 /// The largest body a sink reads, in bytes.

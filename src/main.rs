@@ -88,7 +88,7 @@ fn fail(message: &str, code: u8) -> ExitCode {
 /// signal stops it from the network inwards, so that nothing taken is left unanswered.
 fn serve(mut config: Config) -> Result<(), String> {
     logging::start(config.log_format, config.log_level);
-    threads::exit_on_panic();
+    threads::exit_on_panic(logging::flush);
     let stop = signals(config.connections.identity.clone())
         .map_err(|error| format!("cannot listen for signals: {error}"))?;
     let listener = TcpListener::bind(config.address).map_err(|error| {

@@ -19,13 +19,18 @@ use std::time::{Duration, Instant, SystemTime};
 
 use uuid::Uuid;
 
-use crate::exports::{Exports, Reply, View};
-use crate::gate::framing::{CLIENT, CONNECTION};
+use crate::answer::{self, Refusal};
+use crate::export::View;
+use crate::exports::{Exports, Reply};
 use crate::logging;
-use crate::routes::{self, Command, Policy, Refusal, Request};
+use crate::routes::{self, Command, Policy, Request};
 use crate::threads::{self, Thread};
 use crate::waits::{Answerer, Waits};
 
+/// The header in which the client's address is passed on, for the log.
+pub const CLIENT: &str = "Client-Address";
+/// The header in which the number of its connection is passed on, for the answer.
+pub const CONNECTION: &str = "Connection-Number";
 /// How long a stop waits for requests that the pool has begun to serve.
 const STOP: Duration = Duration::from_secs(1);
 /// The name of the private socket in its folder.
@@ -174,7 +179,7 @@ impl Service {
     ) {
         let decided = routes::command(&parts(request, body), &self.policy, SystemTime::now());
         match decided {
-            Ok(Command::Status) => answerer.put(routes::status()),
+            Ok(Command::Status) => answerer.put(answer::status()),
             Ok(Command::Submit(submission, wait)) => {
                 let reply = reply(request, answerer);
                 self.exports
@@ -187,7 +192,7 @@ impl Service {
             }
             Err(refusal) => {
                 log_refusal(&RequestLine::of(request), &refusal);
-                answerer.put(routes::refusal(&refusal));
+                answerer.put(answer::refusal(&refusal));
             }
         }
     }
@@ -231,11 +236,11 @@ impl RequestLine {
 fn reply(request: &tiny_http::Request, answerer: Answerer) -> Reply {
     let line = RequestLine::of(request);
     Box::new(move |result: Result<View, _>| match result {
-        Ok(view) => answerer.put(routes::view(&view)),
+        Ok(view) => answerer.put(answer::view(&view)),
         Err(error) => {
             let refusal = Refusal::Export(error);
             log_refusal(&line, &refusal);
-            answerer.put(routes::refusal(&refusal));
+            answerer.put(answer::refusal(&refusal));
         }
     })
 }

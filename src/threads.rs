@@ -11,8 +11,6 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 
-use crate::logging;
-
 /// The exit code after a panic: an internal error, as sysexits.h has it.
 pub const EXIT_PANIC: i32 = 70;
 
@@ -59,9 +57,10 @@ pub fn try_spawn(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<
 
 /// From now on a panic in a thread that has a name ends the process with [`EXIT_PANIC`], rather
 /// than leave it without its worker or its store. What was accepted is on disk. Libraries do not
-/// name their threads; their panics are noted at debug level only.
-pub fn exit_on_panic() {
-    panic::set_hook(Box::new(|info| {
+/// name their threads; their panics are noted at debug level only. `at_last` runs before the end, to get
+/// the log out.
+pub fn exit_on_panic(at_last: fn()) {
+    panic::set_hook(Box::new(move |info| {
         let at = info
             .location()
             .map_or_else(String::new, ToString::to_string);
@@ -74,7 +73,7 @@ pub fn exit_on_panic() {
         match thread::current().name() {
             Some(name) => {
                 log::error!(thread = name, at = at.as_str(), reason; "panic, leaving");
-                logging::flush();
+                at_last();
                 process::exit(EXIT_PANIC);
             }
             None => log::debug!(at = at.as_str(), reason; "a library's thread panicked"),

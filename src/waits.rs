@@ -3,7 +3,7 @@
 //! A waiting connection costs its own thread and nothing else: no thread of the pool, no link. Whether
 //! the answer is known at once, after a commit or after a minute makes no difference here.
 //!
-//! Not here: what an answer says (`routes`), and how it is written (`gate`).
+//! Not here: what an answer says (`answer`), and how it is written (`gate`).
 
 use std::collections::HashMap;
 use std::mem;
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::routes::Response;
+use crate::answer::Response;
 
 /// All connections that there are, by number.
 #[derive(Default)]

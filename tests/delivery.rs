@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use export_service::delivery::addresses::{self, Rules};
+use export_service::delivery::addresses::Rules;
 use export_service::delivery::attempt::{Client, Kind, Outcome, Settings};
 use export_service::delivery::connect::LookUp;
 use export_service::delivery::tls::Trust;
@@ -979,7 +979,7 @@ fn a_name_that_changes_its_address_is_judged_anew_and_what_was_judged_is_dialled
     };
     let client = Client::with_names(settings, names);
     let url = format!("http://rebinding.example:{}/in", public.port());
-    let destination = addresses::Destination::parse(&url).unwrap();
+    let destination = export_service::destination::Destination::parse(&url).unwrap();
     let id = "01890a5d-ac96-774b-bcce-b302099a8057".parse().unwrap();
     assert!(
         matches!(client.post(id, &destination, b"{}"), Outcome::Answered(answer) if answer.status == 200)

@@ -4,8 +4,8 @@ use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::net::{UnixListener, UnixStream};
 
+use export_service::answer::Refusal;
 use export_service::gate::framing::{Framer, Phase, Request};
-use export_service::routes::Refusal;
 use proptest::prelude::*;
 
 const MAX_BODY: usize = 4096;

@@ -138,7 +138,7 @@ fn panics_in_two_threads() {
         export_service::logging::Format::Text,
         log::LevelFilter::Trace,
     );
-    export_service::threads::exit_on_panic();
+    export_service::threads::exit_on_panic(export_service::logging::flush);
     // A library's thread has no name, and its panic ends only itself.
     let _ = thread::spawn(|| panic!("in a library")).join();
     let quoted = "MARK-payload";

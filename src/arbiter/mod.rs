@@ -39,7 +39,7 @@ use sha2::{Digest, Sha256};
 
 use crate::auth::Key;
 use crate::auth::secret::{Missing, Secret};
-use crate::delivery::worker::chance;
+use crate::backoff::{backoff, chance, jittered};
 use crate::logging::millis;
 use crate::threads;
 use curve::{Connection, Endpoint};
@@ -56,8 +56,6 @@ const INSTANCE_PATH: &str = "/status";
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 /// The longest wait, so that a link stands again within a minute of the arbiter's return.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
-/// By how much a wait is longer or shorter, so that services do not come all at once.
-const JITTER: f64 = 0.2;
 /// The wait after the arbiter did not know this service.
 const UNREGISTERED_WAIT: Duration = Duration::from_millis(1500);
 /// How long a link must have stood for its loss to count as a first failure. An arbiter that fails
@@ -233,7 +231,7 @@ impl Link {
                     Some(since) if since.elapsed() >= STOOD => 1,
                     _ => failures.saturating_add(1),
                 };
-                backoff(failures, chance())
+                backoff(FIRST_WAIT, LONGEST_WAIT, failures, chance())
             };
             self.note(trouble, wait);
             thread::sleep(wait);
@@ -379,28 +377,9 @@ fn read_secret(answer: &[u8]) -> Result<&[u8], Trouble> {
     }
 }
 
-/// The wait after so many failures in a row; `chance` is evenly spread from 0 to 1.
-fn backoff(failures: u32, chance: f64) -> Duration {
-    let doublings = failures.saturating_sub(1).min(20);
-    jittered((FIRST_WAIT * (1 << doublings)).min(LONGEST_WAIT), chance)
-}
-
-fn jittered(wait: Duration, chance: f64) -> Duration {
-    wait.mul_f64(1.0 + JITTER * (2.0 * chance - 1.0))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn waits_double_from_a_second_to_half_a_minute_and_differ_by_a_fifth() {
-        let even = |failures| backoff(failures, 0.5).as_secs();
-        assert_eq!([1, 2, 3, 4, 5, 6, 7].map(even), [1, 2, 4, 8, 16, 30, 30]);
-        assert_eq!(even(u32::MAX), 30);
-        assert_eq!(backoff(1, 0.0), Duration::from_millis(800));
-        assert_eq!(backoff(99, 1.0), Duration::from_secs(36));
-    }
 
     #[test]
     fn an_arbiter_that_does_not_know_this_service_is_asked_every_second_or_two() {

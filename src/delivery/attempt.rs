@@ -12,11 +12,12 @@ use ureq::Agent;
 use ureq::http::header;
 use uuid::Uuid;
 
-use super::addresses::{Destination, Forbidden, Rules};
+use super::addresses::{Forbidden, Rules};
 use super::connect::{self, Dialler, Judge, JudgingResolver, LookUp, Step, is_closed};
 use super::response::NotHttp;
 use super::signature::SigningKey;
 use super::tls::{self, Trust};
+use crate::destination::Destination;
 use crate::dial::{LookUpError, Names};
 use crate::memory::{Budget, Reservation};
 

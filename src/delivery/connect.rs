@@ -20,9 +20,10 @@ use ureq::http::Uri;
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 
-use super::addresses::{Rules, bare};
+use super::addresses::Rules;
 use super::response::Reader;
 use super::tls::{self, Trust};
+use crate::destination::bare;
 use crate::dial::{self, Late, LookUpError, Names};
 use crate::socket::Socket;
 
@@ -409,7 +410,7 @@ impl Buffers for Exchange {
         &self.answer[self.read..]
     }
 
-    /// Not used: what ureq reads is written by [`Exchange::digest`].
+    /// Not used: what ureq reads is written by `digest`.
     fn input_append_buf(&mut self) -> &mut [u8] {
         &mut []
     }

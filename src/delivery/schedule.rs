@@ -12,66 +12,24 @@
 //! Not here: threads and sockets ([`super::worker`]).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use uuid::Uuid;
-
-use super::addresses::{Destination, is_literal};
+use super::addresses::is_literal;
 use super::attempt::{Kind, Outcome};
-
-/// Milliseconds: of running time here, of Unix time where it says so.
-pub type Millis = i64;
+use crate::backoff::backoff;
+use crate::destination::Destination;
+use crate::export::{Backoff, Export, Millis, QueueKey};
 
 /// The wait after the first failed attempt; it doubles with each one after.
-const FIRST_WAIT: Millis = 1000;
+const FIRST_WAIT: Duration = Duration::from_secs(1);
 /// The longest wait of a queue's own accord.
-const LONGEST_WAIT: Millis = 15 * 60 * 1000;
-/// Waits differ by up to this part either way, so that boxes do not come back all at once.
-const JITTER: f64 = 0.2;
+const LONGEST_WAIT: Duration = Duration::from_secs(15 * 60);
 /// The longest wait that a destination's `Retry-After` can ask for. An export whose time is over
 /// before that is given up then.
 const LONGEST_RETRY_AFTER: Millis = 24 * 60 * 60 * 1000;
 /// An attempt that takes longer makes its queue a slow one, whose attempts begin on a thread of
 /// their own.
 const SLOW: Duration = Duration::from_millis(20);
-
-/// Which queue an export waits in.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct QueueKey {
-    /// The identifier of the macaroon it came with.
-    pub owner: Arc<[u8]>,
-    /// The URL it goes to.
-    pub destination: Arc<str>,
-}
-
-/// An export that has still to be delivered.
-#[derive(Clone, Debug)]
-pub struct Export {
-    /// Which export.
-    pub id: Uuid,
-    /// Whose it is and where it goes.
-    pub key: QueueKey,
-    /// Where it goes, again as a checked URL.
-    pub destination: Destination,
-    /// When it was accepted.
-    pub accepted_at: Millis,
-    /// How often it was tried so far.
-    pub attempts: u32,
-    /// When it was first moved to the end of its queue, if it was.
-    pub first_moved_at: Option<Millis>,
-}
-
-/// How far a queue's backoff has come.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Backoff {
-    /// Attempts that failed since the last success.
-    pub failures: u32,
-    /// No attempt before this.
-    pub not_before: Millis,
-    /// When the first of them failed.
-    pub failing_since: Millis,
-}
 
 /// What follows from a failed attempt.
 #[derive(Debug)]
@@ -177,12 +135,10 @@ fn retry_after(text: &str, now: SystemTime) -> Option<Millis> {
     Some(Millis::try_from(wait.as_millis()).unwrap_or(Millis::MAX))
 }
 
-/// The wait after so many failures in a row; `chance` is evenly spread from 0 to 1.
-fn backoff(failures: u32, chance: f64) -> Millis {
-    let doublings = failures.saturating_sub(1).min(20);
-    let wait = (FIRST_WAIT << doublings).min(LONGEST_WAIT);
-    // Far below 2^53, so nothing is lost on the way through f64.
-    (wait as f64 * (1.0 + JITTER * (2.0 * chance - 1.0))) as Millis
+/// The wait after so many failures in a row.
+fn wait_after(failures: u32, chance: f64) -> Millis {
+    let wait = backoff(FIRST_WAIT, LONGEST_WAIT, failures, chance);
+    Millis::try_from(wait.as_millis()).unwrap_or(Millis::MAX)
 }
 
 /// All exports that are not finished, in their queues.
@@ -346,7 +302,7 @@ impl Schedule {
         let key = export.key.clone();
         let queue = self.queues.entry(key.clone()).or_default();
         let failures = queue.backoff.failures.saturating_add(1);
-        let wait = backoff(failures, chance).max(retry.least_wait);
+        let wait = wait_after(failures, chance).max(retry.least_wait);
         let failing_since = match queue.backoff.failures {
             0 => now,
             _ => queue.backoff.failing_since,
@@ -524,7 +480,11 @@ mod tests {
     use crate::delivery::attempt::{Answer, Failure};
     use proptest::prelude::*;
     use std::collections::HashSet;
+    use std::sync::Arc;
+    use uuid::Uuid;
 
+    /// The longest wait of a queue's own accord.
+    const LONGEST: Millis = 15 * 60 * 1000;
     const DAY: Millis = 24 * 60 * 60 * 1000;
     const QUICK: Duration = Duration::from_millis(1);
     const DOWN: Retry = Retry {
@@ -935,8 +895,8 @@ mod tests {
 
         #[test]
         fn backoff_stays_in_its_bounds(failures in 1_u32.., chance in 0.0..=1.0) {
-            let wait = backoff(failures, chance);
-            let middle = if failures > 10 { LONGEST_WAIT } else { (1000 << (failures - 1)).min(LONGEST_WAIT) };
+            let wait = wait_after(failures, chance);
+            let middle = if failures > 10 { LONGEST } else { (1000 << (failures - 1)).min(LONGEST) };
             prop_assert!(wait >= middle * 8 / 10 - 1 && wait <= middle * 12 / 10 + 1);
         }
 
@@ -979,7 +939,7 @@ mod tests {
                         if to_end { queue.push_back(id) } else { queue.push_front(id) }
                         let Failed { backoff, given_up, .. } = schedule.failed(export, Retry { to_end, least_wait: 0 }, QUICK, chance, now);
                         prop_assert!(!given_up, "given up within minutes");
-                        prop_assert!(backoff.not_before >= now + 800 && backoff.not_before <= now + LONGEST_WAIT * 12 / 10 + 1);
+                        prop_assert!(backoff.not_before >= now + 800 && backoff.not_before <= now + LONGEST * 12 / 10 + 1);
                         not_before.insert(owner, backoff.not_before);
                     }
                     Event::Pass(millis) => now += millis,

@@ -10,7 +10,6 @@
 //! Not here: whose turn it is ([`super::schedule`]), how a POST is made ([`super::attempt`]) and
 //! how a result is kept (`exports`).
 
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -21,8 +20,10 @@ use parking_lot::{Condvar, Mutex};
 use ureq::http::StatusCode;
 
 use super::attempt::{Answer, Client, Failure, Kind, Outcome};
-use super::schedule::{Export, Failed, Millis, Next, Schedule, is_hopeless, retry};
-use crate::exports::{Delay, Exports, ExtResponse, FailureReport, LastError, Queued};
+use super::schedule::{Failed, Next, Schedule, is_hopeless, retry};
+use crate::backoff::chance;
+use crate::export::{Delay, Export, ExtResponse, FailureReport, LastError, Millis};
+use crate::exports::{Exports, Queued};
 use crate::logging::millis;
 use crate::threads;
 
@@ -458,12 +459,6 @@ fn words(outcome: &Outcome, export: &Export) -> (&'static str, String) {
             ("status", format!("{host} answered {status} {reason}"))
         }
     }
-}
-
-/// A number evenly spread from 0 to 1. std seeds its hash maps from the system's randomness, and
-/// waits need no better.
-pub(crate) fn chance() -> f64 {
-    RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64
 }
 
 fn answered(answer: Answer) -> ExtResponse {

@@ -23,9 +23,9 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::auth::Grant;
-use crate::delivery::addresses::{BadUrl, Destination};
-use crate::delivery::schedule::{Backoff, Export, Millis, QueueKey};
-use crate::memory::Reservation;
+use crate::destination::{BadUrl, Destination};
+use crate::export::{Backoff, Delay, Error, Export, ExtResponse, FailureReport};
+use crate::export::{Millis, QueueKey, View};
 use recorder::Recorder;
 pub use states::Reply;
 use states::{Poll, Progress, States, Trouble};
@@ -38,129 +38,6 @@ const WAITING: usize = 1024;
 const WAITING_BYTES: usize = 16 * 1024 * 1024;
 /// Reports that may wait for the recorder, before the worker waits for it too.
 const UNWRITTEN_REPORTS: usize = 64;
-
-/// Where an export is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub enum State {
-    /// Queued.
-    Pending,
-    /// On the wire.
-    Processing,
-    /// It has a result.
-    Finished,
-}
-
-/// What an app may see of an export.
-pub struct View {
-    /// Which export.
-    pub id: Uuid,
-    /// Where it is in its life.
-    pub state: State,
-    /// The `ext_response` object as JSON, once finished.
-    pub response: Option<Arc<RawValue>>,
-    /// How many attempts have failed.
-    pub attempts: u32,
-    /// Why the last one failed, as JSON.
-    pub last_error: Option<Arc<RawValue>>,
-    /// How long until there can be another.
-    pub next_attempt_in: Option<Duration>,
-}
-
-impl View {
-    fn finished(id: Uuid, response: Arc<RawValue>) -> Self {
-        Self {
-            id,
-            state: State::Finished,
-            response: Some(response),
-            attempts: 0,
-            last_error: None,
-            next_attempt_in: None,
-        }
-    }
-}
-
-/// The result of an export, as apps read it in `ext_response` and as the store keeps it.
-#[derive(Default, Deserialize, Serialize)]
-pub struct ExtResponse {
-    /// Code and reason phrase, like `200 OK`.
-    pub status: String,
-    /// The code alone.
-    pub status_code: u16,
-    /// The response's body if it is text, else empty.
-    pub body: String,
-    /// The response's body if it is not text.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub body_base64: Option<String>,
-    /// Whether the body is only the beginning of what was sent.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub truncated: bool,
-    /// Why there was no response; the status is then this service's own.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub error: Option<FailureReport>,
-    /// What the body takes of the memory that all of them share, until it is in the store.
-    #[serde(skip)]
-    pub memory: Option<Reservation>,
-}
-
-impl ExtResponse {
-    /// A result with this status and nothing else.
-    pub fn with_status(code: u16, reason: &str) -> Self {
-        Self {
-            status: format!("{code} {reason}"),
-            status_code: code,
-            ..Self::default()
-        }
-    }
-}
-
-/// Why an attempt failed, as apps read it in `last_error`.
-#[derive(Serialize)]
-pub struct LastError<'a> {
-    /// What went wrong, for programs.
-    pub kind: &'static str,
-    /// What went wrong, for people.
-    pub message: &'a str,
-}
-
-/// Why and how long a queue waits after an attempt of its.
-pub struct Delay<'a> {
-    /// Why the attempt failed.
-    pub error: LastError<'a>,
-    /// The queue's backoff from now on.
-    pub backoff: Backoff,
-    /// How long until there can be another attempt.
-    pub wait: Duration,
-}
-
-/// Why an export has no response of its destination's.
-#[derive(Deserialize, Serialize)]
-pub struct FailureReport {
-    /// What went wrong, for programs.
-    pub kind: String,
-    /// What went wrong, for people.
-    pub message: String,
-    /// How often it was tried.
-    pub attempts: u32,
-}
-
-/// Why a submission or a poll got no [`View`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Error {
-    /// No such export, or not this caller's: the caller cannot tell which.
-    NotFound,
-    /// The idempotency key was used before for another submission.
-    KeyReused,
-    /// The disk takes longer than submissions keep coming.
-    Overloaded,
-    /// The disk is full.
-    DiskFull,
-    /// The store cannot be read or written; the log says why.
-    Storage,
-    /// The queue has this many unfinished exports, and may not have more.
-    TooMany(usize),
-    /// The store has reached the size that it may have.
-    StoreFull,
-}
 
 impl From<store::Error> for Error {
     fn from(error: store::Error) -> Self {

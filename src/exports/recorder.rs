@@ -13,11 +13,8 @@ use serde_json::value::RawValue;
 
 use super::states::{Poll, Progress};
 use super::store::{self, Change, Effect, NewExport, News, Report, Writer};
-use super::{
-    Accept, Clock, Error, Exports, ExtResponse, Limits, Queued, UNWRITTEN_REPORTS, View, enqueue,
-    raw,
-};
-use crate::delivery::schedule::{Export, Millis, QueueKey};
+use super::{Accept, Clock, Exports, Limits, Queued, UNWRITTEN_REPORTS, enqueue, raw};
+use crate::export::{Error, Export, ExtResponse, Millis, QueueKey, View};
 use crate::logging::millis;
 
 /// What an export takes in the store beside its payload, with its part of the indexes, in bytes.

@@ -15,8 +15,7 @@ use parking_lot::{Condvar, Mutex};
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
-use super::{Error, State, View};
-use crate::delivery::schedule::QueueKey;
+use crate::export::{Error, QueueKey, State, View};
 
 /// Answers one request, exactly once. It may write to a socket, so it is never called with the
 /// mutex held. It must not wait for the answer of another request: tiny_http makes it do so when

@@ -19,9 +19,8 @@ use rusqlite::{
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
-use crate::delivery::addresses::{BadUrl, Destination};
-use crate::delivery::schedule::Backoff;
-use crate::exports;
+use crate::destination::{BadUrl, Destination};
+use crate::export::{self, Backoff};
 use crate::memory::Reservation;
 
 /// The file's name in the data folder.
@@ -269,7 +268,7 @@ pub enum Effect {
     /// The idempotency key was used before for another submission. Nothing was written.
     Conflict,
     /// There is no room for it, and why. Nothing was written.
-    NoRoom(exports::Error),
+    NoRoom(export::Error),
 }
 
 /// An export as it is found in the store.
@@ -500,7 +499,7 @@ impl Writer {
         changes: &[Change<'_>],
         now: i64,
         running: i64,
-        mut has_room: impl FnMut(&NewExport) -> Result<(), exports::Error>,
+        mut has_room: impl FnMut(&NewExport) -> Result<(), export::Error>,
     ) -> Result<Vec<Effect>, Error> {
         let offset = self.clock_offset;
         let transaction = self.connection.transaction()?;
@@ -658,7 +657,7 @@ fn accept(
     transaction: &Transaction<'_>,
     export: &NewExport,
     clock_offset: i64,
-    has_room: impl FnOnce(&NewExport) -> Result<(), exports::Error>,
+    has_room: impl FnOnce(&NewExport) -> Result<(), export::Error>,
 ) -> Result<Effect, Error> {
     if let Some(key) = &export.key
         && let Some(earlier) = earlier(transaction, export, key)?
@@ -928,7 +927,7 @@ mod tests {
             .commit(&changes, 0, 0, |export| {
                 asked.push(export.payload[0]);
                 match export.payload[0] {
-                    4 => Err(exports::Error::StoreFull),
+                    4 => Err(export::Error::StoreFull),
                     _ => Ok(()),
                 }
             })
@@ -941,7 +940,7 @@ mod tests {
                 Effect::Repeat { .. },
                 Effect::Conflict,
                 Effect::Written,
-                Effect::NoRoom(exports::Error::StoreFull)
+                Effect::NoRoom(export::Error::StoreFull)
             ]
         ));
     }

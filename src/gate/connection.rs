@@ -16,8 +16,8 @@ use super::Shared;
 use super::framing::{Framer, Phase, Request};
 use super::slots::{self, Slot};
 use super::wire::{Socket, Wire};
+use crate::answer::{self, Refusal, Response};
 use crate::logging;
-use crate::routes::{self, Refusal, Response};
 use crate::waits::Wait;
 
 /// How long a client may take for its TLS handshake, and for a head from its first byte.
@@ -256,7 +256,7 @@ impl Connection<'_> {
         // Where one of these fails the client or the service has gone: there is nobody to tell.
         let _ = self.slot.wait();
         let _ = self.write(&to_bytes(
-            routes::refusal(refusal),
+            answer::refusal(refusal),
             "Connection: close\r\n",
             head_only,
         ));

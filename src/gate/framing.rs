@@ -15,7 +15,8 @@ use httparse::{EMPTY_HEADER, Status};
 use ureq::http::Uri;
 use ureq::http::uri::Authority;
 
-use crate::routes::Refusal;
+use crate::answer::Refusal;
+use crate::server::{CLIENT, CONNECTION};
 
 /// The largest request line and headers together, in bytes; also the largest trailer section.
 const MAX_HEAD: usize = 16 * 1024;
@@ -28,10 +29,6 @@ const READ: usize = 4 * 1024;
 
 /// The headers that the service looks at; no other is passed on.
 const PASSED: [&str; 3] = ["X-Api-Key", "Authorization", "Idempotency-Key"];
-/// The header in which the client's address is passed on, for the log.
-pub const CLIENT: &str = "Client-Address";
-/// The header in which the number of its connection is passed on, for the answer.
-pub const CONNECTION: &str = "Connection-Number";
 
 /// One whole request.
 #[derive(Debug, PartialEq, Eq)]

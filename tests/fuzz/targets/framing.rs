@@ -4,8 +4,8 @@
 
 use std::net::SocketAddr;
 
+use export_service::answer::{Refusal, refusal};
 use export_service::gate::framing::{Framer, Request};
-use export_service::routes::{Refusal, refusal};
 use libfuzzer_sys::fuzz_target;
 
 const MAX_BODY: usize = 512;
@@ -39,7 +39,7 @@ fuzz_target!(|bytes: &[u8]| {
         assert!((400..600).contains(&refusal(&refused).status));
     }
     for mut request in whole.0 {
-        let head = request.normalised_head(SocketAddr::from(([127, 0, 0, 1], 1)));
+        let head = request.normalised_head(SocketAddr::from(([127, 0, 0, 1], 1)), 1);
         let (method, target) = (request.method().to_owned(), request.target().to_owned());
         let body = request.take_body();
         assert!(body.len() <= MAX_BODY);

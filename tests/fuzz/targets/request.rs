@@ -5,9 +5,10 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use export_service::answer::refusal;
 use export_service::auth::secret::Secret;
 use export_service::auth::{Key, Macaroon};
-use export_service::routes::{Command, Policy, Request, command, refusal};
+use export_service::routes::{Command, Policy, Request, command};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

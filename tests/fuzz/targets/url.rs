@@ -1,7 +1,7 @@
 //! Destination URLs: what is accepted keeps its text and shows an origin without secrets.
 #![no_main]
 
-use export_service::delivery::addresses::Destination;
+use export_service::destination::Destination;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|url: &str| {

@@ -1,0 +1,293 @@
+//! What a client is told: responses and refusals, and the one place where an error becomes an HTTP
+//! status: see [`Refusal`].
+//!
+//! Not here: why a request is refused (`routes`, `gate`), and how an answer is written (`gate`).
+
+use std::borrow::Cow;
+use std::fmt;
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::value::RawValue;
+
+use crate::auth::Denial;
+use crate::auth::secret::Missing;
+use crate::destination::BadUrl;
+use crate::export::{self, State, View};
+
+/// How soon a client may come back after a 429 or 503, in seconds.
+const RETRY_AFTER: u32 = 5;
+
+/// The same where only its connection was one too many.
+const RETRY_AFTER_BUSY: u32 = 1;
+
+/// Why a request is not carried out.
+#[derive(Debug, PartialEq)]
+pub enum Refusal {
+    /// The path is none of the three.
+    NoSuchPath,
+    /// The path is there, but not for this method; these are allowed.
+    Method(&'static str),
+    /// There is no key yet to check tokens with.
+    NoSecret(Missing),
+    /// There is no token, or none that covers the request.
+    Denied(Denial),
+    /// The body is not what it must be; the text says which part and how.
+    Malformed(Cow<'static, str>),
+    /// The body is larger than this many bytes.
+    TooLarge(usize),
+    /// The client broke off before its whole body was there.
+    Incomplete,
+    /// It is not HTTP/1.1, or can be read in more than one way; the text says where.
+    BadRequest(&'static str),
+    /// The client took too long to send it.
+    Slow,
+    /// It has a body, and does not say how long that is.
+    LengthRequired,
+    /// Its body is compressed, or encoded in some other way.
+    ContentEncoding,
+    /// It expects something that nobody here knows.
+    Expectation,
+    /// Its request line and headers are too large, or too many.
+    HeadTooLarge,
+    /// It needs something that is not there; the text says what.
+    NotImplemented(&'static str),
+    /// It is of an HTTP version that is not served.
+    Version,
+    /// There are too many connections, or too many large requests at the same time.
+    Busy,
+    /// The service is about to end.
+    Stopping,
+    /// The service has taken it and did not answer.
+    Unanswered,
+    /// The exports say no.
+    Export(export::Error),
+}
+
+impl From<Denial> for Refusal {
+    fn from(denial: Denial) -> Self {
+        Self::Denied(denial)
+    }
+}
+
+impl From<BadUrl> for Refusal {
+    fn from(bad: BadUrl) -> Self {
+        Self::Malformed(format!("`uri` {bad}").into())
+    }
+}
+
+impl Refusal {
+    /// The HTTP status and the word for it in the error body. Listed in full, so that a new
+    /// reason does not compile before someone decided what callers see.
+    pub fn status(&self) -> (u16, &'static str) {
+        match self {
+            Self::NoSuchPath => (404, "no_such_path"),
+            Self::Method(_) => (405, "method_not_allowed"),
+            Self::NoSecret(_) => (503, "no_secret"),
+            Self::Denied(_) => (401, "unauthorized"),
+            Self::Malformed(_) => (400, "malformed"),
+            Self::TooLarge(_) => (413, "too_large"),
+            Self::Incomplete => (400, "incomplete"),
+            Self::BadRequest(_) => (400, "bad_request"),
+            Self::Slow => (408, "too_slow"),
+            Self::LengthRequired => (411, "length_required"),
+            Self::ContentEncoding => (415, "unsupported_encoding"),
+            Self::Expectation => (417, "expectation_failed"),
+            Self::HeadTooLarge => (431, "head_too_large"),
+            Self::NotImplemented(_) => (501, "not_implemented"),
+            Self::Version => (505, "http_version"),
+            Self::Busy => (503, "busy"),
+            Self::Stopping => (503, "stopping"),
+            Self::Unanswered => (503, "unanswered"),
+            Self::Export(export::Error::NotFound) => (404, "no_such_export"),
+            Self::Export(export::Error::KeyReused) => (409, "idempotency_conflict"),
+            Self::Export(export::Error::Overloaded) => (503, "overloaded"),
+            Self::Export(export::Error::DiskFull) => (503, "disk_full"),
+            Self::Export(export::Error::Storage) => (503, "storage_failed"),
+            Self::Export(export::Error::TooMany(_)) => (429, "too_many_pending"),
+            Self::Export(export::Error::StoreFull) => (503, "store_full"),
+        }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoSuchPath => f.write_str("there are POST /export, POST /lp/export and GET /status"),
+            Self::Method(allow) => write!(f, "this path takes {allow} only"),
+            Self::NoSecret(Missing(reason)) => write!(
+                f,
+                "there is no secret to check tokens with yet, since {reason}: try again later"
+            ),
+            Self::Denied(denial) => denial.fmt(f),
+            Self::Malformed(what) => f.write_str(what),
+            Self::TooLarge(limit) => {
+                write!(f, "the body has more than {limit} bytes: send less, or raise --max-body")
+            }
+            Self::Incomplete => f.write_str("the body ended before its announced length"),
+            Self::BadRequest(what) | Self::NotImplemented(what) => f.write_str(what),
+            Self::Slow => f.write_str("the request took too long to arrive: send it at once"),
+            Self::LengthRequired => {
+                f.write_str("Content-Length is missing: say how long the body is, or send it in chunks")
+            }
+            Self::ContentEncoding => f.write_str(
+                "no Content-Encoding is known here, like gzip: send the JSON as it is, and leave the header out",
+            ),
+            Self::Expectation => f.write_str("the only expectation known here is 100-continue"),
+            Self::HeadTooLarge => {
+                f.write_str("the request line and headers have more than 16 KiB, or more than 64 headers")
+            }
+            Self::Version => f.write_str("this service speaks HTTP/1.1 and HTTP/1.0"),
+            Self::Busy => f.write_str(
+                "too many connections or large requests at a time: try again soon, and keep fewer open",
+            ),
+            Self::Stopping => f.write_str(
+                "the service is stopping and has not taken this request: try again once it is back",
+            ),
+            Self::Unanswered => f.write_str(
+                "the service did not answer: try again, with an Idempotency-Key so that nothing is sent twice",
+            ),
+            Self::Export(export::Error::NotFound) => f.write_str(
+                "no export with this id belongs to this token and uri: it may have expired",
+            ),
+            Self::Export(export::Error::KeyReused) => f.write_str(
+                "this Idempotency-Key was used for other data to this destination: use a new key for a new export",
+            ),
+            Self::Export(export::Error::Overloaded) => {
+                f.write_str("the disk does not keep up with submissions: try again later")
+            }
+            Self::Export(export::Error::DiskFull) => f.write_str(
+                "the disk is full, so nothing new is accepted: try again later, or free some space",
+            ),
+            Self::Export(export::Error::TooMany(pending)) => write!(
+                f,
+                "{pending} exports of this token's identifier to this destination are not finished yet: \
+                 wait for some, or raise --max-pending"
+            ),
+            Self::Export(export::Error::StoreFull) => f.write_str(
+                "the store has reached --max-store: wait until exports are delivered and results \
+                 expire, or raise it",
+            ),
+            Self::Export(export::Error::Storage) => f.write_str(
+                "the store cannot be used, the service's log says why: try again later",
+            ),
+        }
+    }
+}
+
+/// A response, ready to be written.
+#[derive(Default)]
+pub struct Response {
+    /// The HTTP status.
+    pub status: u16,
+    /// Headers beside those that every response has.
+    pub headers: Vec<(&'static str, String)>,
+    /// The whole body.
+    pub body: String,
+}
+
+/// The answer to `GET /status`.
+pub fn status() -> Response {
+    Response {
+        status: 200,
+        headers: vec![("Content-Type", "text/plain; charset=utf-8".into())],
+        body: "active".into(),
+    }
+}
+
+/// The answer to a submission or a poll.
+pub fn view(view: &View) -> Response {
+    #[derive(Serialize)]
+    struct Body<'a> {
+        id: String,
+        state: State,
+        ext_response: ExtResponse<'a>,
+        #[serde(flatten, skip_serializing_if = "Option::is_none")]
+        trouble: Option<Trouble<'a>>,
+    }
+    #[derive(Serialize)]
+    #[serde(untagged)]
+    enum ExtResponse<'a> {
+        Result(&'a RawValue),
+        None {},
+    }
+    #[derive(Serialize)]
+    struct Trouble<'a> {
+        attempts: u32,
+        last_error: &'a RawValue,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        next_attempt_in: Option<f64>,
+    }
+    let response = view.response.as_deref();
+    let seconds = |wait: Duration| (wait.as_secs_f64() * 10.0).ceil() / 10.0;
+    json(
+        200,
+        &Body {
+            id: view.id.to_string(),
+            state: view.state,
+            ext_response: response.map_or(ExtResponse::None {}, ExtResponse::Result),
+            trouble: view.last_error.as_deref().map(|last_error| Trouble {
+                attempts: view.attempts,
+                last_error,
+                next_attempt_in: view.next_attempt_in.map(seconds),
+            }),
+        },
+    )
+}
+
+/// The answer to a request that is not carried out.
+pub fn refusal(refusal: &Refusal) -> Response {
+    #[derive(Serialize)]
+    struct Body {
+        error: Details,
+    }
+    #[derive(Serialize)]
+    struct Details {
+        code: &'static str,
+        message: String,
+    }
+    let (status, code) = refusal.status();
+    let mut response = json(
+        status,
+        &Body {
+            error: Details {
+                code,
+                message: refusal.to_string(),
+            },
+        },
+    );
+    match refusal {
+        Refusal::Method(allow) => response.headers.push(("Allow", (*allow).into())),
+        // RFC 9110, section 12.5.3.
+        Refusal::ContentEncoding => {
+            response
+                .headers
+                .push(("Accept-Encoding", "identity".into()));
+        }
+        Refusal::Denied(_) => {
+            for scheme in ["Bearer", "Basic"] {
+                let challenge = format!("{scheme} realm=\"export-service\"");
+                response.headers.push(("WWW-Authenticate", challenge));
+            }
+        }
+        _ if matches!(status, 429 | 503) => {
+            let seconds = match refusal {
+                Refusal::Busy => RETRY_AFTER_BUSY,
+                _ => RETRY_AFTER,
+            };
+            response.headers.push(("Retry-After", seconds.to_string()));
+        }
+        _ => {}
+    }
+    response
+}
+
+fn json(status: u16, body: &impl Serialize) -> Response {
+    Response {
+        status,
+        headers: vec![("Content-Type", "application/json".into())],
+        // Structs of strings and of JSON that was read already: nothing here can fail. The
+        // newline keeps a shell's prompt and a script's lines apart from the answer.
+        body: serde_json::to_string(body).expect("a response serialises") + "\n",
+    }
+}

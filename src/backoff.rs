@@ -1,0 +1,56 @@
+//! How long to wait after failures: exponential backoff with jitter; pure but for [`chance`].
+//!
+//! Not here: what is waited for.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::time::Duration;
+
+/// Waits differ by up to this part either way, so that boxes do not come back all at once.
+const JITTER: f64 = 0.2;
+/// More doublings than any wait here has, few enough not to overflow.
+const MOST_DOUBLINGS: u32 = 20;
+
+/// The wait after so many failures in a row: `first` after one, twice that after two and so on, `longest` at the
+/// most, with jitter by `chance`, which is evenly spread from 0 to 1.
+pub fn backoff(first: Duration, longest: Duration, failures: u32, chance: f64) -> Duration {
+    let doublings = failures.saturating_sub(1).min(MOST_DOUBLINGS);
+    jittered((first * (1 << doublings)).min(longest), chance)
+}
+
+/// A wait that differs by up to a fifth from `wait`, by `chance`.
+pub fn jittered(wait: Duration, chance: f64) -> Duration {
+    wait.mul_f64(1.0 + JITTER * (2.0 * chance - 1.0))
+}
+
+/// A number evenly spread from 0 to 1. std seeds its hash maps from the system's randomness, and
+/// waits need no better.
+pub fn chance() -> f64 {
+    RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const FIRST: Duration = Duration::from_secs(1);
+    const LONGEST: Duration = Duration::from_secs(30);
+
+    #[test]
+    fn waits_double_up_to_the_longest_and_differ_by_a_fifth() {
+        let even = |failures| backoff(FIRST, LONGEST, failures, 0.5).as_secs();
+        assert_eq!([1, 2, 3, 4, 5, 6, 7].map(even), [1, 2, 4, 8, 16, 30, 30]);
+        assert_eq!(even(u32::MAX), 30);
+        assert_eq!(backoff(FIRST, LONGEST, 1, 0.0), Duration::from_millis(800));
+        assert_eq!(backoff(FIRST, LONGEST, 99, 1.0), Duration::from_secs(36));
+    }
+
+    proptest! {
+        #[test]
+        fn no_wait_leaves_its_bounds(failures: u32, longest in 1_u64..100_000, chance in 0.0..=1.0) {
+            let longest = Duration::from_secs(longest);
+            let wait = backoff(FIRST, longest, failures, chance);
+            prop_assert!(wait >= FIRST.mul_f64(0.79) && wait <= longest.mul_f64(1.21));
+        }
+    }
+}
