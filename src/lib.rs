@@ -21,8 +21,8 @@
 //!
 //! Below all of them: [`logging`] says what may be shown, [`threads`] makes a panic the end of the
 //! process, [`dial`] looks names up and connects, [`socket`] has one deadline for all that it does, [`memory`]
-//! is shared within a bound, [`backoff`] says how long to wait after failures. [`check`] and [`commands`] hold
-//! the small tools for a person at the keyboard.
+//! is shared within a bound, [`backoff`] says how long to wait after failures. Beside
+//! all of it: [`tools`] for a person at the keyboard.
 
 // A line printed in passing would bypass the log and its rules on what may be shown.
 #![warn(clippy::dbg_macro, clippy::print_stdout, clippy::print_stderr)]
@@ -31,8 +31,6 @@ pub mod answer;
 pub mod arbiter;
 pub mod auth;
 pub mod backoff;
-pub mod check;
-pub mod commands;
 pub mod config;
 pub mod delivery;
 pub mod destination;
@@ -46,4 +44,5 @@ pub mod routes;
 pub mod server;
 pub mod socket;
 pub mod threads;
+pub mod tools;
 pub mod waits;

@@ -20,8 +20,9 @@ use export_service::gate::Gate;
 use export_service::gate::tls::Identity;
 use export_service::routes::Policy;
 use export_service::server::{Server, Service};
+use export_service::tools::{check, healthcheck, sink, token};
 use export_service::waits::Waits;
-use export_service::{arbiter, check, commands, logging, threads};
+use export_service::{arbiter, logging, threads};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -55,11 +56,11 @@ fn main() -> ExitCode {
             Ok(config) => serve(config),
             Err(error) => return fail(&error.to_string(), EXIT_USAGE),
         },
-        Command::Token(arguments) => match commands::token(&arguments, SystemTime::now()) {
+        Command::Token(arguments) => match token::token(&arguments, SystemTime::now()) {
             Ok(token) => writeln!(io::stdout(), "{token}").map_err(|error| error.to_string()),
             Err(error) => return fail(&error, EXIT_USAGE),
         },
-        Command::Sink(arguments) => commands::sink(&arguments).map_err(|error| {
+        Command::Sink(arguments) => sink::sink(&arguments).map_err(|error| {
             format!(
                 "cannot be a sink on port {}: {error}; choose another with --port",
                 arguments.port
@@ -70,7 +71,7 @@ fn main() -> ExitCode {
             Ok(false) => return ExitCode::FAILURE,
             Err(error) => return fail(&error, EXIT_USAGE),
         },
-        Command::Healthcheck(arguments) => commands::healthcheck(&arguments),
+        Command::Healthcheck(arguments) => healthcheck::healthcheck(&arguments),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

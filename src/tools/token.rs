@@ -1,0 +1,49 @@
+//! `token`: mints a macaroon in the shape of the arbiter's.
+//!
+//! Not here: what a macaroon is ([`crate::auth`]).
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crate::auth::Macaroon;
+use crate::config::TokenArgs;
+use crate::destination::Destination;
+
+/// From the Unix epoch to the beginning of the last year that RFC 3339 can write.
+const YEAR_9999: Duration = Duration::from_secs(253_370_764_800);
+
+/// Mints the token that the arguments describe, in the shape of the arbiter's: v1, no location.
+///
+/// # Errors
+/// What is missing or wrong, for the person who typed it.
+pub fn token(arguments: &TokenArgs, now: SystemTime) -> Result<String, String> {
+    let (name, key) = arguments.signer().map_err(|error| error.to_string())?;
+    let url = &arguments.destination;
+    Destination::parse(url).map_err(|error| format!("--destination {url}: it {error}"))?;
+    let mut caveats = vec![
+        format!("path = {}", arguments.path),
+        format!("method = {}", arguments.method),
+        format!("target = {name}"),
+        format!("destination = {url}"),
+    ];
+    if !arguments.path.starts_with(['/', '*']) {
+        return Err(format!(
+            "--path {}: no request has a path like that: begin it with a slash, like /lp/export",
+            arguments.path
+        ));
+    }
+    if arguments.expires.is_some_and(|expires| expires.is_zero()) {
+        return Err(
+            "--expires is 0, so nobody could use the token: give some time, like 1h".into(),
+        );
+    }
+    if let Some(expires) = arguments.expires {
+        let end = now
+            .checked_add(expires)
+            .filter(|end| *end < UNIX_EPOCH + YEAR_9999);
+        let end = end.ok_or("--expires lies beyond the year 9999, which RFC 3339 cannot write")?;
+        caveats.push(format!("time < {}", humantime::format_rfc3339_seconds(end)));
+    }
+    Macaroon::mint(&key, &arguments.id, caveats)
+        .to_v1()
+        .ok_or_else(|| "the token would be too long: give a shorter --id or --path".into())
+}
