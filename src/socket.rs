@@ -6,9 +6,11 @@
 //! Not here: which deadline is for what.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, recv};
 
 /// By how much a deadline may be overrun, so that a timeout that is set already can stay: setting
@@ -18,7 +20,7 @@ const SLACK: Duration = Duration::from_millis(100);
 /// A socket whose every read and write fails with `ErrorKind::TimedOut` once its deadline is over.
 #[derive(Debug)]
 pub struct Socket {
-    stream: TcpStream,
+    stream: Arc<TcpStream>,
     deadline: Instant,
     /// What the kernel has been told.
     read_timeout: Duration,
@@ -27,7 +29,7 @@ pub struct Socket {
 
 impl Socket {
     /// A socket with a first deadline.
-    pub fn new(stream: TcpStream, deadline: Instant) -> Self {
+    pub fn new(stream: Arc<TcpStream>, deadline: Instant) -> Self {
         Self {
             stream,
             deadline,
@@ -45,7 +47,36 @@ impl Socket {
     /// block.
     pub fn is_quiet(&self) -> bool {
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        recv(&self.stream, &mut [0_u8; 1], flags) == Err(rustix::io::Errno::AGAIN)
+        recv(&*self.stream, &mut [0_u8; 1], flags) == Err(rustix::io::Errno::AGAIN)
+    }
+
+    /// Whether the peer has closed its side, or the connection is broken, whatever is still to be
+    /// read. Does not block.
+    pub fn is_left(&self) -> bool {
+        let mut socket = [PollFd::new(&*self.stream, PollFlags::RDHUP)];
+        let now = Timespec::default();
+        poll(&mut socket, Some(&now)).is_ok_and(|left| left > 0)
+    }
+
+    /// The byte that will be read next; none at the end. Blocks until it is there.
+    ///
+    /// # Errors
+    /// Those of a read.
+    pub fn peek(&self) -> io::Result<Option<u8>> {
+        let mut byte = [0];
+        self.stream.set_read_timeout(Some(self.left()?))?;
+        match self.stream.peek(&mut byte) {
+            Ok(0) => Ok(None),
+            Ok(_) => Ok(Some(byte[0])),
+            Err(error) if is_timeout(&error) => Err(ErrorKind::TimedOut.into()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Says that nothing more will be written. An error says that the peer has gone, which is no news
+    /// by then.
+    pub fn end(&self) {
+        let _ = self.stream.shutdown(Shutdown::Write);
     }
 
     fn left(&self) -> io::Result<Duration> {
@@ -65,7 +96,7 @@ fn will_do(timeout: Duration, left: Duration) -> bool {
 }
 
 /// Whether a time limit was reached.
-fn is_timeout(error: &io::Error) -> bool {
+pub fn is_timeout(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
 }
 
@@ -77,7 +108,7 @@ impl Read for Socket {
                 self.stream.set_read_timeout(Some(left))?;
                 self.read_timeout = left;
             }
-            match (&self.stream).read(buffer) {
+            match (&*self.stream).read(buffer) {
                 Err(error) if is_timeout(&error) || error.kind() == ErrorKind::Interrupted => {}
                 result => return result,
             }
@@ -93,7 +124,7 @@ impl Write for Socket {
                 self.stream.set_write_timeout(Some(left))?;
                 self.write_timeout = left;
             }
-            match (&self.stream).write(bytes) {
+            match (&*self.stream).write(bytes) {
                 Err(error) if is_timeout(&error) || error.kind() == ErrorKind::Interrupted => {}
                 result => return result,
             }

@@ -239,7 +239,7 @@ impl<L: LookUp> Connector for Dialler<L> {
         let stream = dial::connect(&judged, deadline, late).map_err(in_time)?;
         stream.set_nodelay(true)?;
         let peer = stream.peer_addr()?;
-        let socket = Socket::new(stream, deadline);
+        let socket = Socket::new(Arc::new(stream), deadline);
         let wire = if details.needs_tls() {
             set_step(Step::Handshaking);
             let stream =

@@ -15,9 +15,10 @@ use ureq::http::StatusCode;
 use super::Shared;
 use super::framing::{Framer, Phase, Request};
 use super::slots::{self, Slot};
-use super::wire::{Socket, Wire};
+use super::wire::Wire;
 use crate::answer::{self, Refusal, Response};
 use crate::logging;
+use crate::socket::Socket;
 use crate::waits::Wait;
 
 /// How long a client may take for its TLS handshake, and for a head from its first byte.

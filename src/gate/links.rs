@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+use crate::socket::is_timeout;
+
 /// How many links there are. More make nothing faster: each is in use for as long as tiny_http reads a
 /// request.
 const LINKS: usize = 16;
@@ -156,11 +158,6 @@ impl Link {
         self.answer = None;
         Ok(())
     }
-}
-
-/// Whether a time limit was reached.
-pub fn is_timeout(error: &io::Error) -> bool {
-    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
 }
 
 #[cfg(test)]

@@ -24,9 +24,10 @@ use std::time::{Duration, Instant};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
+use crate::socket::is_timeout;
 use crate::threads::{self, Thread};
 use crate::waits::Waits;
-use links::{Links, is_timeout};
+use links::Links;
 use slots::{Limits, Slots};
 use tls::Identity;
 

@@ -1,24 +1,15 @@
-//! A client's socket with deadlines, and TLS around it where there is a certificate.
-//!
-//! A deadline is a moment, not a time for each byte: a client that sends or takes one byte a
-//! second gains nothing by it.
+//! A client's socket, and TLS around it where there is a certificate.
 //!
 //! Not here: which deadline is for what.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustls::server::{Accepted, AcceptedAlert, Acceptor};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
-use super::links::is_timeout;
-
-/// By how much a deadline may be overrun, so that a timeout that is set already can stay: setting
-/// one for every read would cost as much as the read.
-const SLACK: Duration = Duration::from_millis(100);
+use crate::socket::Socket;
 
 /// The way to a client.
 pub enum Wire {
@@ -43,7 +34,7 @@ impl Wire {
         let Some(config) = config else {
             return Ok(Self::Plain(socket));
         };
-        match socket.first_byte() {
+        match socket.peek() {
             Ok(Some(TLS_HANDSHAKE)) => {}
             Ok(Some(_)) => return Err((Self::Plain(socket), ErrorKind::InvalidInput.into())),
             Ok(None) => return Err((Self::Plain(socket), ErrorKind::UnexpectedEof.into())),
@@ -71,7 +62,7 @@ impl Wire {
 
     /// From now on everything must be over at this moment.
     pub fn set_deadline(&mut self, deadline: Instant) {
-        self.socket().deadline = deadline;
+        self.socket().set_deadline(deadline);
     }
 
     /// The socket below.
@@ -88,7 +79,7 @@ impl Wire {
             stream.conn.send_close_notify();
             let _ = stream.flush();
         }
-        let _ = self.socket().stream.shutdown(Shutdown::Write);
+        self.socket().end();
     }
 }
 
@@ -146,93 +137,3 @@ fn alert((error, mut alert): (rustls::Error, AcceptedAlert), socket: &mut Socket
 /// The content type of a handshake record, with which every TLS connection begins (RFC 8446,
 /// section 5.1).
 const TLS_HANDSHAKE: u8 = 22;
-
-/// A socket whose every read and write fails with `ErrorKind::TimedOut` once a deadline is over.
-pub struct Socket {
-    stream: Arc<TcpStream>,
-    deadline: Instant,
-    /// What the kernel has been told.
-    read_timeout: Duration,
-    write_timeout: Duration,
-}
-
-impl Socket {
-    /// A socket with a first deadline.
-    pub fn new(stream: Arc<TcpStream>, deadline: Instant) -> Self {
-        Self {
-            stream,
-            deadline,
-            read_timeout: Duration::MAX,
-            write_timeout: Duration::MAX,
-        }
-    }
-
-    /// Whether the client has closed its side, or the connection is broken. Does not block.
-    pub fn is_left(&self) -> bool {
-        let mut socket = [PollFd::new(&*self.stream, PollFlags::RDHUP)];
-        let now = Timespec::default();
-        poll(&mut socket, Some(&now)).is_ok_and(|left| left > 0)
-    }
-
-    fn first_byte(&self) -> io::Result<Option<u8>> {
-        let mut byte = [0];
-        self.stream.set_read_timeout(Some(self.left()?))?;
-        match self.stream.peek(&mut byte) {
-            Ok(0) => Ok(None),
-            Ok(_) => Ok(Some(byte[0])),
-            Err(error) if is_timeout(&error) => Err(ErrorKind::TimedOut.into()),
-            Err(error) => Err(error),
-        }
-    }
-
-    fn left(&self) -> io::Result<Duration> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(ErrorKind::TimedOut.into());
-        }
-        // The kernel takes zero for no limit, and counts in microseconds.
-        Ok(left.max(Duration::from_millis(1)))
-    }
-}
-
-/// Whether a timeout that is set already will do: it does not overrun by much, and does not
-/// wake the thread for nothing too often.
-fn will_do(timeout: Duration, left: Duration) -> bool {
-    timeout <= left + SLACK && timeout >= left / 2
-}
-
-impl Read for Socket {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            let left = self.left()?;
-            if !will_do(self.read_timeout, left) {
-                self.stream.set_read_timeout(Some(left))?;
-                self.read_timeout = left;
-            }
-            match (&*self.stream).read(buffer) {
-                Err(error) if is_timeout(&error) || error.kind() == ErrorKind::Interrupted => {}
-                result => return result,
-            }
-        }
-    }
-}
-
-impl Write for Socket {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        loop {
-            let left = self.left()?;
-            if !will_do(self.write_timeout, left) {
-                self.stream.set_write_timeout(Some(left))?;
-                self.write_timeout = left;
-            }
-            match (&*self.stream).write(bytes) {
-                Err(error) if is_timeout(&error) || error.kind() == ErrorKind::Interrupted => {}
-                result => return result,
-            }
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}

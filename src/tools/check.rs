@@ -5,6 +5,7 @@
 
 use std::io::{self, Write};
 use std::net::TcpStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -180,7 +181,7 @@ fn handshake(
     host: &str,
     trust: &Trust,
 ) -> Result<String, String> {
-    let agreed = tls::handshake(trust, host, Socket::new(stream, deadline));
+    let agreed = tls::handshake(trust, host, Socket::new(Arc::new(stream), deadline));
     let stream = agreed.map_err(|error| match tls::cause(&error) {
         Some(cause) => tls::explain(cause, host),
         None => format!("the TLS handshake with {host} failed: {error}"),
