@@ -357,9 +357,12 @@ pub struct ServeArgs {
     /// How long one attempt may take, the response's body included
     #[arg(long, env = "EXPORT_ATTEMPT_TIMEOUT", default_value = "30s", value_parser = Trimmed(humantime::parse_duration))]
     attempt_timeout: Duration,
-    /// Attempts that may hang while others go on; 0 for strictly one attempt at a time
-    #[arg(long, env = "EXPORT_MAX_RELIEVED", default_value_t = 64, value_parser = Trimmed(str::parse::<usize>))]
-    max_relieved: usize,
+    /// Attempts at a time, so that one that hangs holds up no other; 1 for one after another
+    #[arg(long, env = "EXPORT_MAX_CONCURRENT_ATTEMPTS", default_value_t = 64, value_parser = Trimmed(str::parse::<usize>))]
+    max_concurrent_attempts: usize,
+    /// What it was called: one less
+    #[arg(long, env = "EXPORT_MAX_RELIEVED", hide = true, value_parser = Trimmed(str::parse::<usize>))]
+    max_relieved: Option<usize>,
     /// Secret to sign exports with, whsec_ and base64, as Standard Webhooks has it
     #[arg(long, env = "EXPORT_SIGNING_SECRET", hide_env_values = true)]
     signing_secret: Option<String>,
@@ -473,7 +476,19 @@ impl ServeArgs {
                     .into(),
             ));
         }
-        within("--max-relieved", self.max_relieved, 0, 1024)?;
+        let max_concurrent_attempts = match self.max_relieved {
+            Some(relieved) => {
+                within("--max-relieved", relieved, 0, 1023)?;
+                relieved + 1
+            }
+            None => self.max_concurrent_attempts,
+        };
+        within(
+            "--max-concurrent-attempts",
+            max_concurrent_attempts,
+            1,
+            1024,
+        )?;
         let failure = |text: &str| {
             text.parse()
                 .ok()
@@ -550,7 +565,7 @@ impl ServeArgs {
                 give_up_after: self.give_up_after,
                 retry_on,
                 plain_allowed: !rules.allowed.is_empty(),
-                max_relieved: self.max_relieved,
+                max_concurrent_attempts,
             },
             attempts: attempt::Settings {
                 timeout: self.attempt_timeout,

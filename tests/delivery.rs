@@ -553,16 +553,16 @@ fn thirty_hanging_apps_do_not_hold_up_the_thirty_first_and_cost_one_thread_each_
 }
 
 #[test]
-fn with_all_relief_out_the_first_thread_that_comes_back_goes_on() {
+fn with_as_many_attempts_as_there_may_be_the_first_thread_that_comes_back_goes_on() {
     let hanging: Vec<_> = (0..2).map(|_| hanging()).collect();
     let slow = Destination::start(|_| {
         thread::sleep(Duration::from_millis(500));
         ok()
     });
     let healthy = Destination::start(|_| ok());
-    let service = Service::start(&["--attempt-timeout", "20s", "--max-relieved", "2"]);
-    // One hangs and is relieved; the slow one is too; then the other hangs with nobody to
-    // relieve its thread, until the slow one's comes back.
+    let service = Service::start(&["--attempt-timeout", "20s", "--max-concurrent-attempts", "3"]);
+    // Two hang, and the slow one is under way: nobody decides what comes next, until the slow one's
+    // thread comes back.
     service.submit(&hanging[0].url, &payload(1));
     hanging[0].arrival();
     let first = service.submit(&slow.url, &payload(2));
@@ -581,9 +581,10 @@ fn with_all_relief_out_the_first_thread_that_comes_back_goes_on() {
 }
 
 #[test]
-fn without_relief_each_hanging_queue_costs_one_attempt() {
+fn with_one_attempt_at_a_time_each_hanging_queue_costs_one() {
     let hanging: Vec<_> = (0..2).map(|_| hanging()).collect();
     let healthy = Destination::start(|_| ok());
+    // By the setting's earlier name, which was one less.
     let service = Service::start(&["--attempt-timeout", "1s", "--max-relieved", "0"]);
     for one in &hanging {
         service.submit(&one.url, &payload(1));

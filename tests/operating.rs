@@ -224,7 +224,8 @@ fn readme_has_every_setting_with_its_variable_and_default() {
     let rows: Vec<_> = serve
         .get_arguments()
         .filter_map(|argument| {
-            let long = argument.get_long().filter(|long| *long != "help")?;
+            let shown = |long: &&str| *long != "help" && !argument.is_hide_set();
+            let long = argument.get_long().filter(shown)?;
             let flag = argument.get_short().map_or_else(
                 || format!("`--{long}`"),
                 |short| format!("`-{short}`, `--{long}`"),

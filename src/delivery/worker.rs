@@ -1,11 +1,10 @@
 //! The worker: takes what is due, makes one attempt, hands over what came of it, and repeats.
 //!
-//! Exactly one thread decides at any time: the one that holds the *desk*, which is the schedule
-//! with all that feeds it. Before an attempt it lays the desk down. If the attempt is over soon,
-//! it takes the desk up again; if not, the worker is *relieved*: a thread that stands by takes the
-//! desk up and goes on, and the stuck one reports to it and leaves. So the usual case costs one
-//! thread (and one that stands by for a while), a distant destination does not slow the others
-//! down, and a hanging one holds up nobody.
+//! Leader and followers: exactly one thread has the *lead* at any time, which is the schedule with all
+//! that feeds it, and decides. Before an attempt it hands the lead over. If the attempt is over soon,
+//! it takes the lead back; if not, the follower takes it and goes on, and the thread that is stuck
+//! reports to it later. So the usual case costs one thread (and a follower for a while), a distant
+//! destination does not slow the others down, and a hanging one holds up nobody.
 //!
 //! Not here: whose turn it is ([`super::schedule`]), how a POST is made ([`super::attempt`]) and
 //! how a result is kept (`exports`).
@@ -27,10 +26,10 @@ use crate::exports::{Exports, Queued};
 use crate::logging::millis;
 use crate::threads;
 
-/// An attempt that takes longer has its thread relieved.
+/// After so long in an attempt a thread loses the lead.
 const PATIENCE: Duration = Duration::from_millis(100);
-/// A thread that was not needed for so long stands by no more.
-const STANDING_BY: Duration = Duration::from_secs(10);
+/// A follower that was not needed for so long ends.
+const FOLLOWING: Duration = Duration::from_secs(10);
 
 /// How the worker goes about its work.
 #[derive(Debug)]
@@ -41,9 +40,8 @@ pub struct Settings {
     pub retry_on: Vec<u16>,
     /// Whether there is any network that plain `http` may go to.
     pub plain_allowed: bool,
-    /// How many threads may be stuck in an attempt while another goes on; 0 means that one
-    /// thread makes all attempts, one after another.
-    pub max_relieved: usize,
+    /// How many attempts there may be at a time, at least one.
+    pub max_concurrent_attempts: usize,
 }
 
 /// Starts the worker. It delivers what comes through `queue` until `stop` is dropped; attempts
@@ -57,7 +55,7 @@ pub fn start(
 ) -> Receiver<()> {
     let (running, ended) = bounded(0);
     let (reports, reported) = unbounded();
-    let desk = Desk {
+    let lead = Lead {
         schedule: Schedule::new(settings.give_up_after),
         queue,
         reported,
@@ -66,29 +64,29 @@ pub fn start(
         failing_under_way: 0,
         _running: running,
     };
-    let crew = Arc::new(Crew {
+    let workers = Arc::new(Workers {
         exports,
         client,
         settings,
         reports,
-        post: Mutex::default(),
+        handover: Mutex::default(),
         changed: Condvar::new(),
     });
-    threads::spawn("worker", move || crew.run(Some(Box::new(desk))));
+    threads::spawn("worker", move || workers.run(Some(Box::new(lead))));
     ended
 }
 
-/// What only the thread that decides may touch.
-struct Desk {
+/// What only the thread that leads may touch.
+struct Lead {
     schedule: Schedule,
     queue: Receiver<Queued>,
-    /// From threads that were relieved.
+    /// From threads that have lost the lead.
     reported: Receiver<Report>,
     stop: Receiver<()>,
     under_way: usize,
     /// Those of them whose queue's attempt before has failed.
     failing_under_way: usize,
-    /// Dropped with the desk, to say that all is over.
+    /// Dropped with the lead, to say that all is over.
     _running: Sender<()>,
 }
 
@@ -102,128 +100,162 @@ struct Report {
 }
 
 /// What all threads of the worker share.
-struct Crew {
+struct Workers {
     exports: Arc<Exports>,
     client: Client,
     settings: Settings,
     reports: Sender<Report>,
     /// Held for moments only, never during an attempt or while deciding.
-    post: Mutex<Post>,
+    handover: Mutex<Handover>,
     changed: Condvar,
 }
 
-/// Where the desk is while the thread that decided makes an attempt.
+/// Where the lead is while the thread that had it makes an attempt.
 #[derive(Default)]
-struct Post {
-    desk: Option<Box<Desk>>,
-    /// From when on it may be taken up by the thread that stands by; set only while it is there.
-    relief_at: Option<Instant>,
-    standing_by: bool,
-    /// Threads that were relieved and are still in their attempt.
-    relieved: usize,
+struct Handover {
+    lead: Option<Box<Lead>>,
+    /// From when on the follower may take it; set only while there is one.
+    takeover_at: Option<Instant>,
+    follower: Follower,
+    /// Threads that have lost the lead and are still in their attempt.
+    without_lead: usize,
     closed: bool,
 }
 
-impl Crew {
-    /// What each thread of the worker does, beginning with the desk or standing by for it.
-    fn run(self: Arc<Self>, mut desk: Option<Box<Desk>>) {
-        while let Some(taken) = desk.take().or_else(|| self.relieve()) {
+/// What the thread does that may take the lead next.
+#[derive(Clone, Copy, Default, PartialEq)]
+enum Follower {
+    /// There is none.
+    #[default]
+    None,
+    /// It looks every now and then, and need not be woken for each attempt: in a long row of short ones
+    /// that would cost more than all else.
+    Watching,
+    /// It sleeps until it is woken.
+    Asleep,
+}
+
+impl Workers {
+    /// What each thread of the worker does, beginning with the lead or as a follower.
+    fn run(self: Arc<Self>, mut lead: Option<Box<Lead>>) {
+        while let Some(taken) = lead.take().or_else(|| self.follow()) {
             if !self.work(taken) {
                 return;
             }
         }
     }
 
-    /// Decides and makes attempts for as long as this thread has the desk. True where it was
-    /// relieved and is to stand by now; false where it is needed no more.
-    fn work(self: &Arc<Self>, mut desk: Box<Desk>) -> bool {
-        while let Some((export, failing, slow)) = desk.next(self) {
-            desk.under_way += 1;
-            desk.failing_under_way += usize::from(failing);
-            if self.settings.max_relieved == 0 {
+    /// Decides and makes attempts for as long as this thread has the lead. True where it has lost it
+    /// and is to follow now; false where it is no longer needed.
+    fn work(self: &Arc<Self>, mut lead: Box<Lead>) -> bool {
+        while let Some((export, failing, slow)) = lead.next(self) {
+            lead.under_way += 1;
+            lead.failing_under_way += usize::from(failing);
+            if self.most_without_lead() == 0 {
                 let report = self.attempt(export, failing);
-                desk.book(report, self);
+                lead.book(report, self);
                 continue;
             }
-            self.lay_down(desk, slow);
+            self.hand_over(lead, slow);
             let report = self.attempt(export, failing);
-            match self.take_up() {
+            match self.take_back() {
                 Some(taken) => {
-                    desk = taken;
-                    desk.book(report, self);
+                    lead = taken;
+                    lead.book(report, self);
                 }
                 None => {
-                    // The thread with the desk has the other end, and waits for all reports
+                    // The thread with the lead has the other end, and waits for all reports
                     // before it ends.
                     let _ = self.reports.send(report);
-                    let mut post = self.post.lock();
-                    return !std::mem::replace(&mut post.standing_by, true);
+                    let mut handover = self.handover.lock();
+                    let is_alone = handover.follower == Follower::None;
+                    if is_alone {
+                        handover.follower = Follower::Watching;
+                    }
+                    return is_alone;
                 }
             }
         }
-        self.post.lock().closed = true;
+        self.handover.lock().closed = true;
         self.changed.notify_all();
         false
     }
 
-    /// Leaves the desk to whoever stands by, at once or when patience is over; or, where as many
-    /// were relieved as may be, to the first of them that comes back.
-    fn lay_down(self: &Arc<Self>, desk: Box<Desk>, slow: bool) {
-        let mut post = self.post.lock();
-        post.desk = Some(desk);
-        if post.relieved >= self.settings.max_relieved {
+    fn most_without_lead(&self) -> usize {
+        self.settings.max_concurrent_attempts - 1
+    }
+
+    /// Leaves the lead to the follower, at once or when patience is over; or, where there are as many
+    /// attempts as there may be, to the first thread that comes back from one.
+    fn hand_over(self: &Arc<Self>, lead: Box<Lead>, slow: bool) {
+        let mut handover = self.handover.lock();
+        handover.lead = Some(lead);
+        if handover.without_lead >= self.most_without_lead() {
             return;
         }
         let now = Instant::now();
-        post.relief_at = Some(if slow { now } else { now + PATIENCE });
-        if post.standing_by {
-            self.changed.notify_one();
-            return;
-        }
-        let crew = self.clone();
-        match threads::try_spawn("worker", move || crew.run(None)) {
-            Ok(_) => post.standing_by = true,
-            // Then this attempt is waited for; the next one tries again.
-            Err(error) => log::warn!(reason:% = error; "no thread to relieve the worker"),
+        handover.takeover_at = Some(if slow { now } else { now + PATIENCE });
+        match handover.follower {
+            // It looks within `PATIENCE`.
+            Follower::Watching if !slow => {}
+            Follower::Watching | Follower::Asleep => {
+                self.changed.notify_one();
+            }
+            Follower::None => {
+                let workers = self.clone();
+                match threads::try_spawn("worker", move || workers.run(None)) {
+                    Ok(_) => handover.follower = Follower::Watching,
+                    // Then this attempt is waited for; the next one tries again.
+                    Err(error) => log::warn!(reason:% = error; "no thread to follow the worker"),
+                }
+            }
         }
     }
 
-    /// Takes the desk up after an attempt: this thread's own, or one that another laid down when
-    /// there was nobody left to relieve it. `None` where this thread was relieved meanwhile.
-    fn take_up(&self) -> Option<Box<Desk>> {
-        let mut post = self.post.lock();
-        let desk = post.desk.take();
-        match desk {
-            Some(_) => post.relief_at = None,
-            // Whoever has the desk instead was counted in this one's place.
-            None => post.relieved -= 1,
+    /// Takes the lead back after an attempt: this thread's own, or one that another has handed over
+    /// when there could be no follower. `None` where it was taken meanwhile.
+    fn take_back(&self) -> Option<Box<Lead>> {
+        let mut handover = self.handover.lock();
+        let lead = handover.lead.take();
+        match lead {
+            Some(_) => handover.takeover_at = None,
+            // Whoever has the lead instead was counted in this one's place.
+            None => handover.without_lead -= 1,
         }
-        desk
+        lead
     }
 
-    /// Stands by until the desk may be taken up. `None` when nobody needs to stand by any more.
-    fn relieve(&self) -> Option<Box<Desk>> {
-        let mut post = self.post.lock();
+    /// Waits until the lead may be taken. `None` when no follower is needed any longer.
+    fn follow(&self) -> Option<Box<Lead>> {
+        let mut handover = self.handover.lock();
+        let mut idle_since = Instant::now();
         loop {
-            if post.closed {
+            if handover.closed {
                 return None;
             }
-            match post.relief_at {
+            match handover.takeover_at {
                 Some(at) if at <= Instant::now() => {
-                    post.relief_at = None;
-                    post.relieved += 1;
-                    post.standing_by = false;
-                    return post.desk.take();
+                    handover.takeover_at = None;
+                    handover.without_lead += 1;
+                    handover.follower = Follower::None;
+                    return handover.lead.take();
                 }
                 Some(at) => {
-                    self.changed.wait_until(&mut post, at);
+                    handover.follower = Follower::Watching;
+                    self.changed.wait_until(&mut handover, at);
+                    idle_since = Instant::now();
+                }
+                None if idle_since.elapsed() < 2 * PATIENCE => {
+                    self.changed.wait_for(&mut handover, PATIENCE);
                 }
                 None => {
-                    let wait = self.changed.wait_for(&mut post, STANDING_BY);
-                    if wait.timed_out() && post.relief_at.is_none() {
-                        post.standing_by = false;
+                    handover.follower = Follower::Asleep;
+                    let wait = self.changed.wait_for(&mut handover, FOLLOWING);
+                    if wait.timed_out() && handover.takeover_at.is_none() {
+                        handover.follower = Follower::None;
                         return None;
                     }
+                    handover.follower = Follower::Watching;
                 }
             }
         }
@@ -278,42 +310,42 @@ impl Crew {
     }
 }
 
-impl Desk {
+impl Lead {
     /// Waits for the next export to try, and books what is reported meanwhile. `None` when it is
     /// time to stop and nothing is under way any more.
-    fn next(&mut self, crew: &Crew) -> Option<(Export, bool, bool)> {
+    fn next(&mut self, workers: &Workers) -> Option<(Export, bool, bool)> {
         loop {
-            self.take_in(crew);
+            self.take_in(workers);
             while let Ok(report) = self.reported.try_recv() {
-                self.book(report, crew);
+                self.book(report, workers);
             }
             if self.stop.try_recv() == Err(TryRecvError::Disconnected) {
                 while self.under_way > 0 {
                     let report = self.reported.recv().ok()?;
-                    self.book(report, crew);
+                    self.book(report, workers);
                 }
                 return None;
             }
-            let now = crew.exports.running();
-            match self.schedule.next(now, self.may_try_failing(crew)) {
+            let now = workers.exports.running();
+            match self.schedule.next(now, self.may_try_failing(workers)) {
                 Next::Attempt {
                     export,
                     failing,
                     slow,
                 } => return Some((export, failing, slow)),
                 Next::GiveUp(export) => {
-                    let (kind, message) = crew.exports.trouble(export.id).unwrap_or_else(|| {
+                    let (kind, message) = workers.exports.trouble(export.id).unwrap_or_else(|| {
                         // Not reached: its queue has failed, and that has a reason.
                         (
                             Kind::Timeout.name().into(),
                             "there was no turn in time".into(),
                         )
                     });
-                    self.give_up(&export, kind, message, None, crew);
+                    self.give_up(&export, kind, message, None, workers);
                 }
                 Next::Wait(at) => {
                     let wait = at.map_or(Duration::MAX, |at| until(at, now));
-                    self.wait(wait, crew);
+                    self.wait(wait, workers);
                 }
             }
         }
@@ -321,36 +353,38 @@ impl Desk {
 
     /// Queues whose last attempt failed are likely to hang again: they may take no more than half
     /// of the threads, and not the last one.
-    fn may_try_failing(&self, crew: &Crew) -> bool {
-        let most = crew.settings.max_relieved;
-        most == 0 || self.failing_under_way < most.div_ceil(2) && crew.post.lock().relieved < most
+    fn may_try_failing(&self, workers: &Workers) -> bool {
+        let most = workers.most_without_lead();
+        most == 0
+            || self.failing_under_way < most.div_ceil(2)
+                && workers.handover.lock().without_lead < most
     }
 
-    fn wait(&mut self, wait: Duration, crew: &Crew) {
+    fn wait(&mut self, wait: Duration, workers: &Workers) {
         let at = Instant::now().checked_add(wait);
         let timer = at.map_or_else(crossbeam_channel::never, crossbeam_channel::at);
         select! {
             recv(self.queue) -> queued => if let Ok(Queued { export, resume }) = queued {
-                self.schedule.add(export, resume, crew.exports.running());
+                self.schedule.add(export, resume, workers.exports.running());
             },
             recv(self.reported) -> report => if let Ok(report) = report {
-                self.book(report, crew);
+                self.book(report, workers);
             },
             recv(self.stop) -> _ => {}
             recv(timer) -> _ => {}
         }
     }
 
-    fn take_in(&mut self, crew: &Crew) {
+    fn take_in(&mut self, workers: &Workers) {
         while let Ok(Queued { export, resume }) = self.queue.try_recv() {
-            self.schedule.add(export, resume, crew.exports.running());
+            self.schedule.add(export, resume, workers.exports.running());
         }
     }
 
     /// Decides what an attempt's outcome means, and tells the exports.
-    fn book(&mut self, report: Report, crew: &Crew) {
+    fn book(&mut self, report: Report, workers: &Workers) {
         // The end of a queue is behind all that has been accepted by now.
-        self.take_in(crew);
+        self.take_in(workers);
         let Report {
             export,
             failing,
@@ -360,12 +394,12 @@ impl Desk {
         } = report;
         self.under_way -= 1;
         self.failing_under_way -= usize::from(failing);
-        let now = crew.exports.running();
+        let now = workers.exports.running();
         let Settings {
             retry_on,
             plain_allowed,
             ..
-        } = &crew.settings;
+        } = &workers.settings;
         let wall_clock = SystemTime::now();
         let destination = &export.destination;
         let again = retry(&outcome, destination, *plain_allowed, retry_on, wall_clock);
@@ -375,13 +409,13 @@ impl Desk {
             return match outcome {
                 Outcome::Answered(answer) => {
                     self.schedule.answered(&export.key, took, now);
-                    crew.exports.settle(id, answered(answer), true);
+                    workers.exports.settle(id, answered(answer), true);
                 }
                 Outcome::Failed(failure) => {
                     self.schedule.ended(&export.key, now);
                     let kind = failure.kind.name().into();
                     let result = failed(kind, failure.message, attempts);
-                    crew.exports.settle(id, result, false);
+                    workers.exports.settle(id, result, false);
                 }
             };
         };
@@ -400,9 +434,9 @@ impl Desk {
             wait: until(backoff.not_before, now),
         };
         if given_up {
-            self.give_up(&export, kind.into(), message.clone(), Some(&delay), crew);
+            self.give_up(&export, kind.into(), message.clone(), Some(&delay), workers);
         } else {
-            crew.exports.postpone(&export, &delay, again.to_end);
+            workers.exports.postpone(&export, &delay, again.to_end);
         }
     }
 
@@ -414,12 +448,12 @@ impl Desk {
         kind: String,
         message: String,
         delay: Option<&Delay<'_>>,
-        crew: &Crew,
+        workers: &Workers,
     ) {
         log::warn!(id:% = export.id, attempts = export.attempts; "given up");
         let result = failed(kind, message, export.attempts);
         let last = !self.schedule.has_waiting(&export.key);
-        crew.exports.give_up(export, result, delay, last);
+        workers.exports.give_up(export, result, delay, last);
     }
 }
 
