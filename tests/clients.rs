@@ -15,8 +15,8 @@ use support::{python, root, token};
 const SIZES: [usize; 5] = [0, 700, 1024, 30_000, 100_000];
 /// What every client here is told to send to.
 const TIMES: usize = 20;
-/// What a delayed acknowledgement costs at least, in milliseconds.
-const STALL: f64 = 38.0;
+/// What a delayed acknowledgement costs each answer at least, in milliseconds, on an idle machine too.
+const STALL: f64 = 36.0;
 
 /// A service with an export for each size, each Finished with an answer of that size.
 struct Served {
@@ -86,14 +86,20 @@ impl Served {
             .output()
             .unwrap();
         let times: Value = serde_json::from_str(&text(&done)).unwrap();
-        for (kind, times) in times.as_object().unwrap() {
-            let mut times: Vec<f64> = serde_json::from_value(times.clone()).unwrap();
+        let sorted = |kind: &str| {
+            let mut times: Vec<f64> = serde_json::from_value(times[kind].clone()).unwrap();
             assert_eq!(times.len(), TIMES);
             times.sort_by(f64::total_cmp);
+            times
+        };
+        for kind in times.as_object().unwrap().keys() {
+            let times = sorted(kind);
             let (quick, slowest) = (times[TIMES / 4], times[TIMES - 1]);
             eprintln!("{script} {kind}: {quick:.2} ms, {slowest:.2} ms at most");
-            // Delayed acknowledgements would cost 40 ms each time, on an idle machine too.
-            assert!(quick < STALL, "{kind}: {times:?}");
+            // An empty answer is never held up.
+            let (_, connection) = kind.split_once(' ').unwrap();
+            let empty = sorted(&format!("{} {connection}", SIZES[0]))[TIMES / 4];
+            assert!(quick < empty + STALL, "{kind}: {times:?}, empty {empty}");
         }
     }
 }
@@ -136,9 +142,11 @@ fn curl_is_answered_without_stalls() {
             )
         };
         let url = served.url("/export");
-        for (size, id) in &served.ids {
-            let body = json!({ "id": id }).to_string();
-            for version in ["--http1.0", "--http1.1", "--http2"] {
+        for version in ["--http1.0", "--http1.1", "--http2"] {
+            // The first is empty, and never held up.
+            let mut empty = None;
+            for (size, id) in &served.ids {
+                let body = json!({ "id": id }).to_string();
                 // One process, one connection, several requests.
                 let mut arguments = vec![];
                 for time in 0..TIMES {
@@ -181,9 +189,11 @@ fn curl_is_answered_without_stalls() {
                     times.push(figures[3] * 1000.0);
                 }
                 times.sort_by(f64::total_cmp);
+                let quick = times[TIMES / 4];
+                let empty = *empty.get_or_insert(quick);
                 assert!(
-                    times[TIMES / 4] < STALL,
-                    "{version}, {size} bytes: {times:?}"
+                    quick < empty + STALL,
+                    "{version}, {size} bytes: {times:?}, empty {empty}"
                 );
             }
         }
