@@ -7,6 +7,7 @@
 //!
 //! Not here: HTTP (`routes`, `server`), and how a payload reaches its destination (`delivery`).
 
+mod folder;
 pub mod recorder;
 pub mod states;
 pub mod store;

@@ -77,8 +77,22 @@ impl Recorder {
             if housekeeping.is_running_due() && self.exports.states.is_any_failing() {
                 self.save_running();
             }
+            self.see_that_files_are_there();
             let now = self.exports.now();
             housekeeping.run(&mut self.writer, self.retention, now);
+        }
+    }
+
+    /// Ends the process where a file of the store was removed: nothing that is written from then on
+    /// would be there after a restart.
+    fn see_that_files_are_there(&self) {
+        if let Some(file) = self.writer.missing_file() {
+            log::error!(
+                file:% = file.display();
+                "the store was removed or replaced while the service runs; put it back, or remove \
+                 all of it with the file lock to start empty"
+            );
+            panic!("the store was removed while the service runs");
         }
     }
 
@@ -116,6 +130,7 @@ impl Recorder {
 
     /// Writes what was taken, and answers; false where the reports could not be written.
     fn write(&mut self) -> bool {
+        self.see_that_files_are_there();
         let accepts = std::mem::take(&mut self.accepts);
         let bytes = accepts
             .iter()

@@ -6,9 +6,9 @@
 //!
 //! Not here: which thread writes when, and what is kept in memory (`exports`).
 
-use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +21,7 @@ use uuid::Uuid;
 
 use crate::destination::{BadUrl, Destination};
 use crate::export::{self, Backoff};
+use crate::exports::folder::{Folder, beside};
 use crate::memory::Reservation;
 
 /// The file's name in the data folder.
@@ -140,7 +141,7 @@ impl Place {
 
 /// Why the store could not be opened; the text says what to do.
 #[derive(Debug)]
-pub struct OpenError(String);
+pub struct OpenError(pub(super) String);
 
 impl std::fmt::Display for OpenError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -321,8 +322,8 @@ pub struct Writer {
     running: i64,
     /// The file, or a URI for a database in memory.
     path: PathBuf,
-    /// Held for as long as the folder is in use; the operating system lets go of it in any case.
-    _lock: Option<File>,
+    /// The folder, locked, and the files that SQLite has open in it; none for a database in memory.
+    on_disk: Option<(Folder, Files)>,
 }
 
 impl Writer {
@@ -350,47 +351,29 @@ impl Writer {
                     clock_offset: 0,
                     running,
                     path,
-                    _lock: None,
+                    on_disk: None,
                 })
             }
         }
     }
 
     fn open_folder(folder: &Path) -> Result<Self, OpenError> {
-        let unusable = |what: &str, error: &dyn std::fmt::Display| {
-            OpenError(format!(
-                "cannot {what} the data folder {}: {error}; make it a folder that this user can \
-                 write, choose another with --data-dir, or give --ephemeral to keep nothing",
-                folder.display()
-            ))
-        };
-        create(folder).map_err(|error| unusable("create", &error))?;
-        let folder = &folder
-            .canonicalize()
-            .map_err(|error| unusable("use", &error))?;
-        let lock = private_file(&folder.join("lock")).map_err(|error| unusable("use", &error))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(OpenError(format!(
-                    "another export-service is using the data folder {}: stop it first, or give \
-                     this one another folder with --data-dir",
-                    folder.display()
-                )));
-            }
-            Err(TryLockError::Error(error)) => return Err(unusable("lock", &error)),
-        }
-        let path = folder.join(FILE);
-        private_file(&path).map_err(|error| unusable("use", &error))?;
-        let mut connection = connect(&path, WRITING).map_err(|error| unusable("use", &error))?;
-        recognise(&connection, &path)?;
-        let running = prepare_folder(&mut connection).map_err(|error| unusable("use", &error))?;
+        let mut folder = Folder::open(folder)?;
+        let path = folder.database();
+        let unusable = |error| folder.unusable(&error);
+        let mut connection = connect(&path, WRITING).map_err(unusable)?;
+        recognise(&connection, &path, folder.in_use)?;
+        let running = prepare_folder(&mut connection).map_err(|error| folder.unusable(&error))?;
+        // The log has been created, or it was before.
+        folder.sync()?;
+        folder.mark_in_use()?;
+        let files = Files::find(&path).map_err(|error| folder.unusable(&error))?;
         Ok(Self {
             connection,
             clock_offset: 0,
             running,
             path,
-            _lock: Some(lock),
+            on_disk: Some((folder, files)),
         })
     }
 
@@ -455,6 +438,12 @@ impl Writer {
             });
         }
         Ok(refused)
+    }
+
+    /// A file that was removed or replaced, while what is written still goes to the old one.
+    pub fn missing_file(&self) -> Option<&Path> {
+        let (_, files) = self.on_disk.as_ref()?;
+        files.missing()
     }
 
     /// The running time as it was stored last.
@@ -787,6 +776,58 @@ fn save_running(connection: &Connection, running: i64) -> Result<(), rusqlite::E
     Ok(())
 }
 
+/// Why a database cannot be written as it has to be.
+enum PrepareError {
+    Failed(rusqlite::Error),
+    /// A setting that SQLite did not take, and the value it has instead.
+    Setting(&'static str, String),
+}
+
+impl From<rusqlite::Error> for PrepareError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl std::fmt::Display for PrepareError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Failed(error) => write!(f, "{error}"),
+            Self::Setting(name, value) => write!(
+                f,
+                "SQLite stays at {name} = {value}, with which a power cut could undo what was \
+                 accepted"
+            ),
+        }
+    }
+}
+
+/// The files that SQLite has open, each by its path, device and inode.
+struct Files([(PathBuf, (u64, u64)); 2]);
+
+impl Files {
+    fn find(database: &Path) -> io::Result<Self> {
+        let log = beside(database, "-wal");
+        let [database, log] =
+            [database.to_owned(), log].map(|path| identity(&path).map(|identity| (path, identity)));
+        Ok(Self([database?, log?]))
+    }
+
+    /// One that is not at its path any more.
+    fn missing(&self) -> Option<&Path> {
+        let missing = |(path, was): &&(PathBuf, (u64, u64))| match identity(path) {
+            Ok(is) => is != *was,
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        };
+        self.0.iter().find(missing).map(|(path, _)| path.as_path())
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
 fn connect(path: &Path, access: OpenFlags) -> Result<Connection, rusqlite::Error> {
     // NO_MUTEX: each connection is used by one thread at a time, which Rust sees to.
     let mut flags = access | OpenFlags::SQLITE_OPEN_NO_MUTEX;
@@ -814,19 +855,33 @@ fn prepare(connection: &mut Connection) -> Result<i64, rusqlite::Error> {
         transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
         transaction.pragma_update(None, "user_version", SCHEMA_VERSION)?;
     }
+    // Written in any case, so that it is known that it can be.
+    transaction.execute("UPDATE running SET millis = millis", [])?;
     transaction.commit()?;
     connection.query_row("SELECT millis FROM running", [], |row| row.get(0))
 }
 
-fn prepare_folder(connection: &mut Connection) -> Result<i64, rusqlite::Error> {
+/// Each setting is read back: without the log or its syncs, a power cut undoes what was accepted.
+fn prepare_folder(connection: &mut Connection) -> Result<i64, PrepareError> {
     // Sets the mode and returns the one in force, so it is a query.
-    connection.query_row("PRAGMA journal_mode = WAL", [], |_| Ok(()))?;
+    let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0))?;
+    if mode != "wal" {
+        return Err(PrepareError::Setting("journal_mode", mode));
+    }
     connection.pragma_update(None, "synchronous", "FULL")?;
-    prepare(connection)
+    let synchronous: i64 = connection.pragma_query_value(None, "synchronous", |row| row.get(0))?;
+    // 2 is FULL.
+    if synchronous != 2 {
+        return Err(PrepareError::Setting(
+            "synchronous",
+            synchronous.to_string(),
+        ));
+    }
+    Ok(prepare(connection)?)
 }
 
 /// Says no to a file that is not ours, or from the future.
-fn recognise(connection: &Connection, path: &Path) -> Result<(), OpenError> {
+fn recognise(connection: &Connection, path: &Path, in_use: bool) -> Result<(), OpenError> {
     let number =
         |pragma: &str| connection.pragma_query_value(None, pragma, |row| row.get::<_, i32>(0));
     let path = path.display();
@@ -847,6 +902,12 @@ fn recognise(connection: &Connection, path: &Path) -> Result<(), OpenError> {
             "{path} is another program's database: choose another folder with --data-dir"
         )));
     }
+    if tables == 0 && in_use {
+        return Err(OpenError(format!(
+            "{path} is empty, although exports were kept in this folder: put a copy of it back, \
+             or, to give them up and start empty, remove lock, {FILE} and {FILE}-wal there"
+        )));
+    }
     if version > SCHEMA_VERSION {
         return Err(OpenError(format!(
             "{path} was written by a newer export-service (schema {version}; this one knows up \
@@ -854,42 +915,6 @@ fn recognise(connection: &Connection, path: &Path) -> Result<(), OpenError> {
         )));
     }
     Ok(())
-}
-
-/// Creates a folder that only its owner may look into, and makes sure that it outlives a power
-/// cut: SQLite syncs what is in it, not the entries of new folders in those above.
-fn create(folder: &Path) -> io::Result<()> {
-    let above: Vec<_> = folder
-        .ancestors()
-        .skip(1)
-        .take_while(|path| !path.is_dir())
-        .collect();
-    if folder.is_dir() {
-        return Ok(());
-    }
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(folder)?;
-    for path in [folder].into_iter().chain(above) {
-        match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => File::open(parent)?.sync_all()?,
-            _ => File::open(".")?.sync_all()?,
-        }
-    }
-    Ok(())
-}
-
-/// Opens a file that only its owner may read, and creates it where it does not exist. SQLite
-/// gives its log the same permissions.
-fn private_file(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
 }
 
 #[cfg(test)]

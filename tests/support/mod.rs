@@ -58,7 +58,7 @@ impl Drop for Ends<'_> {
 
 /// Says that this test could not run here. It is seen in the output of a whole run too: only what the
 /// print macros write is captured.
-fn not_run(why: &str) {
+pub fn not_run(why: &str) {
     let current = thread::current();
     let test = current.name().unwrap_or("a test");
     let _ = writeln!(std::io::stderr(), "NOT RUN: {test}: {why}");

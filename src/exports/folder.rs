@@ -1,0 +1,215 @@
+//! The data folder, before SQLite opens what is in it: locked, writable, and synced, so that nothing
+//! is shown that a power cut could still undo.
+//!
+//! A file that SQLite has open is never opened here: to close it again would release SQLite's locks.
+//!
+//! Not here: what the database holds ([`super::store`]).
+
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::store::{FILE, OpenError};
+
+/// What the lock file says once there was a database, so that it is missed when it is gone.
+const IN_USE: &[u8] = b"exports.db was created here\n";
+
+/// No database is smaller, as its header alone has this many bytes.
+const SMALLEST: u64 = 100;
+
+/// A data folder that is locked for this process. Dropping it gives the folder free for another one;
+/// the operating system does so in any case.
+pub struct Folder {
+    path: PathBuf,
+    lock: File,
+    /// The lock file says that there was a database.
+    pub in_use: bool,
+}
+
+impl Folder {
+    /// Creates and locks the folder and the file for the database, unless they are there. Blocks
+    /// until the disk has all that was found.
+    ///
+    /// # Errors
+    /// Where the folder is in use, something in it cannot be written or synced, or the database that
+    /// it had is gone.
+    pub fn open(folder: &Path) -> Result<Self, OpenError> {
+        create(folder).map_err(|error| unusable(folder, "create", &error))?;
+        let path = folder
+            .canonicalize()
+            .map_err(|error| unusable(folder, "use", &error))?;
+        let lock = path.join("lock");
+        let lock = private_file(&lock).map_err(|error| match lock.exists() {
+            true => unwritable(&lock, &error),
+            false => unusable(&path, "use", &error),
+        })?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(OpenError(format!(
+                    "another export-service is using the data folder {}: stop it first, or give \
+                     this one another folder with --data-dir",
+                    path.display()
+                )));
+            }
+            Err(TryLockError::Error(error)) => return Err(unusable(&path, "lock", &error)),
+        }
+        let marked = lock
+            .metadata()
+            .map_err(|error| unusable(&path, "use", &error))?;
+        let in_use = marked.len() > 0;
+        let folder = Self { path, lock, in_use };
+        folder.check_database_is_there()?;
+        folder.sync_files()?;
+        folder.sync()?;
+        Ok(folder)
+    }
+
+    /// The database's path.
+    pub fn database(&self) -> PathBuf {
+        self.path.join(FILE)
+    }
+
+    /// An error for what SQLite says when it opens the database.
+    pub fn unusable(&self, error: &dyn std::fmt::Display) -> OpenError {
+        let file = self.database();
+        OpenError(format!(
+            "cannot use {}: {error}; see that this user can write it and the files beside it, and \
+             what the kernel's log says of the disk, or choose another folder with --data-dir",
+            file.display()
+        ))
+    }
+
+    /// Notes that the folder has a database, which is there and on disk.
+    ///
+    /// # Errors
+    /// Where that cannot be written.
+    pub fn mark_in_use(&mut self) -> Result<(), OpenError> {
+        if !self.in_use {
+            let marked = self
+                .lock
+                .write_all(IN_USE)
+                .and_then(|()| self.lock.sync_all());
+            marked.map_err(|error| unwritable(&self.path.join("lock"), &error))?;
+            self.in_use = true;
+        }
+        Ok(())
+    }
+
+    /// Syncs the folder's entries, and its own in those above. SQLite syncs only the folder, and takes
+    /// no notice of failures.
+    ///
+    /// # Errors
+    /// Where that fails.
+    pub fn sync(&self) -> Result<(), OpenError> {
+        let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev());
+        let own = device(&self.path).map_err(|error| unusable(&self.path, "use", &error))?;
+        for path in self.path.ancestors() {
+            // Where this file system begins, nothing was created above by us.
+            if !device(path).is_ok_and(|device| device == own) {
+                break;
+            }
+            match File::open(path).and_then(|opened| opened.sync_all()) {
+                Ok(()) => {}
+                // Who may not read a folder has hardly created anything in it.
+                Err(error) if error.kind() == ErrorKind::PermissionDenied && path != self.path => {}
+                // A file system that has no sync for folders.
+                Err(error) if error.kind() == ErrorKind::InvalidInput => {}
+                Err(error) => return Err(unsynced(path, &error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// SQLite takes an empty file for a new database, and throws the log beside it away.
+    fn check_database_is_there(&self) -> Result<(), OpenError> {
+        let size = |path: &Path| match fs::metadata(path) {
+            Ok(metadata) => Ok(Some(metadata.len())),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(unwritable(path, &error)),
+        };
+        let file = self.database();
+        let found = size(&file)?;
+        let log = size(&beside(&file, "-wal"))?.unwrap_or(0);
+        let bytes = found.unwrap_or(0);
+        if bytes >= SMALLEST || (bytes == 0 && log == 0 && !self.in_use) {
+            return Ok(());
+        }
+        let state = match found {
+            Some(bytes) => format!("is no database, at {bytes} bytes"),
+            None => "is gone".to_owned(),
+        };
+        Err(OpenError(format!(
+            "{} {state}, although exports were kept in this folder: put a copy of it back, or, to \
+             give them up and start empty, remove lock, {FILE} and {FILE}-wal there",
+            file.display()
+        )))
+    }
+
+    /// What was written just before the last process was killed may be in memory only.
+    fn sync_files(&self) -> Result<(), OpenError> {
+        let file = self.database();
+        private_file(&file).map_err(|error| unwritable(&file, &error))?;
+        for file in [beside(&file, "-shm"), beside(&file, "-wal"), file] {
+            let opened = OpenOptions::new().read(true).write(true).open(&file);
+            match opened {
+                Ok(opened) => opened.sync_all().map_err(|error| unsynced(&file, &error))?,
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(unwritable(&file, &error)),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A file that SQLite keeps beside the database.
+pub fn beside(database: &Path, end: &str) -> PathBuf {
+    let mut path = database.as_os_str().to_owned();
+    path.push(end);
+    path.into()
+}
+
+fn unusable(folder: &Path, what: &str, error: &dyn std::fmt::Display) -> OpenError {
+    OpenError(format!(
+        "cannot {what} the data folder {}: {error}; make it a folder that this user can write, \
+         choose another with --data-dir, or give --ephemeral to keep nothing",
+        folder.display()
+    ))
+}
+
+fn unwritable(file: &Path, error: &io::Error) -> OpenError {
+    OpenError(format!(
+        "cannot write {}: {error}; make it a file that this user can read and write, or choose \
+         another folder with --data-dir",
+        file.display()
+    ))
+}
+
+fn unsynced(path: &Path, error: &io::Error) -> OpenError {
+    OpenError(format!(
+        "cannot sync {}: {error}; a power cut could undo what was accepted, so see what the kernel's \
+         log says of the disk, or choose a folder on another one with --data-dir",
+        path.display()
+    ))
+}
+
+/// Creates a folder that only its owner may look into.
+fn create(folder: &Path) -> io::Result<()> {
+    if folder.is_dir() {
+        return Ok(());
+    }
+    DirBuilder::new().recursive(true).mode(0o700).create(folder)
+}
+
+/// Opens a file that only its owner may read, and creates it where it does not exist. SQLite
+/// gives its log the same permissions.
+fn private_file(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+}
