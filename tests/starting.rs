@@ -10,7 +10,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use support::{SECRET, Service, command, nowhere, payload, program, token};
+use support::{Destination, MARK, SECRET, Service, command, nowhere, payload, program, token};
 use tempfile::TempDir;
 
 /// Starts the service on a folder by `command`, until it listens or ends. Returns whether it listened,
@@ -67,6 +67,176 @@ fn waiting(count: usize) -> (Service, PathBuf, String, Vec<String>) {
     service.ended();
     let folder = service.folder();
     (service, folder, url, ids)
+}
+
+/// Damages pages of a store that nobody has open: calls `damage` with each of the pages of this table or
+/// index, by kind, in order.
+fn damage(folder: &Path, name: &str, kind: &str, damage: impl FnOnce(&mut [u8], &[usize])) {
+    let file = folder.join("exports.db");
+    // Brings into it what is in the log. The program's own SQLite has no dbstat.
+    let sql = format!(
+        "SELECT pageno FROM dbstat WHERE name = '{name}' AND pagetype = '{kind}' ORDER BY path"
+    );
+    let asked = Command::new("sqlite3")
+        .arg(&file)
+        .arg(sql)
+        .output()
+        .unwrap();
+    let pages: Vec<usize> = String::from_utf8(asked.stdout)
+        .unwrap()
+        .lines()
+        .map(|line| 4096 * (line.parse::<usize>().unwrap() - 1))
+        .collect();
+    assert!(!pages.is_empty());
+    let mut bytes = fs::read(&file).unwrap();
+    damage(&mut bytes, &pages);
+    fs::write(&file, bytes).unwrap();
+}
+
+/// So many exports wait, of which only the first has been tried; then the service is killed.
+fn left_waiting(destination: &Destination, count: usize, bytes: usize) -> (Service, Vec<String>) {
+    let mut service = Service::start(&[]);
+    let data =
+        |number| serde_json::json!({"text": MARK, "number": number, "more": "x".repeat(bytes)});
+    let ids: Vec<_> = (0..count)
+        .map(|number| service.submit(&destination.url, &data(number)))
+        .collect();
+    destination.arrival();
+    service.signal("KILL");
+    service.ended();
+    (service, ids)
+}
+
+/// The results of all, `lost` and others; none for one that nobody knows any more.
+fn results(service: &Service, url: &str, ids: &[String]) -> Vec<Option<String>> {
+    let result = |id: &String| {
+        let poll = service.post("/lp/export", &token(url), &serde_json::json!({"id": id}));
+        (poll.status == 200).then(|| {
+            let result = service.result(url, id);
+            let kind = result["error"]["kind"].as_str();
+            kind.map_or_else(|| result["status"].to_string(), str::to_owned)
+        })
+    };
+    ids.iter().map(result).collect()
+}
+
+fn damaged_files(folder: &Path) -> usize {
+    let names = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name());
+    names
+        .filter(|name| name.to_str().unwrap().contains("exports.db.damaged-"))
+        .count()
+}
+
+#[test]
+fn a_damaged_payload_costs_its_export_and_no_other() {
+    let (destination, gate) = Destination::held();
+    let url = &destination.url;
+    let (service, ids) = left_waiting(&destination, 20, 10_000);
+    damage(&service.folder(), "exports", "overflow", |bytes, pages| {
+        // One that says where the payload goes on; that the last page of one was zeroed cannot be told.
+        let goes_on = |page: &&usize| bytes[**page..][..4] != [0; 4];
+        let page = *pages.iter().skip(25).find(goes_on).unwrap();
+        bytes[page..][..4096].fill(0);
+    });
+    gate.open();
+    let service = service.kill_and_restart();
+    let results = results(&service, url, &ids);
+    let lost: Vec<_> = results
+        .iter()
+        .filter(|result| *result == &Some("lost".into()))
+        .collect();
+    assert_eq!(lost.len(), 1, "{results:?}");
+    assert!(results.iter().all(Option::is_some));
+    assert_eq!(damaged_files(&service.folder()), 1);
+    assert!(service.log().concat().contains(".recover"));
+    // It is whole again, and stays so.
+    let more = service.submit(url, &payload(1));
+    assert_eq!(service.result(url, &more)["status_code"], 200);
+    let service = service.kill_and_restart();
+    assert_eq!(service.result(url, &more)["status_code"], 200);
+    assert_eq!(damaged_files(&service.folder()), 1);
+}
+
+#[test]
+fn a_damaged_page_of_the_table_costs_what_is_on_it_and_no_more() {
+    for which in 0..3 {
+        let (destination, gate) = Destination::held();
+        let (service, ids) = left_waiting(&destination, 60, 1);
+        let mut all = 0;
+        damage(&service.folder(), "exports", "leaf", |bytes, pages| {
+            all = pages.len();
+            bytes[pages[which * (all - 1) / 2]] = 0;
+        });
+        gate.open();
+        let service = service.kill_and_restart();
+        let results = results(&service, &destination.url, &ids);
+        let kept = results.iter().flatten().count();
+        eprintln!("{all} pages, of 60 exports {kept} kept");
+        assert!((30..60).contains(&kept), "{results:?}");
+        for (id, result) in ids.iter().zip(&results) {
+            let named = |line: &String| line.contains(id) && line.contains("and is lost");
+            assert_eq!(service.log().iter().any(named), result.is_none(), "{id}");
+        }
+        let more = service.submit(&destination.url, &payload(1));
+        assert_eq!(service.result(&destination.url, &more)["status_code"], 200);
+    }
+}
+
+#[test]
+fn a_damaged_index_costs_nothing() {
+    // The first is at byte 8192.
+    for index in [
+        "sqlite_autoindex_exports_1",
+        "unfinished",
+        "finished",
+        "repeats",
+        "queues",
+        "running",
+    ] {
+        let (destination, gate) = Destination::held();
+        let (service, ids) = left_waiting(&destination, 60, 1);
+        damage(&service.folder(), index, "leaf", |bytes, pages| {
+            bytes[pages[0]] = 0
+        });
+        gate.open();
+        let service = service.kill_and_restart();
+        let results = results(&service, &destination.url, &ids);
+        assert!(
+            results
+                .iter()
+                .all(|result| *result == Some("\"200 OK\"".into())),
+            "{index}: {results:?}"
+        );
+        // Also where nothing had to be read there until now.
+        let body = serde_json::json!({"uri": destination.url, "data": payload(1)}).to_string();
+        let token = token(&destination.url);
+        let headers = [("X-Api-Key", token.as_str()), ("Idempotency-Key", "key")];
+        let accepted = service.request("POST", "/lp/export", &headers, body.as_bytes());
+        assert_eq!(accepted.status, 200);
+        assert_eq!(damaged_files(&service.folder()), 1, "{index}");
+    }
+}
+
+#[test]
+fn the_first_byte_of_the_third_page_costs_no_more_than_one_export() {
+    let (destination, gate) = Destination::held();
+    let (service, ids) = left_waiting(&destination, 60, 1);
+    damage(&service.folder(), "exports", "leaf", |bytes, _| {
+        bytes[8192] = 0
+    });
+    gate.open();
+    let service = service.kill_and_restart();
+    let results = results(&service, &destination.url, &ids);
+    assert!(
+        results
+            .iter()
+            .flatten()
+            .filter(|result| result.contains("200"))
+            .count()
+            >= 59
+    );
 }
 
 /// The program under strace, which has the `nth` call of `call` fail. Strace is a grandchild, so that

@@ -272,7 +272,8 @@ impl Workers {
             }
             None => Outcome::Failed(Failure {
                 kind: Kind::Lost,
-                message: "the payload was removed from the store by somebody else".into(),
+                message: "the payload is not in the store any more: it was damaged, or somebody removed it"
+                    .into(),
                 connected: false,
             }),
         };

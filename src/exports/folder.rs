@@ -9,11 +9,15 @@ use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::store::{FILE, OpenError};
 
 /// What the lock file says once there was a database, so that it is missed when it is gone.
 const IN_USE: &[u8] = b"exports.db was created here\n";
+
+/// A copy of the database, while it is made.
+const NEW: &str = "exports.db.new";
 
 /// No database is smaller, as its header alone has this many bytes.
 const SMALLEST: u64 = 100;
@@ -61,6 +65,10 @@ impl Folder {
         let in_use = marked.len() > 0;
         let folder = Self { path, lock, in_use };
         folder.check_database_is_there()?;
+        // Left by a kill. It has payloads in it.
+        folder
+            .remove_new_database()
+            .map_err(|error| unusable(&folder.path, "use", &error))?;
         folder.sync_files()?;
         folder.sync()?;
         Ok(folder)
@@ -79,6 +87,40 @@ impl Folder {
              what the kernel's log says of the disk, or choose another folder with --data-dir",
             file.display()
         ))
+    }
+
+    /// An empty file for a database that is to replace the one there.
+    ///
+    /// # Errors
+    /// Where it cannot be created.
+    pub fn new_database(&self) -> io::Result<PathBuf> {
+        self.remove_new_database()?;
+        let new = self.path.join(NEW);
+        private_file(&new)?;
+        Ok(new)
+    }
+
+    fn remove_new_database(&self) -> io::Result<()> {
+        let new = self.path.join(NEW);
+        remove(&beside(&new, "-journal"))?;
+        remove(&new)
+    }
+
+    /// Puts `new` in place of the database, which nobody has open, and keeps that under another name,
+    /// which is returned. At no time is there none.
+    ///
+    /// # Errors
+    /// Where a name cannot be given.
+    pub fn replace_database(&self, new: &Path) -> io::Result<PathBuf> {
+        let seconds = SystemTime::now().duration_since(UNIX_EPOCH);
+        let end = format!(".damaged-{}", seconds.unwrap_or_default().as_secs());
+        let database = self.database();
+        let old = beside(&database, &end);
+        remove(&old)?;
+        fs::hard_link(&database, &old)?;
+        File::open(new)?.sync_all()?;
+        fs::rename(new, database)?;
+        Ok(old)
     }
 
     /// Notes that the folder has a database, which is there and on disk.
@@ -160,6 +202,13 @@ impl Folder {
             }
         }
         Ok(())
+    }
+}
+
+fn remove(file: &Path) -> io::Result<()> {
+    match fs::remove_file(file) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        done => done,
     }
 }
 

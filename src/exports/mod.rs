@@ -9,6 +9,7 @@
 
 mod folder;
 pub mod recorder;
+mod salvage;
 pub mod states;
 pub mod store;
 
@@ -44,7 +45,7 @@ impl From<store::Error> for Error {
     fn from(error: store::Error) -> Self {
         match error {
             store::Error::Full => Self::DiskFull,
-            store::Error::Damaged | store::Error::Failed(_) => Self::Storage,
+            store::Error::Damaged | store::Error::InUse | store::Error::Failed(_) => Self::Storage,
         }
     }
 }
@@ -110,6 +111,18 @@ pub struct Exports {
     finished: Mutex<Reader>,
     /// For the worker, so that a large payload does not hold up polls.
     payloads: Mutex<Reader>,
+    /// For the recorder, who mends the store.
+    damage: Sender<Damage>,
+    /// How often it was mended.
+    mended: AtomicUsize,
+}
+
+/// The store was found to be damaged.
+struct Damage {
+    /// How often it had been mended before.
+    mended: usize,
+    /// Dropped when it has been mended, or could not be.
+    done: Sender<()>,
 }
 
 struct Accept {
@@ -133,6 +146,7 @@ impl Exports {
     ) -> Result<(Arc<Self>, Recorder), store::Error> {
         let (accepts, incoming) = bounded(WAITING);
         let (reports, reported) = bounded(UNWRITTEN_REPORTS);
+        let (damage, damaged) = bounded(UNWRITTEN_REPORTS);
         let exports = Arc::new(Self {
             states: States::default(),
             clock: Clock::new(writer.running()),
@@ -141,10 +155,22 @@ impl Exports {
             reports,
             finished: Mutex::new(writer.reader()?),
             payloads: Mutex::new(writer.reader()?),
+            damage,
+            mended: AtomicUsize::new(0),
         });
-        let refused = writer.unfinished(|export| {
-            exports.resume(export, &queue);
-        })?;
+        let resume = |export: Unfinished| exports.resume(export, &queue);
+        let refused = match writer.unfinished(resume) {
+            Err(store::Error::Damaged) => {
+                exports.mend(&mut writer)?;
+                // Those that were found before the damage are queued already, and stand first again.
+                writer.unfinished(|export| {
+                    if !exports.states.knows(export.id) {
+                        exports.resume(export, &queue);
+                    }
+                })
+            }
+            found => found,
+        }?;
         for (id, bad) in refused {
             log::warn!(id:%, reason:% = format_args!("its uri {bad}"); "cannot be delivered");
             let report = Report {
@@ -166,6 +192,8 @@ impl Exports {
             queue,
             incoming,
             reported,
+            damaged,
+            mend_again_at: Instant::now(),
             accepts: Vec::new(),
             reports: Vec::new(),
             disk_full: false,
@@ -245,7 +273,13 @@ impl Exports {
             Poll::Parked => {}
             Poll::Now(reply, answer) => reply(answer),
             Poll::Elsewhere(reply) => {
+                let mended = self.mended.load(Ordering::Acquire);
                 let found = self.finished.lock().find(query.id);
+                if matches!(found, Err(store::Error::Damaged)) {
+                    let (done, _) = bounded(0);
+                    // Where many wait already, this one is not needed.
+                    let _ = self.damage.try_send(Damage { mended, done });
+                }
                 reply(match found {
                     // Without a result it would be among the states, but for the moment between
                     // a submission's commit and its reply, when nobody knows its id.
@@ -265,20 +299,39 @@ impl Exports {
     }
 
     /// Marks an export as on the wire and gets its payload from the store; `None` where somebody
-    /// took it away. For the worker.
+    /// took it away, or it was damaged. For the worker. Blocks while a damaged store is mended.
     ///
     /// # Panics
     /// Where the store cannot be read: without it there is nothing left to deliver, and after a
     /// restart the export is queued again.
     pub fn begin(&self, id: Uuid) -> Option<Vec<u8>> {
         self.states.begin(id);
-        match self.payloads.lock().payload(id) {
-            Ok(payload) => payload,
-            Err(error) => {
-                log::error!(id:%, reason:% = error; "cannot read a payload from the store");
-                panic!("a payload cannot be read");
-            }
+        let mended = self.mended.load(Ordering::Acquire);
+        let mut read = self.payloads.lock().payload(id);
+        if matches!(read, Err(store::Error::Damaged)) {
+            let (done, wait) = bounded(0);
+            // The recorder is there for longer than the worker, or drops `done`.
+            let _ = self.damage.send(Damage { mended, done });
+            let _ = wait.recv();
+            read = self.payloads.lock().payload(id);
         }
+        read.unwrap_or_else(|error| {
+            log::error!(id:%, reason:% = error; "cannot read a payload from the store");
+            panic!("a payload cannot be read");
+        })
+    }
+
+    /// Mends the store, which nobody can read meanwhile.
+    fn mend(&self, writer: &mut Writer) -> Result<(), store::Error> {
+        let (mut finished, mut payloads) = (self.finished.lock(), self.payloads.lock());
+        let done = writer.mend([&mut finished, &mut payloads]);
+        match &done {
+            Ok(()) => {
+                self.mended.fetch_add(1, Ordering::AcqRel);
+            }
+            Err(error) => log::error!("{}", store::cannot_mend(writer.path(), error)),
+        }
+        done
     }
 
     /// Hands over an export's result. It is shown to nobody before it is in the store. Blocks

@@ -13,7 +13,7 @@ use serde_json::value::RawValue;
 
 use super::states::{Poll, Progress};
 use super::store::{self, Change, Effect, NewExport, News, Report, Writer};
-use super::{Accept, Clock, Exports, Limits, Queued, UNWRITTEN_REPORTS, enqueue, raw};
+use super::{Accept, Clock, Damage, Exports, Limits, Queued, UNWRITTEN_REPORTS, enqueue, raw};
 use crate::export::{Error, Export, ExtResponse, Millis, QueueKey, View};
 use crate::logging::millis;
 
@@ -44,6 +44,9 @@ pub struct Recorder {
     pub(super) queue: Sender<Queued>,
     pub(super) incoming: Receiver<Accept>,
     pub(super) reported: Receiver<Report>,
+    pub(super) damaged: Receiver<Damage>,
+    /// A store that could not be mended is not tried again before this.
+    pub(super) mend_again_at: Instant,
     /// Submissions taken and not yet written.
     pub(super) accepts: Vec<Accept>,
     /// Reports taken and not yet written, [`UNWRITTEN_REPORTS`] at most. Those that could not be
@@ -80,6 +83,9 @@ impl Recorder {
             self.see_that_files_are_there();
             let now = self.exports.now();
             housekeeping.run(&mut self.writer, self.retention, now);
+            if std::mem::take(&mut housekeeping.found_damage) {
+                self.mend();
+            }
         }
     }
 
@@ -113,10 +119,29 @@ impl Recorder {
         select! {
             recv(self.incoming) -> accept => self.accepts.extend(accept),
             recv(reported) -> report => self.reports.extend(report),
+            recv(self.damaged) -> damage => self.mend_unless_done(damage.ok()),
             recv(stop) -> _ => return true,
             default(timeout) => {}
         }
         false
+    }
+
+    fn mend_unless_done(&mut self, damage: Option<Damage>) {
+        if let Some(Damage { mended, done }) = damage {
+            if mended == self.exports.mended.load(Ordering::Acquire) {
+                self.mend();
+            }
+            drop(done);
+        }
+    }
+
+    /// False where the store is as it was.
+    fn mend(&mut self) -> bool {
+        if Instant::now() < self.mend_again_at {
+            return false;
+        }
+        self.mend_again_at = Instant::now() + LONGEST_SLEEP;
+        self.exports.mend(&mut self.writer).is_ok()
     }
 
     /// Takes what waits, up to a batch; false when there is nothing to write.
@@ -139,11 +164,14 @@ impl Recorder {
         let started = Instant::now();
         // After a full disk the log goes first: what is in it takes its room twice until then.
         let room = !self.disk_full || self.writer.empty_log().is_ok();
-        let committed = if room {
+        let mut committed = if room {
             self.commit(&accepts)
         } else {
             Err(store::Error::Full)
         };
+        if matches!(committed, Err(store::Error::Damaged)) && self.mend() {
+            committed = self.commit(&accepts);
+        }
         self.disk_full = matches!(committed, Err(store::Error::Full));
         match committed {
             Ok(effects) => {
@@ -328,6 +356,7 @@ struct Housekeeping {
     /// Not to be tried again before this.
     follow_clock_at: Instant,
     save_running_at: Instant,
+    found_damage: bool,
 }
 
 impl Housekeeping {
@@ -338,6 +367,7 @@ impl Housekeeping {
             empty_log_at: Some(now),
             follow_clock_at: now,
             save_running_at: now + SAVE_RUNNING,
+            found_damage: false,
         }
     }
 
@@ -420,6 +450,7 @@ impl Housekeeping {
                 Duration::from_millis(left.max(0).unsigned_abs())
             }
             Err(error) => {
+                self.found_damage = matches!(error, store::Error::Damaged);
                 log::warn!(reason:% = error; "cannot delete expired results");
                 LONGEST_SLEEP
             }

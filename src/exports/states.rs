@@ -116,6 +116,11 @@ impl States {
         key
     }
 
+    /// Whether this is an export that is not finished.
+    pub fn knows(&self, id: Uuid) -> bool {
+        self.inner.lock().unfinished.contains_key(&id)
+    }
+
     /// How many exports are not finished.
     pub fn count(&self) -> usize {
         self.inner.lock().unfinished.len()

@@ -22,6 +22,7 @@ use uuid::Uuid;
 use crate::destination::{BadUrl, Destination};
 use crate::export::{self, Backoff};
 use crate::exports::folder::{Folder, beside};
+use crate::exports::salvage;
 use crate::memory::Reservation;
 
 /// The file's name in the data folder.
@@ -154,8 +155,11 @@ impl std::fmt::Display for OpenError {
 pub enum Error {
     /// There is no room left on the disk.
     Full,
-    /// A row holds what no version of this program writes: somebody changed it.
+    /// A page of the file cannot be made sense of, or a row holds what no version of this program
+    /// writes.
     Damaged,
+    /// Somebody else has the store open, and is in the way.
+    InUse,
     /// Anything else SQLite reports.
     Failed(rusqlite::Error),
 }
@@ -164,8 +168,18 @@ impl std::fmt::Display for Error {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Full => f.write_str("the disk is full"),
-            Self::Damaged => f.write_str("the store holds a row that this program did not write"),
+            Self::Damaged => f.write_str("the store is damaged"),
+            Self::InUse => f.write_str("somebody else reads the store"),
             Self::Failed(error) => write!(f, "{error}"),
+        }
+    }
+}
+
+impl From<io::Error> for Error {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::StorageFull => Self::Full,
+            _ => Self::Failed(rusqlite::Error::ToSqlConversionFailure(error.into())),
         }
     }
 }
@@ -174,7 +188,16 @@ impl From<rusqlite::Error> for Error {
     fn from(error: rusqlite::Error) -> Self {
         match error.sqlite_error_code() {
             Some(ErrorCode::DiskFull) => Self::Full,
-            _ => Self::Failed(error),
+            Some(ErrorCode::DatabaseCorrupt) => Self::Damaged,
+            Some(_) => Self::Failed(error),
+            None => match error {
+                // The tables are strict: no such value gets into them by a statement.
+                rusqlite::Error::FromSqlConversionFailure(..)
+                | rusqlite::Error::IntegralValueOutOfRange(..)
+                | rusqlite::Error::InvalidColumnType(..)
+                | rusqlite::Error::Utf8Error(..) => Self::Damaged,
+                error => Self::Failed(error),
+            },
         }
     }
 }
@@ -363,18 +386,99 @@ impl Writer {
         let unusable = |error| folder.unusable(&error);
         let mut connection = connect(&path, WRITING).map_err(unusable)?;
         recognise(&connection, &path, folder.in_use)?;
-        let running = prepare_folder(&mut connection).map_err(|error| folder.unusable(&error))?;
+        let prepared = prepare_folder(&mut connection);
+        let damaged = matches!(prepared, Err(PrepareError::Failed(Error::Damaged)));
+        let running = match prepared {
+            Err(_) if damaged => 0,
+            prepared => prepared.map_err(|error| folder.unusable(&error))?,
+        };
         // The log has been created, or it was before.
         folder.sync()?;
         folder.mark_in_use()?;
         let files = Files::find(&path).map_err(|error| folder.unusable(&error))?;
-        Ok(Self {
+        let mut writer = Self {
             connection,
             clock_offset: 0,
             running,
             path,
             on_disk: Some((folder, files)),
-        })
+        };
+        if damaged {
+            writer
+                .mend([])
+                .map_err(|error| OpenError(cannot_mend(&writer.path, &error)))?;
+        }
+        Ok(writer)
+    }
+
+    /// Puts what can still be read into a new file in place of the damaged one, which is kept beside it.
+    /// Says so in the log. The readers are of this store, and are opened anew. Blocks for as long as it
+    /// takes to read and write all of it.
+    ///
+    /// # Errors
+    /// Where the new file cannot be written, or the old one is in use by somebody else. Then everything is
+    /// as it was.
+    pub fn mend<const COUNT: usize>(
+        &mut self,
+        mut readers: [&mut Reader; COUNT],
+    ) -> Result<(), Error> {
+        let Some((folder, files)) = self.on_disk.take() else {
+            // A database in memory has no pages that go bad.
+            return Err(Error::Damaged);
+        };
+        let done = self.mend_in(&folder, &mut readers);
+        self.on_disk = Some((folder, Files::find(&self.path).unwrap_or(files)));
+        done
+    }
+
+    fn mend_in(&mut self, folder: &Folder, readers: &mut [&mut Reader]) -> Result<(), Error> {
+        let failed = |error: PrepareError| match error {
+            PrepareError::Failed(error) => error,
+            PrepareError::Setting(..) => Error::Damaged,
+        };
+        let version = self
+            .connection
+            .pragma_query_value(None, "user_version", |row| row.get::<_, i32>(0))?;
+        if version != SCHEMA_VERSION {
+            return Err(Error::Damaged);
+        }
+        let new = folder.new_database()?;
+        let mut copy = connect(&new, WRITING)?;
+        prepare(&mut copy)?;
+        let transaction = copy.transaction()?;
+        let salvaged = salvage::copy(&self.connection, &transaction, self.running)?;
+        transaction.commit()?;
+        copy.close().map_err(|(_, error)| error)?;
+
+        // Empty, it can neither be taken for the new file's nor be missed by who looks at the old one.
+        if !self.empty_log()? {
+            return Err(Error::InUse);
+        }
+        // All closed before the files change places: the last to be closed removes the log.
+        for reader in readers.iter_mut() {
+            reader.connection = Connection::open_in_memory()?;
+        }
+        self.connection = Connection::open_in_memory()?;
+        let replaced = folder.replace_database(&new);
+        self.connection = connect(&self.path, WRITING)?;
+        self.running = prepare_folder(&mut self.connection).map_err(failed)?;
+        for reader in readers {
+            **reader = self.reader()?;
+        }
+        let old = replaced?;
+        folder.sync().map_err(|error| io::Error::other(error.0))?;
+        for id in &salvaged.damaged {
+            log::error!(id:%; "its payload or result was damaged in the store, and is lost");
+        }
+        for id in &salvaged.gone {
+            log::error!(id = id.as_str(); "it was damaged in the store, and is lost");
+        }
+        log::error!(
+            whole = salvaged.whole, file:% = old.display();
+            "the store was damaged, and what could be read was moved to a new file; sqlite3's .recover \
+             may find more in the old one, which holds payloads: remove it when it is not needed"
+        );
+        Ok(())
     }
 
     /// Opens another connection for reading.
@@ -444,6 +548,11 @@ impl Writer {
     pub fn missing_file(&self) -> Option<&Path> {
         let (_, files) = self.on_disk.as_ref()?;
         files.missing()
+    }
+
+    /// The file, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The running time as it was stored last.
@@ -776,16 +885,25 @@ fn save_running(connection: &Connection, running: i64) -> Result<(), rusqlite::E
     Ok(())
 }
 
+/// What is said where [`Writer::mend`] has failed.
+pub fn cannot_mend(path: &Path, error: &Error) -> String {
+    format!(
+        "{} is damaged, and cannot be mended: {error}; put a copy of it back, or move it away, and what \
+         `sqlite3 FILE .recover` finds in it there",
+        path.display()
+    )
+}
+
 /// Why a database cannot be written as it has to be.
 enum PrepareError {
-    Failed(rusqlite::Error),
+    Failed(Error),
     /// A setting that SQLite did not take, and the value it has instead.
     Setting(&'static str, String),
 }
 
 impl From<rusqlite::Error> for PrepareError {
     fn from(error: rusqlite::Error) -> Self {
-        Self::Failed(error)
+        Self::Failed(error.into())
     }
 }
 
