@@ -239,6 +239,69 @@ fn the_first_byte_of_the_third_page_costs_no_more_than_one_export() {
     );
 }
 
+#[test]
+fn a_log_that_can_be_read_in_part_only_is_warned_of() {
+    let (_service, folder, ..) = waiting(5);
+    let log = folder.join("exports.db-wal");
+    let whole = fs::read(&log).unwrap();
+    let file = fs::read(folder.join("exports.db")).unwrap();
+    let start = |log_content: &[u8]| {
+        fs::write(folder.join("exports.db"), &file).unwrap();
+        let _ = fs::remove_file(folder.join("exports.db-shm"));
+        fs::write(&log, log_content).unwrap();
+        let (listens, said) = try_start(command(), &folder);
+        assert!(listens, "{said}");
+        said
+    };
+    assert!(!start(&whole).contains("SQLite's log"));
+    let mut damaged = whole.clone();
+    damaged[32 + 4120 + 500] ^= 1;
+    assert!(start(&damaged).contains("SQLite's log was damaged"));
+    let torn = &whole[..whole.len() - 5];
+    assert!(start(torn).contains("ends in the middle of a write"));
+}
+
+#[test]
+fn a_reader_who_stands_still_is_warned_of_and_cannot_fill_the_disk() {
+    let destination = Destination::start(|_| support::ok());
+    let service = Service::start(&["--max-store", "4000000"]);
+    let url = &destination.url;
+    let large = serde_json::json!({"text": MARK, "more": "x".repeat(300_000)});
+    let submit = || {
+        let body = serde_json::json!({"uri": url, "data": large});
+        let accepted = service.post("/export", &token(url), &body);
+        if accepted.status == 200 {
+            let id = accepted.json()["id"].as_str().unwrap().to_owned();
+            assert_eq!(service.result(url, &id)["status_code"], 200);
+        }
+        accepted.status
+    };
+    assert_eq!(submit(), 200);
+    let reader = rusqlite::Connection::open(service.folder().join("exports.db")).unwrap();
+    reader
+        .execute_batch("BEGIN; SELECT count(*) FROM exports")
+        .unwrap();
+    let refused = (0..100).map(|_| submit()).position(|status| status != 200);
+    let log = fs::metadata(service.folder().join("exports.db-wal"))
+        .unwrap()
+        .len();
+    eprintln!("{refused:?} exports of 300 kB were delivered beside the reader: {log} bytes of log");
+    assert!(refused.is_some());
+    assert!(log < 10_000_000);
+    let warning = service.event(
+        "SQLite's log cannot be emptied while somebody else reads the store, keeps the payloads of \
+         finished exports, and counts against --max-store: end what has the file open",
+        |_| true,
+    );
+    assert!(warning["bytes"].as_u64().unwrap() > 4_000_000);
+    reader.execute_batch("COMMIT").unwrap();
+    let deadline = std::time::Instant::now() + support::PATIENCE;
+    while submit() != 200 {
+        assert!(std::time::Instant::now() < deadline, "it is still full");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+}
+
 /// The program under strace, which has the `nth` call of `call` fail. Strace is a grandchild, so that
 /// the child is the program.
 fn failing(call: &str, nth: usize, trace: &Path) -> Command {

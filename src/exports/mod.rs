@@ -12,6 +12,7 @@ pub mod recorder;
 mod salvage;
 pub mod states;
 pub mod store;
+mod wal;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

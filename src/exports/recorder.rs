@@ -357,6 +357,13 @@ struct Housekeeping {
     follow_clock_at: Instant,
     save_running_at: Instant,
     found_damage: bool,
+    log_held_up: Option<HeldUp>,
+}
+
+/// Somebody who reads the store keeps the log from being emptied.
+struct HeldUp {
+    since: Instant,
+    warned: bool,
 }
 
 impl Housekeeping {
@@ -368,6 +375,7 @@ impl Housekeeping {
             follow_clock_at: now,
             save_running_at: now + SAVE_RUNNING,
             found_damage: false,
+            log_held_up: None,
         }
     }
 
@@ -424,9 +432,13 @@ impl Housekeeping {
 
     fn empty_log(&mut self, writer: &mut Writer) {
         self.empty_log_at = match writer.empty_log() {
-            Ok(true) => None,
+            Ok(true) => {
+                self.log_held_up = None;
+                None
+            }
             Ok(false) => {
                 log::debug!("somebody reads the store, its log is emptied later");
+                self.warn_of_reader(writer);
                 Some(Instant::now() + LOG_BUSY)
             }
             Err(error) => {
@@ -434,6 +446,25 @@ impl Housekeeping {
                 Some(Instant::now() + LONGEST_SLEEP)
             }
         };
+    }
+
+    /// Once, until the log has been emptied.
+    fn warn_of_reader(&mut self, writer: &Writer) {
+        let now = Instant::now();
+        let held_up = self.log_held_up.get_or_insert(HeldUp {
+            since: now,
+            warned: false,
+        });
+        let bytes = writer.log_size();
+        let long = now >= held_up.since + LONGEST_SLEEP;
+        if !held_up.warned && (long || bytes > store::ORDINARY_LOG) {
+            held_up.warned = true;
+            log::warn!(
+                bytes, file:% = writer.path().display();
+                "SQLite's log cannot be emptied while somebody else reads the store, keeps the payloads \
+                 of finished exports, and counts against --max-store: end what has the file open"
+            );
+        }
     }
 
     /// Deletes a few results, and notes when the next are due.

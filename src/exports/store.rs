@@ -23,6 +23,7 @@ use crate::destination::{BadUrl, Destination};
 use crate::export::{self, Backoff};
 use crate::exports::folder::{Folder, beside};
 use crate::exports::salvage;
+use crate::exports::wal::{LeftOut, Log};
 use crate::memory::Reservation;
 
 /// The file's name in the data folder.
@@ -110,6 +111,9 @@ const RUNNING_STEP: i64 = 10_000;
 
 /// Rows deleted in one go once they expired: a few milliseconds even on an SD card.
 const EXPIRY_STEP: u32 = 100;
+
+/// SQLite begins its log anew at about this many bytes, unless somebody reads the store.
+pub const ORDINARY_LOG: u64 = 4 * 1024 * 1024;
 
 /// How long a connection waits for another's lock. Only a checkpoint, or a second connection in
 /// `--ephemeral` mode, ever holds one.
@@ -384,8 +388,18 @@ impl Writer {
         let mut folder = Folder::open(folder)?;
         let path = folder.database();
         let unusable = |error| folder.unusable(&error);
+        let log = beside(&path, "-wal");
+        let found = Log::find(&log).map_err(|error| folder.unusable(&error))?;
         let mut connection = connect(&path, WRITING).map_err(unusable)?;
         recognise(&connection, &path, folder.in_use)?;
+        // SQLite has read the log by now, if there is one, and says how much of it.
+        let read = connection
+            .query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |row| {
+                row.get::<_, i64>(1)
+            })
+            .map_err(unusable)?;
+        // -1 without a log.
+        warn_of_what_was_left_out(&found.left_out(read.max(0).unsigned_abs()), &log);
         let prepared = prepare_folder(&mut connection);
         let damaged = matches!(prepared, Err(PrepareError::Failed(Error::Damaged)));
         let running = match prepared {
@@ -570,7 +584,15 @@ impl Writer {
         Ok(())
     }
 
-    /// How many bytes of the disk hold exports and results; free pages of the file do not count.
+    /// How many bytes SQLite's log has; it may be larger than what is in it.
+    pub fn log_size(&self) -> u64 {
+        let log = fs::metadata(beside(&self.path, "-wal"));
+        log.map_or(0, |log| log.len())
+    }
+
+    /// How many bytes of the disk hold exports and results; free pages of the file do not count. The
+    /// log counts where it is larger than it should be: it grows for as long as somebody reads what
+    /// has been changed since.
     ///
     /// # Errors
     /// Where the store cannot be read.
@@ -582,7 +604,8 @@ impl Writer {
                  FROM pragma_page_count, pragma_freelist_count, pragma_page_size",
             )?
             .query_row([], |row| row.get::<_, i64>(0))?;
-        Ok(pages.unsigned_abs())
+        let log = self.log_size().saturating_sub(ORDINARY_LOG);
+        Ok(pages.unsigned_abs().saturating_add(log))
     }
 
     /// Writes all of `changes` in one transaction and returns what became of each, in order.
@@ -883,6 +906,22 @@ fn save_running(connection: &Connection, running: i64) -> Result<(), rusqlite::E
         .prepare_cached("UPDATE running SET millis = ?")?
         .execute([running])?;
     Ok(())
+}
+
+fn warn_of_what_was_left_out(left_out: &LeftOut, log: &Path) {
+    match left_out {
+        LeftOut::Nothing => {}
+        LeftOut::Transactions => log::warn!(
+            file:% = log.display();
+            "SQLite's log was damaged, and only what is in front of that could be read: exports that \
+             were accepted last may be missing, and results be forgotten and sent again"
+        ),
+        LeftOut::Beginning => log::warn!(
+            file:% = log.display();
+            "SQLite's log ends in the middle of a write, which was left out: it was not answered, \
+             unless the file was cut off"
+        ),
+    }
 }
 
 /// What is said where [`Writer::mend`] has failed.

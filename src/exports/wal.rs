@@ -1,0 +1,224 @@
+//! Looks whether SQLite reads all of a write-ahead log: it reads one as far as it is sound, and says
+//! nothing of the rest.
+//!
+//! Not here: what is in it.
+
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// Bytes in front of the frames.
+const HEADER: u64 = 32;
+/// Bytes in front of the page in each frame.
+const FRAME_HEADER: usize = 24;
+
+/// What was found in a log before SQLite opened it. Frames count from 1.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Log {
+    /// The header is not one: SQLite reads nothing of this log.
+    broken: bool,
+    /// The last frame of this generation. Those of an earlier one, which are in the database by now, stay
+    /// behind it until they are overwritten.
+    last: u64,
+    /// The last one that ends a transaction.
+    last_commit: u64,
+    /// Another one has begun and is not whole.
+    torn: bool,
+}
+
+/// What SQLite has left out of a log.
+#[derive(Debug, PartialEq, Eq)]
+pub enum LeftOut {
+    /// Nothing.
+    Nothing,
+    /// Transactions that were complete once.
+    Transactions,
+    /// The beginning of a transaction, as after a kill in the middle of one.
+    Beginning,
+}
+
+impl Log {
+    /// Reads what is in front of each page of the log, which may not be there.
+    ///
+    /// # Errors
+    /// Where it cannot be read.
+    pub fn find(path: &Path) -> io::Result<Self> {
+        match File::open(path) {
+            Ok(file) => Self::read(&file, file.metadata()?.len()),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Self::default()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn read(file: &File, size: u64) -> io::Result<Self> {
+        let mut log = Self::default();
+        if size <= HEADER {
+            return Ok(log);
+        }
+        let mut header = [0; HEADER as usize];
+        file.read_exact_at(&mut header, 0)?;
+        let page = u64::from(number(&header, 8));
+        if !is_sound(&header) || page == 0 {
+            log.broken = true;
+            return Ok(log);
+        }
+        let frame = page + FRAME_HEADER as u64;
+        let salts = &header[16..24];
+        let mut at = HEADER;
+        let mut count = 0;
+        let mut bytes = [0; FRAME_HEADER];
+        while at + FRAME_HEADER as u64 <= size {
+            file.read_exact_at(&mut bytes, at)?;
+            count += 1;
+            let current = bytes[8..16] == *salts;
+            if at + frame > size {
+                log.torn = current;
+            } else if current {
+                log.last = count;
+                if number(&bytes, 4) > 0 {
+                    log.last_commit = count;
+                }
+            }
+            at += frame;
+        }
+        Ok(log)
+    }
+
+    /// What was left out, where SQLite has read so many frames.
+    pub fn left_out(&self, read: u64) -> LeftOut {
+        if self.broken || self.last_commit > read {
+            LeftOut::Transactions
+        } else if self.last > read || self.torn {
+            LeftOut::Beginning
+        } else {
+            LeftOut::Nothing
+        }
+    }
+}
+
+fn number(bytes: &[u8], at: usize) -> u32 {
+    bytes[at..at + 4]
+        .iter()
+        .fold(0, |number, byte| number << 8 | u32::from(*byte))
+}
+
+/// Whether the checksum in a header is right. The last bit of the first number tells the order of bytes
+/// that it was made with.
+fn is_sound(header: &[u8; HEADER as usize]) -> bool {
+    let magic = number(header, 0);
+    if magic & !1 != 0x377f_0682 {
+        return false;
+    }
+    let word = |at| match magic & 1 {
+        1 => number(header, at),
+        _ => number(header, at).swap_bytes(),
+    };
+    let (mut first, mut second) = (0_u32, 0_u32);
+    for at in (0..24).step_by(8) {
+        first = first.wrapping_add(word(at)).wrapping_add(second);
+        second = second.wrapping_add(word(at + 4)).wrapping_add(first);
+    }
+    (first, second) == (number(header, 24), number(header, 28))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rusqlite::Connection;
+    use std::fs;
+    use std::path::PathBuf;
+    use tempfile::TempDir;
+
+    const FRAME: usize = 4096 + FRAME_HEADER;
+
+    /// A log of two generations: the file has frames of the first behind those of the second.
+    fn log() -> (TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("a");
+        let connection = Connection::open(&file).unwrap();
+        connection
+            .execute_batch("PRAGMA journal_mode = WAL; CREATE TABLE t (x)")
+            .unwrap();
+        let insert = |count: usize| {
+            for _ in 0..count {
+                connection
+                    .execute("INSERT INTO t VALUES (zeroblob(9000))", [])
+                    .unwrap();
+            }
+        };
+        insert(20);
+        connection
+            .query_row("PRAGMA wal_checkpoint(RESTART)", [], |_| Ok(()))
+            .unwrap();
+        insert(5);
+        for [name, copy] in [["a", "b"], ["a-wal", "b-wal"]] {
+            fs::copy(folder.path().join(name), folder.path().join(copy)).unwrap();
+        }
+        let log = folder.path().join("b-wal");
+        (folder, log)
+    }
+
+    /// How many frames SQLite reads of a log, and what that leaves out.
+    fn left_out(log: &Path) -> (u64, LeftOut) {
+        let found = Log::find(log).unwrap();
+        let database = log.with_file_name("b");
+        let connection = Connection::open(database).unwrap();
+        let read = connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |row| row.get(1));
+        let read: i64 = read.unwrap();
+        (read.unsigned_abs(), found.left_out(read.unsigned_abs()))
+    }
+
+    fn change(log: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+        let mut bytes = fs::read(log).unwrap();
+        change(&mut bytes);
+        fs::write(log, bytes).unwrap();
+    }
+
+    #[test]
+    fn frames_of_an_earlier_generation_are_not_missed() {
+        let (_folder, path) = log();
+        let frames = fs::metadata(&path).unwrap().len() / FRAME as u64;
+        let (read, left_out) = left_out(&path);
+        assert!((5..frames).contains(&read), "{read} of {frames}");
+        assert_eq!(left_out, LeftOut::Nothing);
+    }
+
+    #[test]
+    fn a_log_that_is_not_there_or_empty_leaves_nothing_out() {
+        let (_folder, path) = log();
+        change(&path, Vec::clear);
+        assert_eq!(Log::find(&path).unwrap(), Log::default());
+        fs::remove_file(&path).unwrap();
+        assert_eq!(Log::find(&path).unwrap(), Log::default());
+    }
+
+    #[test]
+    fn what_is_behind_damage_is_missed() {
+        let whole = left_out(&log().1).0;
+        // In the header, in a frame's header, in its page.
+        for at in [3, 9, 17, 28, 32 + FRAME, 32 + FRAME + 9, 32 + FRAME + 999] {
+            let (_folder, path) = log();
+            change(&path, |bytes| bytes[at] ^= 0x40);
+            let (read, left_out) = left_out(&path);
+            assert!(read < whole, "byte {at}");
+            assert_eq!(left_out, LeftOut::Transactions, "byte {at}");
+        }
+    }
+
+    #[test]
+    fn a_transaction_that_was_cut_off_is_told_from_one_that_was_complete() {
+        let whole = usize::try_from(left_out(&log().1).0).unwrap();
+        for (bytes_off, expected) in [
+            (0, LeftOut::Nothing),
+            (1, LeftOut::Beginning),
+            (FRAME - FRAME_HEADER, LeftOut::Beginning),
+        ] {
+            let (_folder, path) = log();
+            change(&path, |bytes| {
+                bytes.truncate(32 + whole * FRAME - bytes_off)
+            });
+            assert_eq!(left_out(&path).1, expected, "{bytes_off} bytes off");
+        }
+    }
+}
