@@ -9,6 +9,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use support::{Destination, MARK, SECRET, Service, command, nowhere, payload, program, token};
 use tempfile::TempDir;
@@ -300,6 +301,52 @@ fn a_reader_who_stands_still_is_warned_of_and_cannot_fill_the_disk() {
         assert!(std::time::Instant::now() < deadline, "it is still full");
         std::thread::sleep(std::time::Duration::from_millis(50));
     }
+}
+
+#[test]
+fn a_disk_that_stalls_is_waited_for_and_holds_up_nobody_who_needs_none() {
+    let (url, _) = nowhere();
+    let service = Service::start(&[]);
+    // Longer than a request waits for its turn at any place.
+    let stall = "inject=fsync,fdatasync:delay_enter=15000000:when=1";
+    let mut strace = Command::new("strace")
+        .args(["-f", "-p", &service.pid().to_string()])
+        .args(["-e", "trace=fsync,fdatasync", "-e", stall])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(strace.stderr.take().unwrap()).lines();
+    if !lines.next().unwrap().unwrap().contains("attached") {
+        strace.wait().unwrap();
+        return support::not_run("strace may not attach to another process");
+    }
+    let answered = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // More than there are links, and threads that answer.
+        let all: Vec<_> = (0..100)
+            .map(|number| {
+                let (service, url, answered) = (&service, &url, &answered);
+                scope.spawn(move || {
+                    service.submit(url, &payload(number));
+                    answered.store(true, Ordering::Relaxed);
+                })
+            })
+            .collect();
+        // Each thread that syncs has its first call delayed.
+        for line in &mut lines {
+            if line.unwrap().contains("sync(") {
+                break;
+            }
+        }
+        assert_eq!(service.request("GET", "/status", &[], b"").status, 200);
+        assert!(!answered.load(Ordering::Relaxed));
+        for one in all {
+            one.join().unwrap();
+        }
+    });
+    assert_eq!(service.request("GET", "/status", &[], b"").status, 200);
+    strace.kill().unwrap();
+    strace.wait().unwrap();
 }
 
 /// The program under strace, which has the `nth` call of `call` fail. Strace is a grandchild, so that

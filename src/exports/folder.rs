@@ -156,8 +156,14 @@ impl Folder {
                 Ok(()) => {}
                 // Who may not read a folder has hardly created anything in it.
                 Err(error) if error.kind() == ErrorKind::PermissionDenied && path != self.path => {}
-                // A file system that has no sync for folders.
-                Err(error) if error.kind() == ErrorKind::InvalidInput => {}
+                // A file system that has no sync for folders, or is never written.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        ErrorKind::InvalidInput
+                            | ErrorKind::Unsupported
+                            | ErrorKind::ReadOnlyFilesystem
+                    ) => {}
                 Err(error) => return Err(unsynced(path, &error)),
             }
         }
