@@ -24,7 +24,7 @@ use crate::socket::is_timeout;
 
 /// How many links there are. More make nothing faster: each is in use for as long as tiny_http reads a
 /// request.
-const LINKS: usize = 16;
+const LINKS: usize = 8;
 /// How long a request waits until it can be sent.
 const TURN: Duration = Duration::from_secs(10);
 /// How long tiny_http may take to answer the request that proves a link, on a machine that has just
