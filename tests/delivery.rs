@@ -601,6 +601,8 @@ fn with_one_attempt_at_a_time_each_hanging_queue_costs_one() {
         "one after another"
     );
     assert_eq!(service.threads("worker"), 1);
+    // The log is written by a thread of its own, in order.
+    service.event("delivered", |_| true);
     let attempts = service
         .log()
         .iter()
