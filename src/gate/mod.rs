@@ -5,6 +5,24 @@
 //! answer in `waits`, and writes that to the client. So tiny_http sees only whole and well-formed
 //! requests, one at a time on each link, and whoever answers never waits for a slow client.
 //!
+//! What tiny_http 0.12 does to a server that lets clients at it, each seen, none to be mended from a
+//! handler, and tested in `tests/hostile.rs`:
+//!
+//! - A body that nobody reads is read when its request is dropped, into as much memory as its length
+//!   announces: a large number occupies a thread for as long, a huge one aborts the process.
+//! - A header line may be of any length, and is kept.
+//! - After one failed `accept`, or one thread that could not be started, it never accepts again.
+//! - It sets no timeouts: an idle connection costs a thread, and a slow body one of those who answer.
+//! - Of many connections at once it may forget some, as it miscounts its idle threads.
+//! - A client that resets its connection makes one of its threads panic.
+//! - Pipelined requests can stop everybody who answers, and its queue of requests has no bound.
+//! - A length that is no number counts as none, so that the body is read as the next request; and any
+//!   `Transfer-Encoding` counts as chunked.
+//! - TLS handshakes are made on the thread that accepts, with a rustls that spins on an early
+//!   close_notify (RUSTSEC-2024-0336).
+//! - It leaves Nagle's algorithm on, which costs 40 ms for each larger answer on a kept connection, and
+//!   panics at a weight of NaN in `TE`.
+//!
 //! Not here: what a request asks for and whether it may (`routes`).
 
 mod connection;
