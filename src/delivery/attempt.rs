@@ -80,9 +80,6 @@ pub enum Kind {
     Connect,
     /// The TLS handshake failed: most often the certificate.
     Tls,
-    /// The certificate is not valid yet. It is this machine's clock that is wrong, more likely: one
-    /// without a battery has to be told the time after each start.
-    TlsTooEarly,
     /// A step took longer than it may.
     Timeout,
     /// The connection ended before a response.
@@ -103,7 +100,7 @@ impl Kind {
         match self {
             Self::Dns => "dns",
             Self::Connect => "connect",
-            Self::Tls | Self::TlsTooEarly => "tls",
+            Self::Tls => "tls",
             Self::Timeout => "timeout",
             Self::Closed => "closed",
             Self::Protocol => "protocol",
@@ -285,7 +282,7 @@ impl Client {
                 ),
             ),
             ureq::Error::Io(error) => match tls::cause(error) {
-                Some(error) => (tls::kind(error), tls::explain(error, host)),
+                Some(error) => (Kind::Tls, tls::explain(error, host)),
                 None if step == Step::Connecting => (Kind::Connect, refusal(error, host)),
                 None if is_closed(error) && step == Step::Handshaking => (
                     Kind::Closed,

@@ -106,7 +106,6 @@ pub fn retry(
             Kind::Dns
             | Kind::Connect
             | Kind::Tls
-            | Kind::TlsTooEarly
             | Kind::ForbiddenAddress
             | Kind::ForbiddenHttp => Some(Retry {
                 to_end: false,
@@ -788,7 +787,6 @@ mod tests {
             (Kind::Protocol, true, true),
             // A certificate speaks of the destination.
             (Kind::Tls, true, false),
-            (Kind::TlsTooEarly, true, false),
             (Kind::ForbiddenAddress, false, false),
             (Kind::ForbiddenHttp, false, false),
         ] {

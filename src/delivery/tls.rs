@@ -16,7 +16,6 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{CertificateError, ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use time::OffsetDateTime;
 
-use super::attempt::Kind;
 use crate::socket::Socket;
 
 /// What certificates of destinations are verified against, and how.
@@ -69,16 +68,6 @@ impl fmt::Debug for Trust {
     /// Without the hundred roots.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Trust")
-    }
-}
-
-/// What kind of failure a failed handshake is.
-pub fn kind(error: &rustls::Error) -> Kind {
-    match error {
-        rustls::Error::InvalidCertificate(
-            CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. },
-        ) => Kind::TlsTooEarly,
-        _ => Kind::Tls,
     }
 }
 
