@@ -347,6 +347,14 @@ fn tls_clients_that_are_silent_or_say_only_goodbye_cost_nothing() {
     assert!(peak < MEMORY, "{peak} kB");
 }
 
+/// A connection on which no more than a beginning was sent.
+fn begun(service: &Service, beginning: &[u8]) -> TcpStream {
+    let mut stream = connect(service);
+    // It may have been closed already.
+    let _ = stream.write_all(beginning);
+    stream
+}
+
 /// Opens connections and sends a byte a second on each, and opens another for each that is closed.
 /// Counts how often.
 fn drip(
@@ -356,11 +364,7 @@ fn drip(
     over: &AtomicBool,
     come_back: &AtomicUsize,
 ) {
-    let open = || {
-        let mut stream = connect(service);
-        let _ = stream.write_all(beginning);
-        stream
-    };
+    let open = || begun(service, beginning);
     let mut streams: Vec<_> = (0..count).map(|_| open()).collect();
     while !over.load(Ordering::Relaxed) {
         for stream in &mut streams {
@@ -383,8 +387,7 @@ fn return_at_once(
     come_back: &AtomicUsize,
 ) {
     let open = || {
-        let mut stream = connect(service);
-        let _ = stream.write_all(beginning);
+        let stream = begun(service, beginning);
         stream.set_nonblocking(true).unwrap();
         stream
     };
