@@ -67,11 +67,9 @@ pub struct Config {
     pub place: Place,
     /// Threads that serve requests.
     pub threads: usize,
-    /// How long results are kept after they are finished.
-    pub retention: Duration,
     /// How connections are treated.
     pub connections: gate::Settings,
-    /// How much may wait or be kept.
+    /// How much may wait or be kept, and for how long.
     pub limits: Limits,
     /// How attempts are made.
     pub attempts: attempt::Settings,
@@ -547,7 +545,6 @@ impl ServeArgs {
                 Place::Folder(self.data_dir)
             },
             threads: self.threads,
-            retention: self.retention,
             connections: gate::Settings {
                 limits: slots::Limits {
                     connections: self.max_connections,
@@ -560,9 +557,10 @@ impl ServeArgs {
             limits: Limits {
                 max_pending: self.max_pending,
                 max_store: self.max_store,
+                retention: self.retention,
+                give_up_after: self.give_up_after,
             },
             worker: worker::Settings {
-                give_up_after: self.give_up_after,
                 retry_on,
                 plain_allowed: !rules.allowed.is_empty(),
                 max_concurrent_attempts,
@@ -771,7 +769,7 @@ mod tests {
         assert_eq!((config.name.as_str(), config.threads), ("me", 3));
         assert_eq!(config.place.folder(), Some(Path::new("/tmp/x")));
         assert_eq!(config.limits.max_store, 300_000);
-        assert_eq!(config.retention, Duration::from_secs(7200));
+        assert_eq!(config.limits.retention, Duration::from_secs(7200));
         assert_eq!(config.log_format, Format::Json);
         let secret = |text: &str| {
             let arguments = ["export-service", "--secret", text];

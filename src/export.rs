@@ -15,23 +15,21 @@ use crate::memory::Reservation;
 /// Milliseconds: of running time here, of Unix time where it says so.
 pub type Millis = i64;
 
-/// Which queue an export waits in.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct QueueKey {
-    /// The identifier of the macaroon it came with.
-    pub owner: Arc<[u8]>,
-    /// The URL it goes to.
-    pub destination: Arc<str>,
-}
+/// A queue's number in the store. A queue holds the exports of one owner to one destination.
+pub type QueueId = i64;
 
-/// An export that has still to be delivered.
+/// An export that has still to be delivered. Its payload is in the store.
 #[derive(Clone, Debug)]
 pub struct Export {
-    /// Which export.
+    /// Its public id.
     pub id: Uuid,
-    /// Whose it is and where it goes.
-    pub key: QueueKey,
-    /// Where it goes, again as a checked URL.
+    /// Its row in the store.
+    pub seq: i64,
+    /// The queue it waits in.
+    pub queue: QueueId,
+    /// Its position there: lower ones are delivered first.
+    pub turn: i64,
+    /// Where it goes.
     pub destination: Destination,
     /// When it was accepted.
     pub accepted_at: Millis,
@@ -39,6 +37,15 @@ pub struct Export {
     pub attempts: u32,
     /// When it was first moved to the end of its queue, if it was.
     pub first_moved_at: Option<Millis>,
+}
+
+/// How an export is tried again after an attempt that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retry {
+    /// Whether the export itself seems to be the cause: it goes to the end of its queue then.
+    pub to_end: bool,
+    /// The least wait, which the destination asked for.
+    pub least_wait: Millis,
 }
 
 /// How far a queue's backoff has come.
@@ -134,16 +141,6 @@ pub struct LastError<'a> {
     pub kind: &'static str,
     /// What went wrong, for people.
     pub message: &'a str,
-}
-
-/// Why and how long a queue waits after an attempt of its.
-pub struct Delay<'a> {
-    /// Why the attempt failed.
-    pub error: LastError<'a>,
-    /// The queue's backoff from now on.
-    pub backoff: Backoff,
-    /// How long until there can be another attempt.
-    pub wait: Duration,
 }
 
 /// Why an export has no response of its destination's.

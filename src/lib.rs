@@ -8,16 +8,17 @@
 //!    answer in [`waits`].
 //! 4. [`routes`] turns a request into a command; no I/O. It asks [`auth`] what the request's macaroon
 //!    allows; the key to check it with was given, or [`arbiter`] has fetched it.
-//! 5. [`exports`] carries the command out: it writes submissions to the store, parks long polls,
-//!    and answers when there is something to say. What it says becomes a response in [`answer`].
-//! 6. [`delivery`] is the worker: it decides whose turn it is, POSTs one export after the other to
-//!    its destination, and hands each result back to [`exports`].
+//! 5. [`exports`] carries the command out: it writes submissions to the store, which is the queue too,
+//!    parks long polls, and answers through [`reply`] when there is something to say. What it says becomes a
+//!    response in [`answer`].
+//! 6. [`delivery`] is the worker: it asks [`exports`] whose turn it is, POSTs one export after the other to
+//!    its destination, and reports each result back.
 //!
 //! The nouns, which [`export`] and [`destination`] define: an *export* is one payload on its way to one
 //! *destination*; its *owner* is the identifier of the *macaroon* it came with; a *caveat* limits what a
 //! macaroon is good for; a *long poll* is *parked* while it waits; an *attempt* is one POST, its *outcome* an
 //! answer or a failure; exports of one owner to one destination wait in one *queue*, which has a *backoff*
-//! after failures; an export that has its *result* is *finished*, and *settled* once that is stored.
+//! after failures; an export is *finished* once its *result* is stored.
 //!
 //! Below all of them: [`logging`] says what may be shown, [`threads`] makes a panic the end of the
 //! process, [`dial`] looks names up and connects, [`socket`] has one deadline for all that it does, [`memory`]
@@ -40,6 +41,7 @@ pub mod exports;
 pub mod gate;
 pub mod logging;
 pub mod memory;
+pub mod reply;
 pub mod routes;
 pub mod server;
 pub mod socket;

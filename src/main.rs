@@ -9,13 +9,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use clap::Parser;
-use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, bounded};
 use export_service::auth::secret::Secret;
 use export_service::config::{Cli, Command, Config, SecretSource};
 use export_service::delivery::attempt::Client;
 use export_service::delivery::worker;
 use export_service::exports::Exports;
-use export_service::exports::store::{Place, Writer};
+use export_service::exports::store::{Place, Store};
 use export_service::gate::Gate;
 use export_service::gate::tls::Identity;
 use export_service::routes::Policy;
@@ -100,9 +100,8 @@ fn serve(mut config: Config) -> Result<(), String> {
     })?;
     let address = listener.local_addr().map_err(|error| error.to_string())?;
 
-    let writer = Writer::open(&config.place).map_err(|error| error.to_string())?;
-    let (queue, queued) = unbounded();
-    let (exports, recorder) = Exports::open(writer, config.retention, config.limits, queue)
+    let store = Store::open(&config.place).map_err(|error| error.to_string())?;
+    let (exports, writer, woken) = Exports::open(store, config.limits)
         .map_err(|error| format!("cannot read the stored exports: {error}"))?;
     log::info!(
         version = env!("CARGO_PKG_VERSION"), name = config.name.as_str(),
@@ -112,17 +111,20 @@ fn serve(mut config: Config) -> Result<(), String> {
 
     let secret = secret(config.secret, &config.place);
 
-    // The recorder and the worker stop when these are dropped.
-    let (stop_recorder, recorder_stopping) = bounded(0);
+    // These threads stop when the first halves are dropped.
+    let (stop_writer, writer_stopping) = bounded::<()>(0);
     let (stop_worker, worker_stopping) = bounded::<()>(0);
-    let recorder = threads::spawn("recorder", move || recorder.run(&recorder_stopping));
-    let waiting = exports.clone();
-    let waiter = threads::spawn("waiter", move || waiting.answer_parked());
+    let (stop_checkpoints, checkpoints_stopping) = bounded::<()>(0);
+    let writer = threads::spawn("writer", move || writer.run(&writer_stopping));
+    let written = exports.clone();
+    let checkpoints = threads::spawn("checkpoints", move || {
+        written.make_checkpoints(&checkpoints_stopping);
+    });
     // With --port 0 the port is known only now.
     config.attempts.rules.own_port = address.port();
     let client = Client::new(config.attempts);
     let worker_ended = worker::start(
-        queued,
+        woken,
         worker_stopping,
         exports.clone(),
         client,
@@ -159,16 +161,18 @@ fn serve(mut config: Config) -> Result<(), String> {
     // First, so that it begins no other attempt meanwhile.
     drop(stop_worker);
     gate.close();
-    exports.close();
+    // Parked polls hear what state their exports have.
+    waits.hurry();
     // All that was sent on is answered, before those who answer it stop.
     waits.wait_until_answered(Instant::now() + LAST_ANSWERS);
     server.stop();
-    waiter.ends_within(LAST_ANSWERS);
     gate.drain(LAST_ANSWERS);
     // Nothing is ever sent: it is closed at the end of the last attempt.
     let _ = worker_ended.recv_timeout(LAST_ATTEMPT);
-    drop::<Sender<()>>(stop_recorder);
-    recorder.ends_within(LAST_COMMIT);
+    drop(stop_checkpoints);
+    checkpoints.ends_within(LAST_COMMIT);
+    drop(stop_writer);
+    writer.ends_within(LAST_COMMIT);
     log::info!(unfinished = exports.unfinished(); "stopped");
     logging::flush();
     Ok(())

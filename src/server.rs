@@ -19,10 +19,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use uuid::Uuid;
 
-use crate::answer::{self, Refusal};
-use crate::export::View;
-use crate::exports::{Exports, Reply};
-use crate::logging;
+use crate::answer;
+use crate::exports::Exports;
+use crate::reply::{Reply, RequestLine};
 use crate::routes::{self, Command, Policy, Request};
 use crate::threads::{self, Thread};
 use crate::waits::{Answerer, Waits};
@@ -181,17 +180,23 @@ impl Service {
         match decided {
             Ok(Command::Status) => answerer.put(answer::status()),
             Ok(Command::Submit(submission, wait)) => {
-                let reply = reply(request, answerer);
+                let reply = Reply {
+                    to: answerer,
+                    line: line(request),
+                };
                 self.exports
                     .submit(submission, received, received + wait, reply);
             }
             Ok(Command::Poll(query, wait)) => {
                 log::debug!(id:% = query.id; "poll");
-                let reply = reply(request, answerer);
+                let reply = Reply {
+                    to: answerer,
+                    line: line(request),
+                };
                 self.exports.poll(&query, received + wait, reply);
             }
             Err(refusal) => {
-                log_refusal(&RequestLine::of(request), &refusal);
+                line(request).refused(&refusal);
                 answerer.put(answer::refusal(&refusal));
             }
         }
@@ -215,42 +220,10 @@ fn header<'a>(request: &'a tiny_http::Request, name: &'static str) -> Option<&'a
     found.map(|header| header.value.as_str())
 }
 
-/// What is logged of a request that is refused later.
-struct RequestLine {
-    method: String,
-    target: String,
-    client: String,
-}
-
-impl RequestLine {
-    fn of(request: &tiny_http::Request) -> Self {
-        Self {
-            method: request.method().as_str().to_owned(),
-            target: request.url().to_owned(),
-            client: header(request, CLIENT).unwrap_or_default().to_owned(),
-        }
+fn line(request: &tiny_http::Request) -> RequestLine {
+    RequestLine {
+        method: request.method().as_str().to_owned(),
+        target: request.url().to_owned(),
+        client: header(request, CLIENT).unwrap_or_default().to_owned(),
     }
-}
-
-/// The means to answer a request later, from another thread.
-fn reply(request: &tiny_http::Request, answerer: Answerer) -> Reply {
-    let line = RequestLine::of(request);
-    Box::new(move |result: Result<View, _>| match result {
-        Ok(view) => answerer.put(answer::view(&view)),
-        Err(error) => {
-            let refusal = Refusal::Export(error);
-            log_refusal(&line, &refusal);
-            answerer.put(answer::refusal(&refusal));
-        }
-    })
-}
-
-fn log_refusal(line: &RequestLine, refusal: &Refusal) {
-    logging::refused(
-        &line.method,
-        &line.target,
-        refusal.status(),
-        refusal,
-        &line.client,
-    );
 }

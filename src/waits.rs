@@ -8,10 +8,10 @@
 use std::collections::HashMap;
 use std::mem;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::answer::Response;
 
@@ -21,12 +21,14 @@ pub struct Waits {
     /// Held for moments only.
     entries: Mutex<HashMap<u64, Arc<Entry>>>,
     last: AtomicU64,
+    hurried: AtomicBool,
 }
 
 #[derive(Default)]
 struct Entry {
     state: Mutex<State>,
     changed: Condvar,
+    hurried: AtomicBool,
 }
 
 #[derive(Default)]
@@ -35,8 +37,14 @@ enum State {
     #[default]
     Idle,
     /// A request is under way.
-    Asked,
+    Asked(Option<Later>),
     Answered(Response),
+}
+
+/// What is to be done where there is no answer by then.
+struct Later {
+    at: Instant,
+    act: Box<dyn FnOnce() + Send>,
 }
 
 impl Waits {
@@ -44,7 +52,11 @@ impl Waits {
     pub fn enter(self: &Arc<Self>) -> Wait {
         // Relaxed: the numbers differ, and that is all.
         let number = self.last.fetch_add(1, Ordering::Relaxed) + 1;
-        let entry = Arc::<Entry>::default();
+        let entry = Arc::new(Entry {
+            // Whoever enters after `hurry` has looked sees this.
+            hurried: AtomicBool::new(self.hurried.load(Ordering::SeqCst)),
+            ..Entry::default()
+        });
         self.entries.lock().insert(number, entry.clone());
         Wait {
             waits: self.clone(),
@@ -58,12 +70,24 @@ impl Waits {
         self.entries.lock().get(&number).cloned().map(Answerer)
     }
 
+    /// From now on all that was put off by [`Answerer::at`] is done at once.
+    pub fn hurry(&self) {
+        self.hurried.store(true, Ordering::SeqCst);
+        let entries: Vec<_> = self.entries.lock().values().cloned().collect();
+        for entry in entries {
+            entry.hurried.store(true, Ordering::SeqCst);
+            // So that it is not between looking and waiting.
+            drop(entry.state.lock());
+            entry.changed.notify_all();
+        }
+    }
+
     /// Waits until no request is under way, until `deadline` at the latest.
     pub fn wait_until_answered(&self, deadline: Instant) {
         let entries: Vec<_> = self.entries.lock().values().cloned().collect();
         for entry in entries {
             let mut state = entry.state.lock();
-            while matches!(*state, State::Asked) {
+            while matches!(*state, State::Asked(_)) {
                 if entry.changed.wait_until(&mut state, deadline).timed_out() {
                     return;
                 }
@@ -87,7 +111,7 @@ impl Wait {
 
     /// A request is about to be sent. An answer to an earlier one is forgotten.
     pub fn ask(&self) {
-        *self.entry.state.lock() = State::Asked;
+        self.entry.set(State::Asked(None));
     }
 
     /// The answer to the request. Blocks until it is there, for `limit` at the most, and looks every
@@ -101,29 +125,53 @@ impl Wait {
         let deadline = Instant::now() + limit;
         let mut state = self.entry.state.lock();
         loop {
-            if let State::Answered(response) = &mut *state {
-                let response = mem::take(response);
-                *state = State::Idle;
-                return Some(response);
+            let mut until = (Instant::now() + interval).min(deadline);
+            match &mut *state {
+                State::Answered(response) => {
+                    let response = mem::take(response);
+                    *state = State::Idle;
+                    return Some(response);
+                }
+                State::Asked(Some(later)) if !self.entry.is_due(later) => {
+                    until = until.min(later.at)
+                }
+                State::Asked(later) => {
+                    if let Some(later) = later.take() {
+                        MutexGuard::unlocked(&mut state, later.act);
+                        continue;
+                    }
+                }
+                State::Idle => {}
             }
-            let until = (Instant::now() + interval).min(deadline);
             if self.entry.changed.wait_until(&mut state, until).timed_out()
-                && matches!(*state, State::Asked)
+                && matches!(*state, State::Asked(_))
                 && (Instant::now() >= deadline || !is_wanted())
             {
-                *state = State::Idle;
-                self.entry.changed.notify_all();
+                drop(state);
+                self.entry.set(State::Idle);
                 return None;
             }
         }
     }
 }
 
+impl Entry {
+    fn is_due(&self, later: &Later) -> bool {
+        later.at <= Instant::now() || self.hurried.load(Ordering::SeqCst)
+    }
+
+    fn set(&self, state: State) {
+        // Dropped without the lock: it may hold what has a lock of its own.
+        let before = mem::replace(&mut *self.state.lock(), state);
+        drop(before);
+        self.changed.notify_all();
+    }
+}
+
 impl Drop for Wait {
     fn drop(&mut self) {
         self.waits.entries.lock().remove(&self.number);
-        *self.entry.state.lock() = State::Idle;
-        self.entry.changed.notify_all();
+        self.entry.set(State::Idle);
     }
 }
 
@@ -136,16 +184,28 @@ impl Answerer {
     /// or no longer waits, nobody hears of it.
     pub fn put(&self, response: Response) {
         let mut state = self.0.state.lock();
-        if matches!(*state, State::Asked) {
-            *state = State::Answered(response);
+        if matches!(*state, State::Asked(_)) {
+            let before = mem::replace(&mut *state, State::Answered(response));
             drop(state);
             self.0.changed.notify_all();
+            drop(before);
         }
     }
 
-    /// Whether the connection still waits.
-    pub fn is_wanted(&self) -> bool {
-        matches!(*self.0.state.lock(), State::Asked)
+    /// Has the connection's own thread `act` at this time, unless there is an answer by then: it is there
+    /// and has nothing else to do. `act` is dropped where the connection goes away before, and should
+    /// put an answer if it is called. Does not block.
+    pub fn at(&self, time: Instant, act: impl FnOnce() + Send + 'static) {
+        let mut state = self.0.state.lock();
+        // Else `act` is dropped, after the lock.
+        if let State::Asked(later) = &mut *state {
+            *later = Some(Later {
+                at: time,
+                act: Box::new(act),
+            });
+            drop(state);
+            self.0.changed.notify_all();
+        }
     }
 }
 
@@ -188,12 +248,10 @@ mod tests {
         let answerer = waits.answerer(wait.number()).unwrap();
         answerer.put(response(1));
         wait.ask();
-        assert!(answerer.is_wanted());
         assert!(wait.answer(LONG, OFTEN, || false).is_none());
         answerer.put(response(2));
         wait.ask();
         assert!(wait.answer(OFTEN, LONG, || true).is_none());
-        assert!(!answerer.is_wanted());
         drop(wait);
         answerer.put(response(3));
         assert!(waits.entries.lock().is_empty());

@@ -313,10 +313,11 @@ fn a_lost_payload_ends_no_backoff_of_its_queue() {
         .collect();
     service.reports(3);
     let database = service.folder().join("exports.db");
+    let id: uuid::Uuid = ids[0].parse().unwrap();
     let service = service.kill_and_restart_after(|| {
         rusqlite::Connection::open(&database)
             .unwrap()
-            .execute("UPDATE exports SET payload = NULL WHERE id = ?", [&ids[0]])
+            .execute("UPDATE exports SET payload = NULL WHERE id = ?", [id])
             .unwrap();
     });
     let result = service.result(&url, &ids[0]);

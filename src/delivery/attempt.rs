@@ -1,7 +1,7 @@
 //! One attempt: one POST over ureq within one limit of time, and what came of it.
 //!
 //! Not here: how the destination is found and reached ([`super::connect`]), whether a failed attempt is tried
-//! again ([`super::schedule`]), and what the app is told of it.
+//! again ([`super::retry`]), and what the app is told of it.
 
 use std::fmt;
 use std::io::{self, ErrorKind, Read};

@@ -6,7 +6,7 @@ pub mod addresses;
 pub mod attempt;
 pub mod connect;
 pub mod response;
-pub mod schedule;
+pub mod retry;
 pub mod signature;
 pub mod tls;
 pub mod worker;

@@ -1,13 +1,13 @@
 //! The worker: takes what is due, makes one attempt, hands over what came of it, and repeats.
 //!
-//! Leader and followers: exactly one thread has the *lead* at any time, which is the schedule with all
-//! that feeds it, and decides. Before an attempt it hands the lead over. If the attempt is over soon,
+//! Leader and followers: exactly one thread has the *lead* at any time, with all that feeds it, and
+//! decides. Before an attempt it hands the lead over. If the attempt is over soon,
 //! it takes the lead back; if not, the follower takes it and goes on, and the thread that is stuck
 //! reports to it later. So the usual case costs one thread (and a follower for a while), a distant
 //! destination does not slow the others down, and a hanging one holds up nobody.
 //!
-//! Not here: whose turn it is ([`super::schedule`]), how a POST is made ([`super::attempt`]) and
-//! how a result is kept (`exports`).
+//! Not here: whose turn it is and how a result is kept (`exports`), how a POST is made
+//! ([`super::attempt`]), and what is tried again ([`super::retry`]).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -19,10 +19,11 @@ use parking_lot::{Condvar, Mutex};
 use ureq::http::StatusCode;
 
 use super::attempt::{Answer, Client, Failure, Kind, Outcome};
-use super::schedule::{Failed, Next, Schedule, is_hopeless, retry};
-use crate::backoff::chance;
-use crate::export::{Delay, Export, ExtResponse, FailureReport, LastError, Millis};
-use crate::exports::{Exports, Queued};
+use super::retry::{is_hopeless, retry};
+use crate::export::{Export, ExtResponse, FailureReport, LastError};
+use crate::exports::Exports;
+use crate::exports::attempts::{GivenUp, Taken, Work};
+use crate::exports::queues::Turn;
 use crate::logging::millis;
 use crate::threads;
 
@@ -34,8 +35,6 @@ const FOLLOWING: Duration = Duration::from_secs(10);
 /// How the worker goes about its work.
 #[derive(Debug)]
 pub struct Settings {
-    /// How long a queue has to fail for its exports to be given up.
-    pub give_up_after: Duration,
     /// Statuses that count as failed attempts.
     pub retry_on: Vec<u16>,
     /// Whether there is any network that plain `http` may go to.
@@ -44,10 +43,11 @@ pub struct Settings {
     pub max_concurrent_attempts: usize,
 }
 
-/// Starts the worker. It delivers what comes through `queue` until `stop` is dropped; attempts
-/// under way then are still finished. What is returned is closed after the last of them.
+/// Starts the worker. It delivers what there is, and looks again whenever something comes through
+/// `woken`, until `stop` is dropped; attempts under way then are still finished. What is returned is
+/// closed after the last of them.
 pub fn start(
-    queue: Receiver<Queued>,
+    woken: Receiver<()>,
     stop: Receiver<()>,
     exports: Arc<Exports>,
     client: Client,
@@ -56,8 +56,7 @@ pub fn start(
     let (running, ended) = bounded(0);
     let (reports, reported) = unbounded();
     let lead = Lead {
-        schedule: Schedule::new(settings.give_up_after),
-        queue,
+        woken,
         reported,
         stop,
         under_way: 0,
@@ -78,8 +77,7 @@ pub fn start(
 
 /// What only the thread that leads may touch.
 struct Lead {
-    schedule: Schedule,
-    queue: Receiver<Queued>,
+    woken: Receiver<()>,
     /// From threads that have lost the lead.
     reported: Receiver<Report>,
     stop: Receiver<()>,
@@ -90,10 +88,16 @@ struct Lead {
     _running: Sender<()>,
 }
 
-/// What came of an attempt.
+/// A turn that is over.
 struct Report {
-    export: Export,
     failing: bool,
+    /// None where there was nothing to send.
+    attempt: Option<Attempt>,
+}
+
+/// What came of an attempt.
+struct Attempt {
+    export: Export,
     bytes: usize,
     took: Duration,
     outcome: Outcome,
@@ -148,16 +152,16 @@ impl Workers {
     /// Decides and makes attempts for as long as this thread has the lead. True where it has lost it
     /// and is to follow now; false where it is no longer needed.
     fn work(self: &Arc<Self>, mut lead: Box<Lead>) -> bool {
-        while let Some((export, failing, slow)) = lead.next(self) {
+        while let Some(turn) = lead.next(self) {
             lead.under_way += 1;
-            lead.failing_under_way += usize::from(failing);
+            lead.failing_under_way += usize::from(turn.failing);
             if self.most_without_lead() == 0 {
-                let report = self.attempt(export, failing);
+                let report = self.attempt(&turn);
                 lead.book(report, self);
                 continue;
             }
-            self.hand_over(lead, slow);
-            let report = self.attempt(export, failing);
+            self.hand_over(lead, turn.slow);
+            let report = self.attempt(&turn);
             match self.take_back() {
                 Some(taken) => {
                     lead = taken;
@@ -261,8 +265,15 @@ impl Workers {
         }
     }
 
-    fn attempt(&self, export: Export, failing: bool) -> Report {
-        let payload = self.exports.begin(export.id);
+    fn attempt(&self, turn: &Turn) -> Report {
+        let taken = self.exports.begin(turn);
+        Report {
+            failing: turn.failing,
+            attempt: taken.map(|taken| self.post(taken)),
+        }
+    }
+
+    fn post(&self, Taken { export, payload }: Taken) -> Attempt {
         log::trace!(id:% = export.id, destination = export.destination.origin(); "attempt");
         let started = Instant::now();
         let outcome = match &payload {
@@ -272,16 +283,15 @@ impl Workers {
             }
             None => Outcome::Failed(Failure {
                 kind: Kind::Lost,
-                message: "the payload is not in the store any more: it was damaged, or somebody removed it"
-                    .into(),
+                message:
+                    "the payload is no longer in the store: it was damaged, or somebody removed it"
+                        .into(),
                 connected: false,
             }),
         };
-        let bytes = payload.map_or(0, |payload| payload.len());
-        Report {
+        Attempt {
             export,
-            failing,
-            bytes,
+            bytes: payload.map_or(0, |payload| payload.len()),
             took: started.elapsed(),
             outcome,
         }
@@ -312,11 +322,10 @@ impl Workers {
 }
 
 impl Lead {
-    /// Waits for the next export to try, and books what is reported meanwhile. `None` when it is
+    /// Waits for the next turn, and books what is reported meanwhile. `None` when it is
     /// time to stop and nothing is under way any more.
-    fn next(&mut self, workers: &Workers) -> Option<(Export, bool, bool)> {
+    fn next(&mut self, workers: &Workers) -> Option<Turn> {
         loop {
-            self.take_in(workers);
             while let Ok(report) = self.reported.try_recv() {
                 self.book(report, workers);
             }
@@ -327,27 +336,10 @@ impl Lead {
                 }
                 return None;
             }
-            let now = workers.exports.running();
-            match self.schedule.next(now, self.may_try_failing(workers)) {
-                Next::Attempt {
-                    export,
-                    failing,
-                    slow,
-                } => return Some((export, failing, slow)),
-                Next::GiveUp(export) => {
-                    let (kind, message) = workers.exports.trouble(export.id).unwrap_or_else(|| {
-                        // Not reached: its queue has failed, and that has a reason.
-                        (
-                            Kind::Timeout.name().into(),
-                            "there was no turn in time".into(),
-                        )
-                    });
-                    self.give_up(&export, kind, message, None, workers);
-                }
-                Next::Wait(at) => {
-                    let wait = at.map_or(Duration::MAX, |at| until(at, now));
-                    self.wait(wait, workers);
-                }
+            match workers.exports.next(self.may_try_failing(workers)) {
+                Work::Attempt(turn) => return Some(turn),
+                Work::GiveUp(given_up) => give_up(given_up, workers),
+                Work::Wait(wait) => self.wait(wait.unwrap_or(Duration::MAX), workers),
             }
         }
     }
@@ -365,9 +357,7 @@ impl Lead {
         let at = Instant::now().checked_add(wait);
         let timer = at.map_or_else(crossbeam_channel::never, crossbeam_channel::at);
         select! {
-            recv(self.queue) -> queued => if let Ok(Queued { export, resume }) = queued {
-                self.schedule.add(export, resume, workers.exports.running());
-            },
+            recv(self.woken) -> _ => {}
             recv(self.reported) -> report => if let Ok(report) = report {
                 self.book(report, workers);
             },
@@ -376,90 +366,68 @@ impl Lead {
         }
     }
 
-    fn take_in(&mut self, workers: &Workers) {
-        while let Ok(Queued { export, resume }) = self.queue.try_recv() {
-            self.schedule.add(export, resume, workers.exports.running());
-        }
-    }
-
     /// Decides what an attempt's outcome means, and tells the exports.
     fn book(&mut self, report: Report, workers: &Workers) {
-        // The end of a queue is behind all that has been accepted by now.
-        self.take_in(workers);
-        let Report {
+        self.under_way -= 1;
+        self.failing_under_way -= usize::from(report.failing);
+        let Some(attempt) = report.attempt else {
+            return;
+        };
+        let Attempt {
             export,
-            failing,
             bytes,
             took,
             outcome,
-        } = report;
-        self.under_way -= 1;
-        self.failing_under_way -= usize::from(failing);
-        let now = workers.exports.running();
+        } = attempt;
         let Settings {
             retry_on,
             plain_allowed,
             ..
         } = &workers.settings;
-        let wall_clock = SystemTime::now();
         let destination = &export.destination;
-        let again = retry(&outcome, destination, *plain_allowed, retry_on, wall_clock);
+        let again = retry(
+            &outcome,
+            destination,
+            *plain_allowed,
+            retry_on,
+            SystemTime::now(),
+        );
         log_attempt(&export, bytes, took, &outcome, again.is_some());
-        let Some(again) = again else {
-            let (id, attempts) = (export.id, export.attempts + 1);
-            return match outcome {
-                Outcome::Answered(answer) => {
-                    self.schedule.answered(&export.key, took, now);
-                    workers.exports.settle(id, answered(answer), true);
+        match (again, outcome) {
+            (Some(again), outcome) => {
+                let (kind, message) = words(&outcome, &export);
+                let error = LastError {
+                    kind,
+                    message: &message,
+                };
+                if let Some(given_up) = workers.exports.failed(export, again, &error, took) {
+                    give_up(given_up, workers);
                 }
-                Outcome::Failed(failure) => {
-                    self.schedule.ended(&export.key, now);
-                    let kind = failure.kind.name().into();
-                    let result = failed(kind, failure.message, attempts);
-                    workers.exports.settle(id, result, false);
-                }
-            };
-        };
-        let Failed {
-            export,
-            backoff,
-            given_up,
-        } = self.schedule.failed(export, again, took, chance(), now);
-        let (kind, message) = words(&outcome, &export);
-        let delay = Delay {
-            error: LastError {
-                kind,
-                message: &message,
-            },
-            backoff,
-            wait: until(backoff.not_before, now),
-        };
-        if given_up {
-            self.give_up(&export, kind.into(), message.clone(), Some(&delay), workers);
-        } else {
-            workers.exports.postpone(&export, &delay, again.to_end);
+            }
+            (None, Outcome::Answered(answer)) => {
+                workers.exports.answered(&export, answered(answer), took);
+            }
+            (None, Outcome::Failed(failure)) => {
+                let kind = failure.kind.name().into();
+                let result = failed(kind, failure.message, export.attempts + 1);
+                workers.exports.ended(&export, result);
+            }
         }
-    }
-
-    /// Finishes an export that has been tried for long enough, with the last error. `delay` is
-    /// there where that is the one of an attempt that has just failed.
-    fn give_up(
-        &self,
-        export: &Export,
-        kind: String,
-        message: String,
-        delay: Option<&Delay<'_>>,
-        workers: &Workers,
-    ) {
-        log::warn!(id:% = export.id, attempts = export.attempts; "given up");
-        let result = failed(kind, message, export.attempts);
-        let last = !self.schedule.has_waiting(&export.key);
-        workers.exports.give_up(export, result, delay, last);
     }
 }
 
-fn until(at: Millis, now: Millis) -> Duration {
-    Duration::from_millis(at.saturating_sub(now).max(0).unsigned_abs())
+/// Finishes an export that has been tried for long enough, with the last error.
+fn give_up(mut given_up: GivenUp, workers: &Workers) {
+    let Export { id, attempts, .. } = given_up.export;
+    log::warn!(id:%, attempts; "given up");
+    let (kind, message) = given_up.reason.take().unwrap_or_else(|| {
+        // Not reached: its queue has failed, and that has a reason.
+        let message = "there was no turn in time";
+        (Kind::Timeout.name().into(), message.into())
+    });
+    workers
+        .exports
+        .give_up(given_up, failed(kind, message, attempts));
 }
 
 fn log_attempt(export: &Export, bytes: usize, took: Duration, outcome: &Outcome, again: bool) {

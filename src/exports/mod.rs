@@ -1,46 +1,49 @@
-//! The life of an export: submitted, polled, settled.
+//! The life of an export: submitted, polled, delivered, finished.
 //!
-//! [`Exports`] is what requests and the worker share. A submission goes to the [`recorder`], which
+//! [`Exports`] is what requests and the worker share. A submission goes to the [`writer`], which
 //! writes everything that waits in one transaction, tells the worker, and only then answers:
-//! accepted means durable. Unfinished exports are in [`states`] and in the store,
-//! finished ones in the store alone.
+//! accepted means durable. Every export is in the [`store`] and nowhere else; what is known of their
+//! queues is in [`queues`], and who waits for a result in `parked`.
 //!
 //! Not here: HTTP (`routes`, `server`), and how a payload reaches its destination (`delivery`).
 
-mod folder;
-pub mod recorder;
-mod salvage;
-pub mod states;
+pub mod attempts;
+mod checkpoint;
+mod clock;
+mod parked;
+pub mod queues;
 pub mod store;
-mod wal;
+pub mod writer;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, TrySendError, bounded};
-use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use parking_lot::{Mutex, MutexGuard};
+use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::auth::Grant;
-use crate::destination::{BadUrl, Destination};
-use crate::export::{Backoff, Delay, Error, Export, ExtResponse, FailureReport};
-use crate::export::{Millis, QueueKey, View};
-use recorder::Recorder;
-pub use states::Reply;
-use states::{Poll, Progress, States, Trouble};
-use store::{Change, IdempotencyKey, NewExport, News, QueueNews, Reader, Report};
-use store::{Stored, StoredQueue, Unfinished, Writer};
+use crate::destination::Destination;
+use crate::export::{Error, Millis, State, View};
+use crate::reply::Reply;
+use checkpoint::Checkpoint;
+use clock::Clock;
+use parked::Parked;
+use queues::{Progress, Queues};
+use store::{IdempotencyKey, NewExport, News, Reader, Report, Store, Stored};
+use writer::{Incoming, Writer};
 
-/// Submissions that may wait for the recorder; with more the disk is not keeping up.
+/// Submissions that may wait for the writer; with more the disk is not keeping up.
 const WAITING: usize = 1024;
-/// Bytes of payload that may wait for the recorder.
+/// Bytes of payload that may wait for the writer.
 const WAITING_BYTES: usize = 16 * 1024 * 1024;
-/// Reports that may wait for the recorder, before the worker waits for it too.
-const UNWRITTEN_REPORTS: usize = 64;
+/// Reports that may wait for the writer, before the worker waits for it too: so many exports may be sent
+/// again after a crash.
+const UNWRITTEN_REPORTS: usize = 256;
 
 impl From<store::Error> for Error {
     fn from(error: store::Error) -> Self {
@@ -74,45 +77,50 @@ pub struct Query {
 }
 
 impl Query {
-    fn may_see(&self, owner: &[u8], destination: &str) -> bool {
+    fn may_see(&self, stored: &Stored) -> bool {
+        let Stored {
+            owner, destination, ..
+        } = stored;
+        let said = self.destination.as_ref();
         self.grant.owner() == owner
             && self.grant.allows(destination)
-            && self
-                .destination
-                .as_ref()
-                .is_none_or(|said| said == destination)
+            && said.is_none_or(|said| said == destination)
     }
 }
 
-/// An export on its way to the worker. Its payload is still in the store.
-pub struct Queued {
-    /// Which export.
-    pub export: Export,
-    /// Its queue's backoff, where a restart found one stored.
-    pub resume: Option<Backoff>,
-}
-
-/// How much may wait or be kept.
+/// How much may wait or be kept, and for how long.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Unfinished exports of one queue.
     pub max_pending: usize,
     /// Bytes that all exports and results together take in the store.
     pub max_store: u64,
+    /// How long results are kept.
+    pub retention: Duration,
+    /// How long a queue has to fail for its exports to be given up.
+    pub give_up_after: Duration,
 }
 
-/// See the module's own text. Shared by the pool, the worker, the waiter and the recorder.
+/// Everything that the pool, the worker and the writer share.
 pub struct Exports {
-    states: States,
+    /// Held for moments only, and never while the store is read or written.
+    queues: Mutex<Queues>,
+    parked: Arc<Parked>,
     clock: Clock,
     accepts: Sender<Accept>,
     waiting_bytes: AtomicUsize,
     reports: Sender<Report>,
-    /// For polls of finished exports.
-    finished: Mutex<Reader>,
+    /// Tells the writer that somebody waits for what was reported.
+    awaited: Sender<()>,
+    /// Tells the worker that there may be something to do.
+    wake: Sender<()>,
+    /// For polls.
+    polls: Mutex<Reader>,
     /// For the worker, so that a large payload does not hold up polls.
     payloads: Mutex<Reader>,
-    /// For the recorder, who mends the store.
+    /// None for a database in memory.
+    checkpoint: Option<Checkpoint>,
+    /// For the writer, who mends the store.
     damage: Sender<Damage>,
     /// How often it was mended.
     mended: AtomicUsize,
@@ -134,72 +142,54 @@ struct Accept {
 }
 
 impl Exports {
-    /// Takes over an opened store and queues every unfinished export in it, oldest first.
-    /// The second half is for the thread that runs [`Recorder::run`].
+    /// Takes over an opened store with every unfinished export in it. The second value is for the thread
+    /// that runs [`Writer::run`], the third for the worker: it says that there may be something to do.
     ///
     /// # Errors
     /// Where the store cannot be read, or not be written although that is needed.
     pub fn open(
-        mut writer: Writer,
-        retention: Duration,
+        mut store: Store,
         limits: Limits,
-        queue: Sender<Queued>,
-    ) -> Result<(Arc<Self>, Recorder), store::Error> {
+    ) -> Result<(Arc<Self>, Writer, Receiver<()>), store::Error> {
         let (accepts, incoming) = bounded(WAITING);
         let (reports, reported) = bounded(UNWRITTEN_REPORTS);
         let (damage, damaged) = bounded(UNWRITTEN_REPORTS);
+        let (urge, awaited) = bounded(1);
+        let (wake, woken) = bounded(1);
+        let clock = Clock::new(store.running());
+        let queues = match read_queues(&mut store, limits.give_up_after) {
+            Err(store::Error::Damaged) => {
+                store.mend(&mut [])?;
+                read_queues(&mut store, limits.give_up_after)
+            }
+            queues => queues,
+        }?;
         let exports = Arc::new(Self {
-            states: States::default(),
-            clock: Clock::new(writer.running()),
+            queues: Mutex::new(queues),
+            parked: Arc::default(),
+            clock,
             accepts,
             waiting_bytes: AtomicUsize::new(0),
             reports,
-            finished: Mutex::new(writer.reader()?),
-            payloads: Mutex::new(writer.reader()?),
+            awaited: urge,
+            wake,
+            polls: Mutex::new(store.reader()?),
+            payloads: Mutex::new(store.reader()?),
+            checkpoint: store
+                .has_log()
+                .then(|| Checkpoint::new(&store))
+                .transpose()?,
             damage,
             mended: AtomicUsize::new(0),
         });
-        let resume = |export: Unfinished| exports.resume(export, &queue);
-        let refused = match writer.unfinished(resume) {
-            Err(store::Error::Damaged) => {
-                exports.mend(&mut writer)?;
-                // Those that were found before the damage are queued already, and stand first again.
-                writer.unfinished(|export| {
-                    if !exports.states.knows(export.id) {
-                        exports.resume(export, &queue);
-                    }
-                })
-            }
-            found => found,
-        }?;
-        for (id, bad) in refused {
-            log::warn!(id:%, reason:% = format_args!("its uri {bad}"); "cannot be delivered");
-            let report = Report {
-                id,
-                news: News::Finished {
-                    response: raw(&refused_now(bad)),
-                    memory: None,
-                },
-                queue: QueueNews::AsBefore,
-            };
-            let (now, running) = (exports.now(), exports.running());
-            writer.commit(&[Change::Report(&report)], now, running, |_| Ok(()))?;
-        }
-        let thread = Recorder {
-            exports: exports.clone(),
-            writer,
-            retention,
-            limits,
-            queue,
-            incoming,
-            reported,
-            damaged,
-            mend_again_at: Instant::now(),
-            accepts: Vec::new(),
-            reports: Vec::new(),
-            disk_full: false,
+        let incoming = Incoming {
+            accepts: incoming,
+            reports: reported,
+            awaited,
+            damage: damaged,
         };
-        Ok((exports, thread))
+        let writer = Writer::new(exports.clone(), store, limits, incoming);
+        Ok((exports, writer, woken))
     }
 
     /// What time it is, for what is kept by the wall clock: Unix milliseconds.
@@ -214,10 +204,10 @@ impl Exports {
 
     /// How many exports are not finished.
     pub fn unfinished(&self) -> usize {
-        self.states.count()
+        self.queues.lock().unfinished()
     }
 
-    /// Submits a new export. `reply` is called once it is durable, or at `deadline` or when it is
+    /// Submits a new export. It is answered once it is durable, or at `deadline` or when it is
     /// finished, whichever is first, if `deadline` lies after that; but at once where its queue is
     /// held up for longer. Does not block.
     pub fn submit(
@@ -250,7 +240,7 @@ impl Exports {
         // Relaxed: a count that nothing else is ordered by.
         if self.waiting_bytes.fetch_add(bytes, Ordering::Relaxed) > WAITING_BYTES {
             self.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
-            return reply(Err(Error::Overloaded));
+            return reply.answer(Err(Error::Overloaded));
         }
         match self.accepts.try_send(Accept {
             export,
@@ -261,255 +251,159 @@ impl Exports {
             Ok(()) => {}
             Err(TrySendError::Full(accept) | TrySendError::Disconnected(accept)) => {
                 self.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
-                (accept.reply)(Err(Error::Overloaded));
+                accept.reply.answer(Err(Error::Overloaded));
             }
         }
     }
 
-    /// Looks at an export. `reply` is called at once if it is finished or not to be seen, else
-    /// when it is finished or at `deadline`, whichever is first. Blocks for one look-up at most.
-    pub fn poll(&self, query: &Query, deadline: Instant, reply: Reply) {
-        let may_see = |owner: &[u8], destination: &str| query.may_see(owner, destination);
-        match self.states.poll(query.id, may_see, deadline, reply) {
-            Poll::Parked => {}
-            Poll::Now(reply, answer) => reply(answer),
-            Poll::Elsewhere(reply) => {
-                let mended = self.mended.load(Ordering::Acquire);
-                let found = self.finished.lock().find(query.id);
-                if matches!(found, Err(store::Error::Damaged)) {
-                    let (done, _) = bounded(0);
-                    // Where many wait already, this one is not needed.
-                    let _ = self.damage.try_send(Damage { mended, done });
+    /// Looks at an export. It is answered at once if it is finished or not to be seen, else
+    /// when it is finished or at `deadline`, whichever is first. Blocks for two look-ups at most, and while a
+    /// damaged store is mended.
+    pub fn poll(self: &Arc<Self>, query: &Query, deadline: Instant, reply: Reply) {
+        let look_up = || self.view(query.id, |stored| query.may_see(stored));
+        if deadline <= Instant::now() {
+            return reply.answer(look_up());
+        }
+        let ticket = self.parked.announce(query.id);
+        match look_up() {
+            Ok(view) if view.state != State::Finished => {
+                if let Err(reply) = self.park(ticket, query.id, deadline, reply) {
+                    reply.answer(look_up());
                 }
-                reply(match found {
-                    // Without a result it would be among the states, but for the moment between
-                    // a submission's commit and its reply, when nobody knows its id.
-                    Ok(Some(Stored {
-                        owner,
-                        destination,
-                        response: Some(response),
-                    })) if may_see(&owner, &destination) => Ok(View::finished(query.id, response)),
-                    Ok(_) => Err(Error::NotFound),
-                    Err(error) => {
-                        log::error!(reason:% = error; "cannot read the store");
-                        Err(error.into())
-                    }
-                });
             }
+            known => reply.answer(known),
         }
     }
 
-    /// Marks an export as on the wire and gets its payload from the store; `None` where somebody
-    /// took it away, or it was damaged. For the worker. Blocks while a damaged store is mended.
-    ///
-    /// # Panics
-    /// Where the store cannot be read: without it there is nothing left to deliver, and after a
-    /// restart the export is queued again.
-    pub fn begin(&self, id: Uuid) -> Option<Vec<u8>> {
-        self.states.begin(id);
-        let mended = self.mended.load(Ordering::Acquire);
-        let mut read = self.payloads.lock().payload(id);
-        if matches!(read, Err(store::Error::Damaged)) {
-            let (done, wait) = bounded(0);
-            // The recorder is there for longer than the worker, or drops `done`.
-            let _ = self.damage.send(Damage { mended, done });
-            let _ = wait.recv();
-            read = self.payloads.lock().payload(id);
-        }
-        read.unwrap_or_else(|error| {
-            log::error!(id:%, reason:% = error; "cannot read a payload from the store");
-            panic!("a payload cannot be read");
+    /// Parks a poll: see [`parked::Ticket::park`].
+    fn park(
+        self: &Arc<Self>,
+        ticket: parked::Ticket,
+        id: Uuid,
+        deadline: Instant,
+        reply: Reply,
+    ) -> Result<(), Reply> {
+        let exports = self.clone();
+        ticket.park(reply, deadline, move |reply| {
+            reply.answer(exports.view(id, |_| true));
         })
     }
 
+    /// What the store and the queues know of an export, where `may_see` it.
+    fn view(&self, id: Uuid, may_see: impl FnOnce(&Stored) -> bool) -> Result<View, Error> {
+        match self.read_from(&self.polls, |reader| reader.find(id)) {
+            Ok(Some(stored)) if may_see(&stored) => Ok(self.view_of(id, stored)),
+            Ok(_) => Err(Error::NotFound),
+            Err(error) => {
+                log::error!(reason:% = error; "cannot read the store");
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Reads the store; once more where it was damaged, after it has been mended.
+    fn read_from<T>(
+        &self,
+        reader: &Mutex<Reader>,
+        read: impl Fn(&Reader) -> Result<T, store::Error>,
+    ) -> Result<T, store::Error> {
+        let mended = self.mended.load(Ordering::Acquire);
+        let found = read(&reader.lock());
+        if !matches!(found, Err(store::Error::Damaged)) {
+            return found;
+        }
+        let (done, wait) = bounded(0);
+        // The writer is there for longer than those who read, or drops `done`.
+        let _ = self.damage.send(Damage { mended, done });
+        let _ = wait.recv();
+        read(&reader.lock())
+    }
+
+    fn view_of(&self, id: Uuid, stored: Stored) -> View {
+        if let Some(response) = stored.response {
+            return View::finished(id, response);
+        }
+        let progress = Progress {
+            id,
+            attempts: stored.attempts,
+            first_moved_at: None,
+        };
+        let queues = self.queues.lock();
+        queues.view(stored.queue, progress, stored.last_error, self.running())
+    }
+
+    /// Shows what a report says, now that it is in the store.
+    fn written(&self, report: Report) {
+        let (id, queue, now) = (report.id, report.queue, self.running());
+        match report.news {
+            News::Finished {
+                response, resumes, ..
+            } => {
+                let mut queues = self.queues.lock();
+                match resumes {
+                    true => queues.finished_and_resumed(queue, now),
+                    false => queues.finished(queue, now),
+                }
+                drop(queues);
+                for reply in self.parked.take(id) {
+                    reply.answer(Ok(View::finished(id, response.clone())));
+                }
+            }
+            News::Rescheduled { to_end: true, .. } => self.queues.lock().moved(queue, now),
+            News::Rescheduled { .. } => {}
+        }
+    }
+
+    fn wake_worker(&self) {
+        // Where it is full, the worker is about to look.
+        let _ = self.wake.try_send(());
+    }
+
     /// Mends the store, which nobody can read meanwhile.
-    fn mend(&self, writer: &mut Writer) -> Result<(), store::Error> {
-        let (mut finished, mut payloads) = (self.finished.lock(), self.payloads.lock());
-        let done = writer.mend([&mut finished, &mut payloads]);
+    fn mend(&self, store: &mut Store) -> Result<(), store::Error> {
+        let (mut polls, mut payloads) = (self.polls.lock(), self.payloads.lock());
+        let mut checkpoint = self
+            .checkpoint
+            .as_ref()
+            .map(|checkpoint| checkpoint.reader.lock());
+        let checkpoint = checkpoint.as_deref_mut();
+        let mut readers: Vec<_> = [&mut *polls, &mut *payloads]
+            .into_iter()
+            .chain(checkpoint)
+            .collect();
+        let done = store.mend(&mut readers);
         match &done {
             Ok(()) => {
                 self.mended.fetch_add(1, Ordering::AcqRel);
             }
-            Err(error) => log::error!("{}", store::cannot_mend(writer.path(), error)),
+            Err(error) => log::error!("{}", store::cannot_mend(store.path(), error)),
         }
         done
     }
 
-    /// Hands over an export's result. It is shown to nobody before it is in the store. Blocks
-    /// only while the store is far behind. `answered` says that its destination was reached, so
-    /// that its queue waits no longer. For the worker.
-    pub fn settle(&self, id: Uuid, result: ExtResponse, answered: bool) {
-        if answered {
-            self.states.recover(id);
+    /// No checkpoint gets into the way while this is held, which nothing that mends the store may do.
+    fn hold_checkpoints(&self) -> Option<MutexGuard<'_, ()>> {
+        self.checkpoint.as_ref().map(Checkpoint::hold)
+    }
+
+    /// What the checkpoint thread runs, until `stop` is dropped.
+    pub fn make_checkpoints(&self, stop: &Receiver<()>) {
+        if let Some(checkpoint) = &self.checkpoint {
+            checkpoint.run(stop);
         }
-        let queue = if answered {
-            QueueNews::Forgotten
-        } else {
-            QueueNews::AsBefore
-        };
-        self.finished(id, result, queue);
-    }
-
-    /// The same for an export that was tried for long enough, after an attempt that has just
-    /// failed or while it waited. `last` says that no other is left in its queue. For the worker.
-    pub fn give_up(
-        &self,
-        export: &Export,
-        result: ExtResponse,
-        delay: Option<&Delay<'_>>,
-        last: bool,
-    ) {
-        let delay = delay.map(|delay| (delay.backoff, self.delay(&export.key, delay)));
-        let queue = match delay {
-            // A queue that has no exports is not remembered beyond this run.
-            _ if last => QueueNews::Forgotten,
-            Some((backoff, error)) => QueueNews::Failing(backoff, error),
-            None => QueueNews::AsBefore,
-        };
-        self.finished(export.id, result, queue);
-    }
-
-    fn finished(&self, id: Uuid, result: ExtResponse, queue: QueueNews) {
-        let news = News::Finished {
-            response: raw(&result),
-            memory: result.memory,
-        };
-        self.report(Report { id, news, queue });
-    }
-
-    /// Hands over that an export was tried in vain and is queued again, at the end where it was
-    /// moved there. Blocks only while the store is far behind. For the worker.
-    pub fn postpone(&self, export: &Export, delay: &Delay<'_>, to_end: bool) {
-        let error = self.delay(&export.key, delay);
-        let progress = Progress {
-            attempts: export.attempts,
-            last_error: Some(error.clone()),
-        };
-        self.states.postpone(export.id, progress);
-        let news = News::Postponed {
-            attempts: export.attempts,
-            error: error.clone(),
-            to_end,
-            first_moved_at: export.first_moved_at,
-        };
-        self.report(Report {
-            id: export.id,
-            news,
-            queue: QueueNews::Failing(delay.backoff, error),
-        });
-    }
-
-    fn delay(&self, key: &QueueKey, delay: &Delay<'_>) -> Arc<RawValue> {
-        let error = raw(&delay.error);
-        let next_attempt = Instant::now() + delay.wait;
-        let trouble = Trouble {
-            error: error.clone(),
-            next_attempt,
-        };
-        self.states.delay(key, trouble);
-        error
-    }
-
-    /// Kind and message of why an export waits, if that is known.
-    pub fn trouble(&self, id: Uuid) -> Option<(String, String)> {
-        #[derive(Deserialize)]
-        struct Words {
-            kind: String,
-            message: String,
-        }
-        let error = self.states.last_error(id)?;
-        let Words { kind, message } = serde_json::from_str(error.get()).ok()?;
-        Some((kind, message))
-    }
-
-    /// Shows what a report says, now that it is in the store.
-    fn written(&self, Report { id, news, .. }: Report) {
-        if let News::Finished { response, .. } = news {
-            self.states.finish(id, &response);
-        }
-    }
-
-    fn report(&self, report: Report) {
-        // The recorder ends after the worker, unless the process is being left in a hurry.
-        let _ = self.reports.send(report);
-    }
-
-    /// Queues an export that was found in the store.
-    fn resume(&self, found: Unfinished, queue: &Sender<Queued>) {
-        let Unfinished {
-            id,
-            owner,
-            destination,
-            running,
-            attempts,
-            first_moved_at,
-            last_error,
-            queue: stored,
-        } = found;
-        let key = QueueKey {
-            owner: owner.into(),
-            destination: destination.shared(),
-        };
-        let progress = Progress {
-            attempts,
-            last_error,
-        };
-        let key = self.states.insert(id, key, progress);
-        let resume = stored.as_ref().map(|stored| stored.backoff);
-        if let Some(StoredQueue { backoff, error }) = stored {
-            let wait = backoff.not_before.saturating_sub(self.running()).max(0);
-            let wait = Duration::from_millis(wait.unsigned_abs());
-            let next_attempt = Instant::now().checked_add(wait);
-            if let (Some(error), Some(next_attempt)) = (error, next_attempt) {
-                let trouble = Trouble {
-                    error,
-                    next_attempt,
-                };
-                self.states.delay(&key, trouble);
-            }
-        }
-        let export = Export {
-            id,
-            destination: destination.sharing(&key.destination),
-            key,
-            accepted_at: running,
-            attempts,
-            first_moved_at,
-        };
-        enqueue(queue, Queued { export, resume });
-    }
-
-    /// What the waiter thread runs, until [`Exports::close`].
-    pub fn answer_parked(&self) {
-        self.states.wait();
-    }
-
-    /// Answers every parked poll with the state its export has now, and parks none from now on.
-    pub fn close(&self) {
-        self.states.close();
     }
 }
 
-fn enqueue(queue: &Sender<Queued>, queued: Queued) {
-    // The worker's end goes away only when the process stops; the export then stays stored.
-    let _ = queue.send(queued);
+fn read_queues(store: &mut Store, give_up_after: Duration) -> Result<Queues, store::Error> {
+    let mut queues = Queues::new(give_up_after);
+    let now = store.running();
+    store.queues(|id, found| queues.restore(id, found, now))?;
+    Ok(queues)
 }
 
 fn raw(value: &impl Serialize) -> Arc<RawValue> {
     // Structs of strings and numbers have no way not to become JSON.
     to_raw_value(value).expect("a struct serialises").into()
-}
-
-/// The result of an export whose URL is no longer taken.
-fn refused_now(bad: BadUrl) -> ExtResponse {
-    ExtResponse {
-        error: Some(FailureReport {
-            kind: "bad_uri".into(),
-            message: format!("the uri that was accepted by an earlier version {bad}"),
-            attempts: 0,
-        }),
-        ..ExtResponse::with_status(502, "Bad Gateway")
-    }
 }
 
 fn fingerprint(destination: &Destination, payload: &[u8]) -> [u8; 32] {
@@ -520,47 +414,4 @@ fn fingerprint(destination: &Destination, payload: &[u8]) -> [u8; 32] {
         .chain_update(payload)
         .finalize()
         .into()
-}
-
-/// Two counts of milliseconds that go on evenly from the start of the process: a clock that is set
-/// right meanwhile, as at the boot of a box without one of its own, must neither end nor prolong a
-/// wait. The first are Unix milliseconds, which are stored by the wall clock: see
-/// [`Writer::clock_was_set`]. The second is the running time, which goes on from one run to the next.
-struct Clock {
-    started: Instant,
-    wall: Millis,
-    /// The running time at the start.
-    ran: Millis,
-}
-
-impl Clock {
-    fn new(ran: Millis) -> Self {
-        Self {
-            started: Instant::now(),
-            wall: wall_clock(),
-            ran,
-        }
-    }
-
-    fn now(&self) -> Millis {
-        self.wall.saturating_add(as_millis(self.started.elapsed()))
-    }
-
-    fn running(&self) -> Millis {
-        self.ran.saturating_add(as_millis(self.started.elapsed()))
-    }
-
-    /// By how much the wall clock is ahead of this one by now.
-    fn behind(&self) -> Millis {
-        wall_clock().saturating_sub(self.now())
-    }
-}
-
-fn wall_clock() -> Millis {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    as_millis(since.unwrap_or_default())
-}
-
-fn as_millis(duration: Duration) -> Millis {
-    Millis::try_from(duration.as_millis()).unwrap_or(Millis::MAX)
 }

@@ -3,7 +3,7 @@
 //!
 //! A file that SQLite has open is never opened here: to close it again would release SQLite's locks.
 //!
-//! Not here: what the database holds ([`super::store`]).
+//! Not here: what the database holds ([`super`]).
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Write};
@@ -11,7 +11,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::store::{FILE, OpenError};
+use super::{FILE, OpenError};
 
 /// What the lock file says once there was a database, so that it is missed when it is gone.
 const IN_USE: &[u8] = b"exports.db was created here\n";
@@ -106,21 +106,25 @@ impl Folder {
         remove(&new)
     }
 
-    /// Puts `new` in place of the database, which nobody has open, and keeps that under another name,
-    /// which is returned. At no time is there none.
+    /// Puts `new` in place of the database, which nobody has open. At no time is there none. A damaged
+    /// one is kept under another name, which is returned.
     ///
     /// # Errors
     /// Where a name cannot be given.
-    pub fn replace_database(&self, new: &Path) -> io::Result<PathBuf> {
-        let seconds = SystemTime::now().duration_since(UNIX_EPOCH);
-        let end = format!(".damaged-{}", seconds.unwrap_or_default().as_secs());
+    pub fn replace_database(&self, new: &Path, damaged: bool) -> io::Result<Option<PathBuf>> {
         let database = self.database();
-        let old = beside(&database, &end);
-        remove(&old)?;
-        fs::hard_link(&database, &old)?;
         File::open(new)?.sync_all()?;
+        let mut kept = None;
+        if damaged {
+            let seconds = SystemTime::now().duration_since(UNIX_EPOCH);
+            let end = format!(".damaged-{}", seconds.unwrap_or_default().as_secs());
+            let old = beside(&database, &end);
+            remove(&old)?;
+            fs::hard_link(&database, &old)?;
+            kept = Some(old);
+        }
         fs::rename(new, database)?;
-        Ok(old)
+        Ok(kept)
     }
 
     /// Notes that the folder has a database, which is there and on disk.

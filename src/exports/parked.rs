@@ -1,0 +1,230 @@
+//! Long polls that wait until their export is finished.
+//!
+//! One costs an entry in a map and the thread of its connection, which waits anyway: at its deadline
+//! that thread itself looks what state the export has. Where its client leaves before, the entry goes
+//! with it.
+//!
+//! Not here: what the answer is, and how a connection waits (`waits`).
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use uuid::Uuid;
+
+use crate::reply::Reply;
+
+/// All of them, by the export that they wait for.
+#[derive(Default)]
+pub struct Parked(Mutex<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    by_export: HashMap<Uuid, Vec<Place>>,
+    last: u64,
+}
+
+struct Place {
+    number: u64,
+    /// None while the export is still looked up.
+    reply: Option<Reply>,
+}
+
+impl Parked {
+    /// Announces a poll of an export, before that is looked up: so its result cannot get into the
+    /// store between the look-up and the parking without being noticed.
+    pub fn announce(self: &Arc<Self>, id: Uuid) -> Ticket {
+        let mut inner = self.0.lock();
+        inner.last += 1;
+        let number = inner.last;
+        let place = Place {
+            number,
+            reply: None,
+        };
+        inner.by_export.entry(id).or_default().push(place);
+        Ticket {
+            parked: self.clone(),
+            id,
+            number,
+        }
+    }
+
+    /// Takes out everybody who waits for an export, whose result is in the store by now.
+    pub fn take(&self, id: Uuid) -> Vec<Reply> {
+        let places = self.0.lock().by_export.remove(&id).unwrap_or_default();
+        places.into_iter().filter_map(|place| place.reply).collect()
+    }
+
+    /// Whether anybody waits for an export.
+    pub fn is_awaited(&self, id: Uuid) -> bool {
+        self.0.lock().by_export.contains_key(&id)
+    }
+}
+
+/// A poll's place, which it loses when this is dropped.
+pub struct Ticket {
+    parked: Arc<Parked>,
+    id: Uuid,
+    number: u64,
+}
+
+impl Ticket {
+    /// Parks the poll until the export is finished. At `deadline`, if it is still waiting then, or at
+    /// once where the service stops, `late` is called by the thread of its connection, and answers.
+    ///
+    /// # Errors
+    /// Where the result has come since the poll was announced: it can be looked up.
+    pub fn park(
+        self,
+        reply: Reply,
+        deadline: Instant,
+        late: impl FnOnce(Reply) + Send + 'static,
+    ) -> Result<(), Reply> {
+        let to = reply.to.clone();
+        {
+            let mut inner = self.parked.0.lock();
+            match inner.place(self.id, self.number) {
+                Some(place) => place.reply = Some(reply),
+                None => return Err(reply),
+            }
+        }
+        to.at(deadline, move || {
+            if let Some(reply) = self.take() {
+                late(reply);
+            }
+        });
+        Ok(())
+    }
+
+    /// Takes the poll out, unless that was done already.
+    fn take(&self) -> Option<Reply> {
+        let mut inner = self.parked.0.lock();
+        let places = inner.by_export.get_mut(&self.id)?;
+        let at = places
+            .iter()
+            .position(|place| place.number == self.number)?;
+        let place = places.swap_remove(at);
+        if places.is_empty() {
+            inner.by_export.remove(&self.id);
+        }
+        place.reply
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.take();
+    }
+}
+
+impl Inner {
+    fn place(&mut self, id: Uuid, number: u64) -> Option<&mut Place> {
+        let places = self.by_export.get_mut(&id)?;
+        places.iter_mut().find(|place| place.number == number)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::export::View;
+    use crate::reply::RequestLine;
+    use crate::waits::{Wait, Waits};
+    use serde_json::value::RawValue;
+    use std::time::Duration;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// A connection that has asked for something, and the means to answer it.
+    fn asked() -> (Arc<Waits>, Wait, Reply) {
+        let waits = Arc::new(Waits::default());
+        let wait = waits.enter();
+        wait.ask();
+        let reply = Reply {
+            to: waits.answerer(wait.number()).unwrap(),
+            line: RequestLine {
+                method: "POST".into(),
+                target: "/lp/export".into(),
+                client: String::new(),
+            },
+        };
+        (waits, wait, reply)
+    }
+
+    fn view(id: Uuid) -> View {
+        View::finished(id, RawValue::from_string("{}".into()).unwrap().into())
+    }
+
+    #[test]
+    fn every_poll_of_an_export_is_found_when_it_is_finished() {
+        let parked = Arc::<Parked>::default();
+        let id = Uuid::now_v7();
+        let polls: Vec<_> = (0..3)
+            .map(|_| {
+                let (waits, wait, reply) = asked();
+                let deadline = Instant::now() + LONG;
+                let parked = parked
+                    .announce(id)
+                    .park(reply, deadline, |_| panic!("too late"));
+                assert!(parked.is_ok());
+                (waits, wait)
+            })
+            .collect();
+        assert!(parked.is_awaited(id));
+        for reply in parked.take(id) {
+            reply.answer(Ok(view(id)));
+        }
+        for (_, wait) in polls {
+            assert!(wait.answer(LONG, LONG, || true).is_some());
+        }
+        assert!(parked.0.lock().by_export.is_empty());
+    }
+
+    #[test]
+    fn a_result_that_comes_between_looking_and_parking_is_noticed() {
+        let parked = Arc::<Parked>::default();
+        let id = Uuid::now_v7();
+        let (_waits, _wait, reply) = asked();
+        let ticket = parked.announce(id);
+        assert!(parked.take(id).is_empty());
+        let late = Instant::now() + LONG;
+        assert!(ticket.park(reply, late, |_| panic!("too late")).is_err());
+    }
+
+    #[test]
+    fn at_its_deadline_or_when_the_service_stops_a_poll_is_answered_by_its_own_thread() {
+        let parked = Arc::<Parked>::default();
+        let id = Uuid::now_v7();
+        for (stops, deadline) in [(false, Instant::now()), (true, Instant::now() + LONG)] {
+            let (waits, wait, reply) = asked();
+            let ticket = parked.announce(id);
+            let parked_it = ticket.park(reply, deadline, move |reply| reply.answer(Ok(view(id))));
+            assert!(parked_it.is_ok());
+            if stops {
+                waits.hurry();
+            }
+            assert!(wait.answer(LONG, LONG, || true).is_some());
+            assert!(parked.0.lock().by_export.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_poll_whose_client_has_left_leaves_nothing_behind() {
+        let parked = Arc::<Parked>::default();
+        let id = Uuid::now_v7();
+        let (_waits, wait, reply) = asked();
+        let late = Instant::now() + LONG;
+        assert!(
+            parked
+                .announce(id)
+                .park(reply, late, |_| panic!("too late"))
+                .is_ok()
+        );
+        assert!(
+            wait.answer(LONG, Duration::from_millis(1), || false)
+                .is_none()
+        );
+        assert!(!parked.is_awaited(id));
+    }
+}

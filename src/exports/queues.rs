@@ -1,0 +1,1653 @@
+//! Whose turn it is, when an export that failed is tried again, and when it is given up; pure.
+//!
+//! There is one queue per owner and destination, and here is what is known of it: how many exports
+//! it has, its backoff, and a cursor. The exports themselves are in the store alone. What the worker
+//! decides by is what a poll is told, as there is no other copy of it.
+//!
+//! Turns go round the queues that are due, with one attempt at a time in each, so nobody's backlog
+//! delays anybody else. Backoff belongs to the queue: five thousand exports to a dead host cost one
+//! attempt per wait, and keep their order. An export is given up when its queue has been failing for
+//! long enough since it was accepted.
+//!
+//! The worker does not wait until a result is in the store. So a queue's cursor stands behind the last
+//! export taken, and what stands before it is not looked at again.
+//!
+//! Times are always handed in, and are the service's running time: milliseconds that the service
+//! has run for, all its runs together. Time in which the box is off must end no wait and give
+//! nothing up, and a clock that is set must not either.
+//!
+//! Not here: what is in the store, and locks.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::value::RawValue;
+use uuid::Uuid;
+
+use crate::backoff::backoff;
+use crate::export::{Backoff, Export, Millis, QueueId, Retry, State, View};
+
+/// The wait after the first failed attempt; it doubles with each one after.
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+/// The longest wait of a queue's own accord.
+const LONGEST_WAIT: Duration = Duration::from_secs(15 * 60);
+/// The longest wait that a destination's `Retry-After` can ask for. An export whose time is over
+/// before that is given up then.
+pub const LONGEST_RETRY_AFTER: Millis = 24 * 60 * 60 * 1000;
+/// An attempt that takes longer makes its queue a slow one, whose attempts begin on a thread of
+/// their own.
+const SLOW: Duration = Duration::from_millis(20);
+
+/// JSON that is kept as it was written.
+type Json = Arc<RawValue>;
+
+/// What there is to do now.
+#[derive(Debug)]
+pub enum Next {
+    /// A queue's next export is to be tried. The queue is busy until that is reported back.
+    Attempt(Turn),
+    /// A queue's oldest export may have been tried for long enough: see [`Queues::overdue`].
+    Overdue {
+        /// The queue.
+        queue: QueueId,
+        /// Its cursor.
+        after: i64,
+    },
+    /// Nothing is due before this, or before something is added or reported back.
+    Wait(Option<Millis>),
+}
+
+/// A queue's turn to have an export tried.
+#[derive(Debug)]
+pub struct Turn {
+    /// The queue.
+    pub queue: QueueId,
+    /// Its cursor: the export is the first one behind it.
+    pub after: i64,
+    /// Whether its last attempt failed.
+    pub failing: bool,
+    /// Whether its last attempt took long.
+    pub slow: bool,
+    /// How many exports it had.
+    waiting: usize,
+}
+
+/// A queue as it is found in the store.
+pub struct Found {
+    /// How many exports it has that are not finished.
+    pub exports: usize,
+    /// The position of the first.
+    pub first: i64,
+    /// Its backoff, and why its last attempt failed, if that did.
+    pub failing: Option<(Backoff, Option<Json>)>,
+}
+
+/// How far an export has come by its own attempts.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    /// Which export.
+    pub id: Uuid,
+    /// How many have failed.
+    pub attempts: u32,
+    /// When it was first moved to the end of its queue, if it was.
+    pub first_moved_at: Option<Millis>,
+}
+
+/// What follows from a failed attempt.
+#[derive(Debug)]
+pub struct Failed {
+    /// The backoff of the queue from now on.
+    pub backoff: Backoff,
+    /// Whether the export has been tried for long enough; otherwise it is in its queue again.
+    pub given_up: bool,
+}
+
+/// A queue's oldest export.
+#[derive(Clone, Copy, Debug)]
+pub struct Oldest {
+    /// Its position.
+    pub turn: i64,
+    /// When it was accepted.
+    pub accepted_at: Millis,
+    /// Whether it is the first one behind the cursor.
+    pub is_first: bool,
+}
+
+/// All queues that have exports, or wait after a failure.
+pub struct Queues {
+    queues: HashMap<QueueId, Queue>,
+    /// Those whose turn it could be now, in the order of their turns; those whose last attempt
+    /// failed are apart, as they may have to wait for others.
+    ready: BTreeMap<u64, QueueId>,
+    ready_failing: BTreeMap<u64, QueueId>,
+    /// Those that wait for a time, by that time.
+    waiting: BTreeMap<(Millis, u64), QueueId>,
+    /// Failing ones, by when the first of their exports may have to be given up: it never
+    /// happens sooner. Not there while an attempt is under way that was not over by then.
+    deadlines: BTreeSet<(Millis, QueueId)>,
+    tickets: u64,
+    unfinished: usize,
+    give_up_after: Millis,
+}
+
+struct Queue {
+    /// Exports without a result in the store.
+    unfinished: usize,
+    /// Those of them that can be taken: they are in the store, behind the cursor.
+    waiting: usize,
+    /// Those of them that were moved to the end, which is not in the store yet.
+    moving: usize,
+    /// The cursor: what stands up to here was taken.
+    after: i64,
+    on_wire: Option<Uuid>,
+    slow: bool,
+    position: Position,
+    failing: Option<Box<Failing>>,
+}
+
+/// What is known of a queue whose last attempt failed.
+struct Failing {
+    backoff: Backoff,
+    /// Why it failed, whichever export that was.
+    error: Option<Json>,
+    /// Its entry in `deadlines`.
+    deadline: Option<Millis>,
+    /// The export that failed, where it is the next to be tried: the store may not know of it yet.
+    again: Option<Progress>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Position {
+    /// It has nothing to be tried, and is not held back.
+    Nowhere,
+    /// One of its exports is being tried.
+    Busy,
+    /// One that is not its first was given up, and could be taken again until that is in the store.
+    Paused,
+    /// In `ready` or `ready_failing`, under this ticket.
+    Ready(u64),
+    /// In `waiting`, under this key.
+    Waiting((Millis, u64)),
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        Self {
+            unfinished: 0,
+            waiting: 0,
+            moving: 0,
+            after: i64::MIN,
+            on_wire: None,
+            slow: false,
+            position: Position::Nowhere,
+            failing: None,
+        }
+    }
+}
+
+impl Queue {
+    fn not_before(&self) -> Millis {
+        let failing = self.failing.as_ref();
+        failing.map_or(Millis::MIN, |failing| failing.backoff.not_before)
+    }
+}
+
+impl Queues {
+    /// No queues. Exports are given up when their queue has been failing for so long.
+    pub fn new(give_up_after: Duration) -> Self {
+        Self {
+            queues: HashMap::new(),
+            ready: BTreeMap::new(),
+            ready_failing: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            deadlines: BTreeSet::new(),
+            tickets: 0,
+            unfinished: 0,
+            give_up_after: Millis::try_from(give_up_after.as_millis()).unwrap_or(Millis::MAX),
+        }
+    }
+
+    /// Adds a queue that a restart has found in the store.
+    pub fn restore(&mut self, id: QueueId, found: Found, now: Millis) {
+        let failing = found.failing.map(|(stored, error)| {
+            // A little running time is lost where the service was killed.
+            let backoff = Backoff {
+                not_before: stored
+                    .not_before
+                    .min(now.saturating_add(LONGEST_RETRY_AFTER)),
+                failing_since: stored.failing_since.min(now),
+                ..stored
+            };
+            Box::new(Failing {
+                backoff,
+                error,
+                deadline: None,
+                again: None,
+            })
+        });
+        let queue = Queue {
+            unfinished: found.exports,
+            waiting: found.exports,
+            after: found.first.saturating_sub(1),
+            failing,
+            ..Queue::default()
+        };
+        self.unfinished += found.exports;
+        self.queues.insert(id, queue);
+        self.watch(id, None);
+        self.settle(id, now);
+    }
+
+    /// An export was accepted, and is in the store at the end of its queue.
+    pub fn accepted(&mut self, id: QueueId, accepted_at: Millis, now: Millis) {
+        let queue = self.queues.entry(id).or_default();
+        queue.unfinished += 1;
+        queue.waiting += 1;
+        self.unfinished += 1;
+        self.watch(id, Some(accepted_at));
+        self.settle(id, now);
+    }
+
+    /// That an export was moved to the end of its queue is in the store.
+    pub fn moved(&mut self, id: QueueId, now: Millis) {
+        if let Some(queue) = self.queues.get_mut(&id) {
+            queue.moving = queue.moving.saturating_sub(1);
+            queue.waiting += 1;
+        }
+        self.watch(id, None);
+        self.settle(id, now);
+    }
+
+    /// An export's result is in the store.
+    pub fn finished(&mut self, id: QueueId, now: Millis) {
+        self.forget(id, 1);
+        self.settle(id, now);
+    }
+
+    /// The same for one that [`Queues::overdue`] took from behind the first.
+    pub fn finished_and_resumed(&mut self, id: QueueId, now: Millis) {
+        self.set_position(id, Position::Nowhere);
+        self.watch(id, None);
+        self.finished(id, now);
+    }
+
+    /// What to do now. With `failing` false, queues whose last attempt failed are passed over.
+    pub fn next(&mut self, now: Millis, failing: bool) -> Next {
+        while let Some(&(at, id)) = self.deadlines.first()
+            && at <= now
+        {
+            match self.queues.get(&id) {
+                Some(queue) if !matches!(queue.position, Position::Busy | Position::Paused) => {
+                    return Next::Overdue {
+                        queue: id,
+                        after: queue.after,
+                    };
+                }
+                // The attempt under way may succeed, so it is waited for.
+                _ => self.unwatch(id),
+            }
+        }
+        while let Some(first) = self.waiting.first_entry()
+            && first.key().0 <= now
+        {
+            let id = first.remove();
+            self.set_position(id, Position::Nowhere);
+            self.settle(id, now);
+        }
+        let first = |line: &BTreeMap<u64, QueueId>| line.first_key_value().map(|(at, _)| *at);
+        let turn = match (
+            first(&self.ready),
+            first(&self.ready_failing).filter(|_| failing),
+        ) {
+            (Some(healthy), Some(failing)) => Some(healthy.min(failing)),
+            (one, other) => one.or(other),
+        };
+        let id = turn.and_then(|ticket| {
+            let failing = &mut self.ready_failing;
+            self.ready
+                .remove(&ticket)
+                .or_else(|| failing.remove(&ticket))
+        });
+        // One without the other is not reached: what is ready has a queue.
+        let Some((id, queue)) = id.and_then(|id| Some((id, self.queues.get_mut(&id)?))) else {
+            let waiting = self.waiting.first_key_value().map(|((at, _), _)| *at);
+            let deadline = self.deadlines.first().map(|(at, _)| *at);
+            return Next::Wait(waiting.into_iter().chain(deadline).min());
+        };
+        queue.position = Position::Busy;
+        Next::Attempt(Turn {
+            queue: id,
+            after: queue.after,
+            failing: queue.failing.is_some(),
+            slow: queue.slow,
+            waiting: queue.waiting,
+        })
+    }
+
+    /// What is known of an export that failed and is tried again, and may not be in the store yet.
+    pub fn again(&self, id: QueueId, export: Uuid) -> Option<Progress> {
+        let again = self.queues.get(&id)?.failing.as_ref()?.again;
+        again.filter(|again| again.id == export)
+    }
+
+    /// The export at this position was found for a turn, and is on the wire from now on.
+    pub fn begin(&mut self, turn: &Turn, id: Uuid, at: i64) {
+        let Some(queue) = self.queues.get_mut(&turn.queue) else {
+            return;
+        };
+        queue.after = at;
+        queue.waiting = queue.waiting.saturating_sub(1);
+        queue.on_wire = Some(id);
+        if let Some(failing) = &mut queue.failing {
+            failing.again = None;
+        }
+    }
+
+    /// There is no export for a turn, though there should be: somebody has deleted it, or it was lost.
+    pub fn found_none(&mut self, turn: &Turn, now: Millis) {
+        if let Some(queue) = self.queues.get_mut(&turn.queue) {
+            // Others may have come meanwhile.
+            queue.waiting = queue.waiting.saturating_sub(turn.waiting);
+        }
+        self.set_position(turn.queue, Position::Nowhere);
+        self.forget(turn.queue, turn.waiting);
+        self.settle(turn.queue, now);
+    }
+
+    /// Reports an export back whose destination has answered for good. True where its queue was
+    /// failing until now.
+    pub fn answered(&mut self, id: QueueId, took: Duration, now: Millis) -> bool {
+        self.unwatch(id);
+        let mut was_failing = false;
+        if let Some(queue) = self.queues.get_mut(&id) {
+            was_failing = queue.failing.take().is_some();
+            queue.slow = took > SLOW;
+        }
+        self.set_position(id, Position::Nowhere);
+        self.settle(id, now);
+        was_failing
+    }
+
+    /// Reports an export back that ended without an answer, by a failure that no other try could
+    /// change. That says nothing of its destination, so its queue stays as it was.
+    pub fn ended(&mut self, id: QueueId, now: Millis) {
+        self.set_position(id, Position::Nowhere);
+        self.watch(id, None);
+        self.settle(id, now);
+    }
+
+    /// Reports an export back whose attempt failed with this error: it is queued again, or given up.
+    /// Counts the attempt.
+    pub fn failed(
+        &mut self,
+        export: &mut Export,
+        retry: Retry,
+        error: Json,
+        took: Duration,
+        chance: f64,
+        now: Millis,
+    ) -> Failed {
+        export.attempts += 1;
+        let id = export.queue;
+        let queue = self.queues.entry(id).or_default();
+        let before = queue.failing.as_ref().map(|failing| failing.backoff);
+        let failures = before.map_or(0, |before| before.failures).saturating_add(1);
+        let wait = wait_after(failures, chance).max(retry.least_wait.min(LONGEST_RETRY_AFTER));
+        let backoff = Backoff {
+            failures,
+            not_before: now.saturating_add(wait),
+            failing_since: before.map_or(now, |before| before.failing_since),
+        };
+        queue.slow = took > SLOW;
+        let mut since = backoff.failing_since;
+        if retry.to_end {
+            // While others get through, the queue does not count as failing: an export that is
+            // always refused has a time of its own, so that it ends too.
+            since = since.min(*export.first_moved_at.get_or_insert(now));
+        }
+        let given_up = deadline(export.accepted_at, since, self.give_up_after) <= now;
+        let mut again = None;
+        if !given_up && retry.to_end {
+            queue.moving += 1;
+        } else if !given_up {
+            again = Some(Progress {
+                id: export.id,
+                attempts: export.attempts,
+                first_moved_at: export.first_moved_at,
+            });
+            queue.after = export.turn.saturating_sub(1);
+            queue.waiting += 1;
+        }
+        let failing = queue.failing.get_or_insert_with(|| {
+            Box::new(Failing {
+                backoff,
+                error: None,
+                deadline: None,
+                again: None,
+            })
+        });
+        failing.backoff = backoff;
+        failing.error = Some(error);
+        failing.again = again;
+        self.set_position(id, Position::Nowhere);
+        self.watch(id, None);
+        self.settle(id, now);
+        Failed { backoff, given_up }
+    }
+
+    /// Whether the oldest export of a queue, if it has one, is given up. It is taken then; where it is
+    /// not the queue's first, the queue pauses until [`Queues::finished_and_resumed`].
+    pub fn overdue(&mut self, id: QueueId, oldest: Option<Oldest>, now: Millis) -> bool {
+        self.unwatch(id);
+        let Some(oldest) = oldest else {
+            return false;
+        };
+        self.watch(id, Some(oldest.accepted_at));
+        let Some(queue) = self.queues.get_mut(&id) else {
+            return false;
+        };
+        let Some(failing) = queue.failing.as_mut() else {
+            return false;
+        };
+        if failing.deadline.is_none_or(|at| at > now) {
+            return false;
+        }
+        queue.waiting = queue.waiting.saturating_sub(1);
+        let is_empty = queue.waiting == 0;
+        if oldest.is_first {
+            queue.after = oldest.turn;
+            failing.again = None;
+        }
+        if is_empty || !oldest.is_first {
+            self.unwatch(id);
+            self.leave(id);
+        }
+        if oldest.is_first {
+            self.settle(id, now);
+        } else {
+            self.set_position(id, Position::Paused);
+        }
+        true
+    }
+
+    /// Whether no export of a queue is left to be tried.
+    pub fn is_done(&self, id: QueueId) -> bool {
+        let queue = self.queues.get(&id);
+        queue.is_none_or(|queue| queue.waiting + queue.moving == 0 && queue.on_wire.is_none())
+    }
+
+    /// How many exports are not finished.
+    pub fn unfinished(&self) -> usize {
+        self.unfinished
+    }
+
+    /// How many exports of this queue are not finished.
+    pub fn unfinished_in(&self, id: QueueId) -> usize {
+        self.queues.get(&id).map_or(0, |queue| queue.unfinished)
+    }
+
+    /// Whether any queue's last attempt failed, as long as it has exports or waits.
+    pub fn is_any_failing(&self) -> bool {
+        !(self.deadlines.is_empty() && self.waiting.is_empty() && self.ready_failing.is_empty())
+    }
+
+    /// Whether it is known that an export that was tried so often will not be tried before `deadline`:
+    /// its queue's last attempt has failed, and the next one is later, or is another export's.
+    pub fn is_held_up(&self, id: QueueId, attempts: u32, deadline: Millis) -> bool {
+        let queue = self.queues.get(&id);
+        queue.is_some_and(|queue| {
+            let behind = attempts == 0 && queue.unfinished > 1;
+            queue.failing.is_some() && (behind || queue.not_before() > deadline)
+        })
+    }
+
+    /// Why a queue's last attempt failed, if it did.
+    pub fn error(&self, id: QueueId) -> Option<Json> {
+        self.queues.get(&id)?.failing.as_ref()?.error.clone()
+    }
+
+    /// What may be seen of an unfinished export that the store knows this of: while it is Pending,
+    /// why, and when something will happen. Where it was not tried itself, that is its queue's reason.
+    pub fn view(
+        &self,
+        id: QueueId,
+        stored: Progress,
+        last_error: Option<Json>,
+        now: Millis,
+    ) -> View {
+        let queue = self.queues.get(&id);
+        let on_wire = queue.is_some_and(|queue| queue.on_wire == Some(stored.id));
+        let mut view = View {
+            id: stored.id,
+            state: if on_wire {
+                State::Processing
+            } else {
+                State::Pending
+            },
+            response: None,
+            attempts: stored.attempts,
+            last_error,
+            next_attempt_in: None,
+        };
+        let Some(failing) = queue.and_then(|queue| queue.failing.as_ref()) else {
+            return view;
+        };
+        if let Some(again) = failing.again.filter(|again| again.id == stored.id) {
+            view.attempts = again.attempts;
+            view.last_error = failing.error.clone();
+        }
+        if !on_wire {
+            view.last_error = view.last_error.or_else(|| failing.error.clone());
+            let wait = failing.backoff.not_before.saturating_sub(now).max(0);
+            view.next_attempt_in = Some(Duration::from_millis(wait.unsigned_abs()));
+        }
+        view
+    }
+
+    /// So many exports fewer.
+    fn forget(&mut self, id: QueueId, exports: usize) {
+        if let Some(queue) = self.queues.get_mut(&id) {
+            let exports = exports.min(queue.unfinished);
+            queue.unfinished -= exports;
+            self.unfinished -= exports;
+        }
+    }
+
+    /// Notes when a queue has to be looked at because of an export that was accepted then, or of any of
+    /// its exports, if it is failing.
+    fn watch(&mut self, id: QueueId, accepted_at: Option<Millis>) {
+        let give_up_after = self.give_up_after;
+        let Some(queue) = self.queues.get_mut(&id) else {
+            return;
+        };
+        let Some(failing) = queue.failing.as_mut() else {
+            return;
+        };
+        let accepted_at = accepted_at.unwrap_or(Millis::MIN);
+        let at = deadline(accepted_at, failing.backoff.failing_since, give_up_after);
+        if failing.deadline.is_none_or(|noted| at < noted) {
+            if let Some(noted) = failing.deadline.replace(at) {
+                self.deadlines.remove(&(noted, id));
+            }
+            self.deadlines.insert((at, id));
+        }
+    }
+
+    fn unwatch(&mut self, id: QueueId) {
+        let failing = self
+            .queues
+            .get_mut(&id)
+            .and_then(|queue| queue.failing.as_mut());
+        if let Some(noted) = failing.and_then(|failing| failing.deadline.take()) {
+            self.deadlines.remove(&(noted, id));
+        }
+    }
+
+    fn set_position(&mut self, id: QueueId, position: Position) {
+        if let Some(queue) = self.queues.get_mut(&id) {
+            if queue.position == Position::Busy {
+                queue.on_wire = None;
+            }
+            queue.position = position;
+        }
+    }
+
+    /// Takes a queue out of where it stands, unless one of its exports is being tried.
+    fn leave(&mut self, id: QueueId) {
+        let Some(queue) = self.queues.get_mut(&id) else {
+            return;
+        };
+        match queue.position {
+            Position::Nowhere | Position::Busy | Position::Paused => return,
+            Position::Ready(ticket) => {
+                self.ready.remove(&ticket);
+                self.ready_failing.remove(&ticket);
+            }
+            Position::Waiting(at) => {
+                self.waiting.remove(&at);
+            }
+        }
+        queue.position = Position::Nowhere;
+    }
+
+    /// Puts a queue that stands nowhere where it belongs, and forgets one that needs nothing.
+    fn settle(&mut self, id: QueueId, now: Millis) {
+        let Some(queue) = self.queues.get_mut(&id) else {
+            return;
+        };
+        if queue.position != Position::Nowhere {
+            return;
+        }
+        self.tickets += 1;
+        let ticket = self.tickets;
+        if queue.not_before() > now {
+            // An empty queue waits too: the next export to a dead host is not to start afresh.
+            let at = (queue.not_before(), ticket);
+            queue.position = Position::Waiting(at);
+            self.waiting.insert(at, id);
+        } else if queue.waiting > 0 {
+            queue.position = Position::Ready(ticket);
+            match queue.failing {
+                Some(_) => self.ready_failing.insert(ticket, id),
+                None => self.ready.insert(ticket, id),
+            };
+        } else if queue.unfinished == 0 {
+            self.unwatch(id);
+            self.queues.remove(&id);
+        }
+    }
+}
+
+/// When an export is given up that was accepted then, and whose queue has been failing since then.
+fn deadline(accepted_at: Millis, failing_since: Millis, give_up_after: Millis) -> Millis {
+    accepted_at.max(failing_since).saturating_add(give_up_after)
+}
+
+/// The wait after so many failures in a row.
+fn wait_after(failures: u32, chance: f64) -> Millis {
+    let wait = backoff(FIRST_WAIT, LONGEST_WAIT, failures, chance);
+    Millis::try_from(wait.as_millis()).unwrap_or(Millis::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::destination::Destination;
+    use proptest::prelude::*;
+    use std::collections::VecDeque;
+
+    /// The longest wait of a queue's own accord.
+    const LONGEST: Millis = 15 * 60 * 1000;
+    const DAY: Millis = 24 * 60 * 60 * 1000;
+    const QUICK: Duration = Duration::from_millis(1);
+    const DOWN: Retry = Retry {
+        to_end: false,
+        least_wait: 0,
+    };
+    const BLAMED: Retry = Retry {
+        to_end: true,
+        least_wait: 0,
+    };
+
+    fn error() -> Json {
+        RawValue::from_string("{}".into()).unwrap().into()
+    }
+
+    /// An export as it is on disk.
+    #[derive(Clone, Debug)]
+    struct Row {
+        id: Uuid,
+        queue: QueueId,
+        turn: i64,
+        accepted_at: Millis,
+        attempts: u32,
+        first_moved_at: Option<Millis>,
+    }
+
+    /// What was reported, and is not on disk yet.
+    #[derive(Debug)]
+    struct Unwritten {
+        id: Uuid,
+        queue: QueueId,
+        /// How it waits on, or that it is finished and whether its queue resumes then.
+        news: Result<(Export, bool), bool>,
+        failing: Option<Option<Backoff>>,
+    }
+
+    /// The queues, and a plain store that lags behind.
+    struct World {
+        queues: Queues,
+        rows: Vec<Row>,
+        failing: HashMap<QueueId, Backoff>,
+        unwritten: VecDeque<Unwritten>,
+        last_turn: i64,
+        now: Millis,
+        /// The running time that was lost by kills.
+        lost: Millis,
+    }
+
+    /// What [`World::next`] has found.
+    enum Found {
+        Export(Export),
+        GivenUp(Export),
+        Nothing(Option<Millis>),
+    }
+
+    impl World {
+        fn new(give_up_after: Millis) -> Self {
+            Self {
+                queues: Queues::new(Duration::from_millis(give_up_after as u64)),
+                rows: Vec::new(),
+                failing: HashMap::new(),
+                unwritten: VecDeque::new(),
+                last_turn: 0,
+                now: 0,
+                lost: 0,
+            }
+        }
+
+        fn at(&mut self, now: Millis) -> &mut Self {
+            self.now = now;
+            self
+        }
+
+        fn submit(&mut self, queue: QueueId) -> Uuid {
+            self.last_turn += 1;
+            let row = Row {
+                id: Uuid::now_v7(),
+                queue,
+                turn: self.last_turn,
+                accepted_at: self.now,
+                attempts: 0,
+                first_moved_at: None,
+            };
+            let id = row.id;
+            self.rows.push(row);
+            self.queues.accepted(queue, self.now, self.now);
+            id
+        }
+
+        fn behind(&self, queue: QueueId, after: i64) -> impl Iterator<Item = &Row> {
+            let is_behind = move |row: &&Row| row.queue == queue && row.turn > after;
+            self.rows.iter().filter(is_behind)
+        }
+
+        fn next(&mut self) -> Found {
+            loop {
+                match self.queues.next(self.now, true) {
+                    Next::Wait(at) => return Found::Nothing(at),
+                    Next::Attempt(turn) => {
+                        let first = self
+                            .behind(turn.queue, turn.after)
+                            .min_by_key(|row| row.turn);
+                        let Some(row) = first.cloned() else {
+                            self.queues.found_none(&turn, self.now);
+                            continue;
+                        };
+                        let export = self.export(&row);
+                        self.queues.begin(&turn, row.id, row.turn);
+                        return Found::Export(export);
+                    }
+                    Next::Overdue { queue, after } => {
+                        let first = self.behind(queue, after).min_by_key(|row| row.turn);
+                        let moved = self.behind(queue, after);
+                        let moved = moved.filter(|row| row.first_moved_at.is_some());
+                        let oldest = first
+                            .into_iter()
+                            .chain(moved)
+                            .min_by_key(|row| row.accepted_at);
+                        let truly = self.behind(queue, after).map(|row| row.accepted_at).min();
+                        let found = oldest.map(|row| row.accepted_at);
+                        // Kills turn the running time back a little.
+                        let late = found.zip(truly).map_or(0, |(found, truly)| found - truly);
+                        assert!(found.is_some() == truly.is_some() && late <= self.lost);
+                        let Some(oldest) = oldest.cloned() else {
+                            assert!(!self.queues.overdue(queue, None, self.now));
+                            continue;
+                        };
+                        let export = self.export(&oldest);
+                        let about = Oldest {
+                            turn: oldest.turn,
+                            accepted_at: export.accepted_at,
+                            is_first: first.is_some_and(|first| first.id == oldest.id),
+                        };
+                        if self.queues.overdue(queue, Some(about), self.now) {
+                            self.finish(&export, !about.is_first, None);
+                            return Found::GivenUp(export);
+                        }
+                    }
+                }
+            }
+        }
+
+        fn export(&self, row: &Row) -> Export {
+            let again = self.queues.again(row.queue, row.id);
+            Export {
+                id: row.id,
+                seq: 0,
+                queue: row.queue,
+                turn: row.turn,
+                destination: Destination::parse("https://a.example/").unwrap(),
+                accepted_at: row.accepted_at.min(self.now),
+                attempts: again.map_or(row.attempts, |again| again.attempts),
+                first_moved_at: again.map_or(row.first_moved_at, |again| again.first_moved_at),
+            }
+        }
+
+        fn attempt(&mut self) -> Export {
+            match self.next() {
+                Found::Export(export) => export,
+                Found::GivenUp(_) => panic!("one was given up"),
+                Found::Nothing(at) => panic!("nothing before {at:?}"),
+            }
+        }
+
+        fn given_up(&mut self) -> Option<Export> {
+            match self.next() {
+                Found::GivenUp(export) => Some(export),
+                Found::Nothing(_) => None,
+                Found::Export(_) => panic!("an attempt"),
+            }
+        }
+
+        fn finish(&mut self, export: &Export, resumes: bool, failing: Option<Backoff>) {
+            let failing = match self.queues.is_done(export.queue) {
+                true => Some(None),
+                false => failing.map(Some),
+            };
+            self.unwritten.push_back(Unwritten {
+                id: export.id,
+                queue: export.queue,
+                news: Err(resumes),
+                failing,
+            });
+        }
+
+        fn answer(&mut self, export: &Export) {
+            self.queues.answered(export.queue, QUICK, self.now);
+            self.finish(export, false, None);
+            if let Some(last) = self.unwritten.back_mut() {
+                last.failing = Some(None);
+            }
+        }
+
+        fn fail(&mut self, export: Export, retry: Retry, chance: f64) -> (Failed, Export) {
+            let mut export = export;
+            let failed = self
+                .queues
+                .failed(&mut export, retry, error(), QUICK, chance, self.now);
+            match failed.given_up {
+                true => self.finish(&export, false, Some(failed.backoff)),
+                false => self.unwritten.push_back(Unwritten {
+                    id: export.id,
+                    queue: export.queue,
+                    news: Ok((export.clone(), retry.to_end)),
+                    failing: Some(Some(failed.backoff)),
+                }),
+            }
+            (failed, export)
+        }
+
+        /// Writes the first of what was reported. Returns it.
+        fn write(&mut self) -> Option<Unwritten> {
+            let unwritten = self.unwritten.pop_front()?;
+            let queue = unwritten.queue;
+            match unwritten.failing {
+                Some(Some(backoff)) => drop(self.failing.insert(queue, backoff)),
+                Some(None) => drop(self.failing.remove(&queue)),
+                None => {}
+            }
+            match &unwritten.news {
+                Err(resumes) => {
+                    self.rows.retain(|row| row.id != unwritten.id);
+                    match resumes {
+                        true => self.queues.finished_and_resumed(queue, self.now),
+                        false => self.queues.finished(queue, self.now),
+                    }
+                }
+                Ok((export, to_end)) => {
+                    let row = self
+                        .rows
+                        .iter_mut()
+                        .find(|row| row.id == unwritten.id)
+                        .unwrap();
+                    row.attempts = export.attempts;
+                    row.first_moved_at = export.first_moved_at;
+                    if *to_end {
+                        self.last_turn += 1;
+                        row.turn = self.last_turn;
+                        self.queues.moved(queue, self.now);
+                    }
+                }
+            }
+            Some(unwritten)
+        }
+
+        fn write_all(&mut self) {
+            while self.write().is_some() {}
+        }
+
+        /// What is not on disk is forgotten, and so is some running time.
+        fn kill(&mut self, lost: Millis) {
+            self.now -= lost;
+            self.lost += lost;
+            self.unwritten.clear();
+            self.queues = Queues::new(Duration::from_millis(self.queues.give_up_after as u64));
+            let mut found: HashMap<QueueId, (usize, i64)> = HashMap::new();
+            for row in &self.rows {
+                let (exports, first) = found.entry(row.queue).or_insert((0, row.turn));
+                *exports += 1;
+                *first = row.turn.min(*first);
+            }
+            for (id, (exports, first)) in found {
+                let failing = self.failing.get(&id).map(|backoff| (*backoff, None));
+                let found = super::Found {
+                    exports,
+                    first,
+                    failing,
+                };
+                self.queues.restore(id, found, self.now);
+            }
+        }
+    }
+
+    #[test]
+    fn turns_go_round_however_long_a_queue_is() {
+        let mut world = World::new(DAY);
+        for _ in 0..100 {
+            world.submit(1);
+        }
+        world.submit(2);
+        let first = world.attempt();
+        let second = world.attempt();
+        assert_eq!((first.queue, second.queue), (1, 2));
+        assert!(
+            matches!(world.next(), Found::Nothing(None)),
+            "one at a time in each"
+        );
+        world.answer(&first);
+        assert_eq!(world.attempt().queue, 1);
+    }
+
+    #[test]
+    fn a_queue_that_fails_waits_longer_each_time_and_keeps_its_order() {
+        let mut world = World::new(DAY);
+        let ids = [(); 3].map(|()| world.submit(1));
+        let mut now = 0;
+        for wait in [1_000, 2_000, 4_000, 8_000] {
+            let tried = world.at(now).attempt();
+            assert_eq!(tried.id, ids[0]);
+            let (failed, _) = world.fail(tried, DOWN, 0.5);
+            assert_eq!(failed.backoff.not_before, now + wait);
+            now += wait;
+            let early = world.at(now - 1).next();
+            assert!(matches!(early, Found::Nothing(Some(at)) if at == now));
+        }
+        for id in ids {
+            let tried = world.at(now).attempt();
+            assert_eq!(tried.id, id);
+            world.answer(&tried);
+        }
+        world.write_all();
+        assert!(world.queues.queues.is_empty());
+    }
+
+    #[test]
+    fn what_failed_is_tried_again_with_its_attempts_counted_before_the_store_knows() {
+        let mut world = World::new(DAY);
+        let id = world.submit(1);
+        for attempts in 0..5 {
+            let tried = world.at(attempts * LONGEST).attempt();
+            assert_eq!((tried.id, i64::from(tried.attempts)), (id, attempts));
+            world.fail(tried, DOWN, 0.5);
+        }
+        let stored = Progress {
+            id,
+            attempts: 0,
+            first_moved_at: None,
+        };
+        let view = world.queues.view(1, stored, None, world.now);
+        assert_eq!((view.state, view.attempts), (State::Pending, 5));
+        assert!(view.last_error.is_some());
+        assert_eq!(view.next_attempt_in, Some(Duration::from_secs(16)));
+    }
+
+    #[test]
+    fn an_export_that_seems_to_be_the_cause_goes_to_the_end() {
+        let mut world = World::new(DAY);
+        let [bad, good] = [(); 2].map(|()| world.submit(1));
+        let tried = world.attempt();
+        world.fail(tried, BLAMED, 0.5);
+        let tried = world.at(1_000).attempt();
+        assert_eq!(tried.id, good);
+        world.answer(&tried);
+        // Only where it stands in the store is it found again.
+        assert!(matches!(world.next(), Found::Nothing(None)));
+        world.write_all();
+        let tried = world.attempt();
+        assert_eq!((tried.id, tried.attempts), (bad, 1));
+    }
+
+    /// Lets the next attempt fail, after which its queue waits for longer than a day.
+    fn fail_for_long(world: &mut World) -> Failed {
+        let tried = world.attempt();
+        let retry = Retry {
+            least_wait: 3 * DAY,
+            ..DOWN
+        };
+        world.fail(tried, retry, 0.5).0
+    }
+
+    #[test]
+    fn exports_are_given_up_when_their_queue_has_failed_for_long_enough_since_they_came() {
+        let mut world = World::new(DAY / 2);
+        let first = world.submit(1);
+        let second = world.at(10).submit(1);
+        assert!(!fail_for_long(world.at(5_000)).given_up);
+        let late = world.at(9_000).submit(1);
+        let due = DAY / 2 + 5_000;
+        assert!(world.at(due - 1).given_up().is_none());
+        let tried = world.at(due).given_up().unwrap();
+        assert_eq!((tried.id, tried.attempts), (first, 1));
+        assert_eq!(world.given_up().unwrap().id, second);
+        assert!(!world.queues.is_done(1));
+        assert!(matches!(world.next(), Found::Nothing(Some(at)) if at == DAY / 2 + 9_000));
+        assert_eq!(world.at(DAY / 2 + 9_000).given_up().unwrap().id, late);
+        assert!(world.queues.is_done(1));
+        world.write_all();
+        assert_eq!(world.queues.unfinished(), 0);
+    }
+
+    #[test]
+    fn an_old_export_at_the_end_is_given_up_before_younger_ones_in_front_of_it() {
+        let mut world = World::new(DAY);
+        let old = world.submit(1);
+        let tried = world.attempt();
+        let young = world.at(DAY / 2).submit(1);
+        world.fail(tried, BLAMED, 0.5);
+        world.write_all();
+        let tried = world.at(DAY / 2 + 1_000).attempt();
+        assert_eq!(tried.id, young);
+        world.fail(tried, DOWN, 0.5);
+        let tried = world.at(DAY + DAY / 2).given_up().unwrap();
+        assert_eq!(tried.id, old);
+        assert!(
+            matches!(world.next(), Found::Nothing(_)),
+            "it could be found again before it is stored"
+        );
+        world.write_all();
+        assert_eq!(world.given_up().unwrap().id, young);
+    }
+
+    #[test]
+    fn a_queue_that_is_being_delivered_loses_nothing_however_long_that_takes() {
+        let mut world = World::new(DAY);
+        for _ in 0..3 {
+            world.submit(1);
+        }
+        for day in 1..=3 {
+            let tried = world.at(day * DAY).attempt();
+            world.fail(tried, DOWN, 0.5);
+            let tried = world.at(day * DAY + 5_000).attempt();
+            world.answer(&tried);
+        }
+        world.write_all();
+        assert!(world.queues.queues.is_empty() && world.queues.deadlines.is_empty());
+    }
+
+    #[test]
+    fn an_attempt_under_way_is_waited_for_before_anything_of_its_queue_is_given_up() {
+        let mut world = World::new(DAY);
+        let [first, second] = [(); 2].map(|()| world.submit(1));
+        let tried = world.attempt();
+        world.fail(tried, DOWN, 0.5);
+        let tried = world.at(DAY - 1).attempt();
+        assert!(world.at(DAY + 9).given_up().is_none());
+        let (failed, export) = world.fail(tried, DOWN, 0.5);
+        assert!(failed.given_up);
+        assert_eq!((export.id, export.attempts), (first, 2));
+        assert_eq!(world.given_up().unwrap().id, second);
+    }
+
+    #[test]
+    fn an_export_that_is_always_refused_while_others_get_through_ends_too() {
+        let mut world = World::new(DAY);
+        let bad = world.submit(1);
+        let tried = world.attempt();
+        world.fail(tried, BLAMED, 0.5);
+        let mut now = 0;
+        let attempts = loop {
+            now += DAY / 4;
+            world.write_all();
+            let good = world.at(now).submit(1);
+            let tried = world.attempt();
+            assert_eq!(tried.id, bad);
+            let (failed, export) = world.fail(tried, BLAMED, 0.5);
+            let tried = world.at(now + 2_000).attempt();
+            assert_eq!(tried.id, good);
+            world.answer(&tried);
+            if failed.given_up {
+                break export.attempts;
+            }
+        };
+        assert_eq!((now, attempts), (DAY, 5));
+    }
+
+    #[test]
+    fn the_time_of_an_export_that_was_the_cause_counts_only_against_what_it_does_itself() {
+        let mut world = World::new(DAY);
+        let [bad, _] = [(); 2].map(|()| world.submit(1));
+        let tried = world.attempt();
+        world.fail(tried, BLAMED, 0.5);
+        world.write_all();
+        let good = world.at(1_000).attempt();
+        world.answer(&good);
+        let tried = world.at(2 * DAY).attempt();
+        assert_eq!(tried.id, bad);
+        let (failed, _) = world.fail(tried, DOWN, 0.5);
+        assert!(!failed.given_up);
+    }
+
+    #[test]
+    fn a_final_failure_ends_no_wait_and_hurries_no_other() {
+        let mut world = World::new(DAY);
+        for _ in 0..3 {
+            world.submit(1);
+        }
+        for now in [0, 1_000] {
+            let tried = world.at(now).attempt();
+            world.fail(tried, DOWN, 0.5);
+        }
+        let lost = world.at(3_000).attempt();
+        world.queues.ended(lost.queue, 3_000);
+        // It was not sent, so the next one has this turn, and the wait after it is the third.
+        let tried = world.attempt();
+        let (failed, _) = world.fail(tried, DOWN, 0.5);
+        assert_eq!(
+            failed.backoff,
+            Backoff {
+                failures: 3,
+                not_before: 7_000,
+                failing_since: 0
+            }
+        );
+        assert_eq!(world.queues.deadlines.len(), 1);
+    }
+
+    #[test]
+    fn a_restart_goes_on_with_the_stored_backoff() {
+        let found = |backoff| super::Found {
+            exports: 2,
+            first: 1,
+            failing: Some((backoff, None)),
+        };
+        let mut world = World::new(DAY);
+        for _ in 0..2 {
+            world.submit(1);
+        }
+        let stored = Backoff {
+            failures: 3,
+            not_before: 9_000,
+            failing_since: 1_000,
+        };
+        world.queues = Queues::new(Duration::from_secs(86_400));
+        world.queues.restore(1, found(stored), 5_000);
+        assert!(matches!(
+            world.at(8_999).next(),
+            Found::Nothing(Some(9_000))
+        ));
+        let tried = world.at(9_000).attempt();
+        let (failed, _) = world.fail(tried, DOWN, 0.5);
+        assert_eq!(
+            failed.backoff,
+            Backoff {
+                failures: 4,
+                not_before: 17_000,
+                failing_since: 1_000,
+            }
+        );
+
+        // What somebody has changed by hand keeps nothing waiting for ever.
+        let wild = Backoff {
+            failures: 1,
+            not_before: Millis::MAX,
+            failing_since: Millis::MAX,
+        };
+        world.queues = Queues::new(Duration::MAX);
+        world.queues.restore(1, found(wild), 17_000);
+        let longest = 17_000 + LONGEST_RETRY_AFTER;
+        assert!(matches!(world.at(17_000).next(), Found::Nothing(Some(at)) if at == longest));
+        world.at(longest).attempt();
+    }
+
+    #[test]
+    fn exports_that_somebody_has_deleted_are_no_longer_counted_and_hold_up_no_other() {
+        let mut world = World::new(DAY);
+        for _ in 0..3 {
+            world.submit(1);
+        }
+        world.submit(2);
+        world.rows.retain(|row| row.queue == 2);
+        assert_eq!(world.attempt().queue, 2);
+        assert_eq!(world.queues.unfinished(), 1);
+        let late = world.submit(1);
+        assert_eq!(world.attempt().id, late);
+    }
+
+    #[test]
+    fn failing_queues_can_be_passed_over() {
+        let mut world = World::new(DAY);
+        world.submit(1);
+        let mut tried = world.attempt();
+        let slow = Duration::from_millis(30);
+        world.queues.failed(&mut tried, DOWN, error(), slow, 0.5, 0);
+        world.at(1_000).submit(2);
+        let mut next = |failing| world.queues.next(1_000, failing);
+        assert!(matches!(
+            next(false),
+            Next::Attempt(Turn {
+                queue: 2,
+                failing: false,
+                slow: false,
+                ..
+            })
+        ));
+        assert!(matches!(next(false), Next::Wait(_)));
+        assert!(matches!(
+            next(true),
+            Next::Attempt(Turn {
+                queue: 1,
+                failing: true,
+                slow: true,
+                ..
+            })
+        ));
+    }
+
+    #[test]
+    fn an_export_is_seen_as_the_worker_sees_it() {
+        let mut world = World::new(DAY);
+        let ids = [(); 2].map(|()| world.submit(1));
+        let stored = |id| Progress {
+            id,
+            attempts: 0,
+            first_moved_at: None,
+        };
+        let view = |world: &World, id| world.queues.view(1, stored(id), None, world.now);
+        assert!(!world.queues.is_held_up(1, 0, DAY));
+        let tried = world.attempt();
+        assert_eq!(view(&world, ids[0]).state, State::Processing);
+        assert_eq!(view(&world, ids[1]).state, State::Pending);
+        assert!(view(&world, ids[1]).next_attempt_in.is_none());
+        world.fail(tried, DOWN, 0.5);
+        for id in ids {
+            let view = view(&world, id);
+            assert_eq!(view.state, State::Pending);
+            assert!(view.last_error.is_some(), "for its queue's reason");
+            assert_eq!(view.next_attempt_in, Some(Duration::from_secs(1)));
+        }
+        assert!(world.queues.is_held_up(1, 0, DAY), "behind the other");
+        assert!(world.queues.is_held_up(1, 1, 999));
+        assert!(!world.queues.is_held_up(1, 1, 1_000));
+        let tried = world.at(1_000).attempt();
+        world.answer(&tried);
+        assert!(view(&world, ids[1]).last_error.is_none());
+        assert!(!world.queues.is_held_up(1, 0, DAY));
+    }
+
+    /// Something that happens.
+    #[derive(Clone, Debug)]
+    enum Event {
+        Submit(QueueId),
+        Answer(usize),
+        Fail(usize, bool, f64),
+        /// An attempt ends by a failure that is final.
+        End(usize),
+        /// Time passes.
+        Run(Millis),
+        /// So many reports get into the store.
+        Write(usize),
+        /// The service is killed, and what it has run for since the last commit is forgotten, if it is
+        /// no more than this.
+        Kill(Millis),
+    }
+
+    fn events(queues: QueueId) -> impl Strategy<Value = Vec<Event>> {
+        let event = prop_oneof![
+            4 => (0..queues).prop_map(Event::Submit),
+            2 => any::<usize>().prop_map(Event::Answer),
+            5 => (any::<usize>(), any::<bool>(), 0.0..=1.0)
+                .prop_map(|(at, end, chance)| Event::Fail(at, end, chance)),
+            1 => any::<usize>().prop_map(Event::End),
+            4 => (0..60_000_i64).prop_map(Event::Run),
+            2 => (0..4_usize).prop_map(Event::Write),
+            1 => (0..60_000_i64).prop_map(Event::Kill),
+        ];
+        proptest::collection::vec(event, 0..120)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1_000))]
+
+        /// Against a plain model: one attempt at a time in each queue, none before its time, order and
+        /// attempts kept, nothing taken twice, no queue twice while another that was ready first waits,
+        /// nothing forgotten; whatever fails, and however far the store lags behind when it is killed.
+        #[test]
+        fn turns_are_fair_and_nothing_due_is_forgotten(events in events(6)) {
+            let mut model = Model::new(DAY, 3);
+            for event in events {
+                model.happen(event)?;
+            }
+        }
+
+        /// None is given up before its queue has failed for long enough since it came, and none is kept
+        /// for longer, but for what kills lose of the running time and for attempts under way.
+        #[test]
+        fn exports_are_given_up_neither_early_nor_late(events in events(3)) {
+            let mut model = Model::new(300_000, 3);
+            for event in events {
+                model.happen(event)?;
+            }
+        }
+    }
+
+    /// How often the model's worker looks what there is to do.
+    const STEP: Millis = 2_000;
+
+    /// What the model knows of an export, in true running time.
+    #[derive(Clone, Debug)]
+    struct Known {
+        queue: QueueId,
+        accepted: Millis,
+        attempts: u32,
+        first_moved: Option<Millis>,
+        /// It has a result, which may not be in the store yet.
+        ended: bool,
+    }
+
+    /// Since when a queue fails, in true running time.
+    #[derive(Clone, Copy)]
+    struct Since {
+        first: Millis,
+        /// The same, but since it was last empty: an empty queue may be forgotten.
+        unbroken: Option<Millis>,
+        not_before: Millis,
+    }
+
+    struct Model {
+        world: World,
+        give_up_after: Millis,
+        most_under_way: usize,
+        truth: Millis,
+        /// The running time as it was stored last.
+        stored_now: Millis,
+        known: HashMap<Uuid, Known>,
+        under_way: Vec<Export>,
+        /// What is to be tried, in order.
+        order: HashMap<QueueId, VecDeque<Uuid>>,
+        since: HashMap<QueueId, Since>,
+        /// The same as it is in the store.
+        stored_since: HashMap<QueueId, Since>,
+        /// What each report that is not in the store says of `since`.
+        unwritten_since: VecDeque<Option<Option<Since>>>,
+        /// How many turns others had while a queue was due.
+        passed_over: HashMap<QueueId, HashMap<QueueId, u32>>,
+    }
+
+    impl Model {
+        fn new(give_up_after: Millis, most_under_way: usize) -> Self {
+            Self {
+                world: World::new(give_up_after),
+                give_up_after,
+                most_under_way,
+                truth: 0,
+                stored_now: 0,
+                known: HashMap::new(),
+                under_way: Vec::new(),
+                order: HashMap::new(),
+                since: HashMap::new(),
+                stored_since: HashMap::new(),
+                unwritten_since: VecDeque::new(),
+                passed_over: HashMap::new(),
+            }
+        }
+
+        fn happen(&mut self, event: Event) -> Result<(), TestCaseError> {
+            let one = |at: usize, under_way: &mut Vec<Export>| match under_way.len() {
+                0 => None,
+                count => Some(under_way.swap_remove(at % count)),
+            };
+            match event {
+                Event::Submit(queue) => {
+                    let id = self.world.submit(queue);
+                    self.order.entry(queue).or_default().push_back(id);
+                    let known = Known {
+                        queue,
+                        accepted: self.truth,
+                        attempts: 0,
+                        first_moved: None,
+                        ended: false,
+                    };
+                    self.known.insert(id, known);
+                }
+                Event::Answer(at) => {
+                    if let Some(export) = one(at, &mut self.under_way) {
+                        self.world.answer(&export);
+                        self.since.remove(&export.queue);
+                        self.end(&export, Some(None));
+                    }
+                }
+                Event::End(at) => {
+                    if let Some(export) = one(at, &mut self.under_way) {
+                        self.world.queues.ended(export.queue, self.world.now);
+                        self.world.finish(&export, false, None);
+                        self.end(&export, None);
+                    }
+                }
+                Event::Fail(at, to_end, chance) => {
+                    if let Some(export) = one(at, &mut self.under_way) {
+                        self.fail(export, to_end, chance)?;
+                    }
+                }
+                Event::Run(millis) => {
+                    // As the worker does, which wakes when something is due, and the writer.
+                    for _ in 0..=millis / STEP {
+                        self.write(usize::MAX);
+                        self.truth += STEP;
+                        self.world.now += STEP;
+                        self.settle()?;
+                    }
+                }
+                Event::Write(count) => self.write(count),
+                Event::Kill(millis) => self.kill(millis),
+            }
+            self.settle()
+        }
+
+        fn fail(&mut self, export: Export, to_end: bool, chance: f64) -> Result<(), TestCaseError> {
+            let (id, queue) = (export.id, export.queue);
+            let retry = if to_end { BLAMED } else { DOWN };
+            let (failed, _) = self.world.fail(export.clone(), retry, chance);
+            let wait = failed.backoff.not_before - self.world.now;
+            prop_assert!((800..=LONGEST * 12 / 10 + 1).contains(&wait));
+            let truth = self.truth;
+            let since = self.since.entry(queue).or_insert(Since {
+                first: truth,
+                unbroken: None,
+                not_before: 0,
+            });
+            since.not_before = failed.backoff.not_before;
+            let unbroken = *since.unbroken.get_or_insert(truth);
+            let since = *since;
+            let known = self.known.get_mut(&id).unwrap();
+            known.attempts += 1;
+            let own = match to_end {
+                true => *known.first_moved.get_or_insert(truth),
+                false => Millis::MAX,
+            };
+            let known = known.clone();
+            if failed.given_up {
+                prop_assert!(
+                    truth - known.accepted.max(since.first.min(own)) >= self.give_up_after,
+                    "given up early after its own attempt"
+                );
+                self.end(&export, Some(Some(since)));
+            } else {
+                let late = truth - known.accepted.max(unbroken.min(own));
+                prop_assert!(
+                    late < self.give_up_after + self.world.lost + STEP,
+                    "kept after its own attempt"
+                );
+                if !to_end {
+                    self.order.entry(queue).or_default().push_front(id);
+                }
+                self.unwritten_since.push_back(Some(Some(since)));
+            }
+            Ok(())
+        }
+
+        fn end(&mut self, export: &Export, since: Option<Option<Since>>) {
+            self.known.get_mut(&export.id).unwrap().ended = true;
+            let mut left = self.known.values().filter(|known| !known.ended);
+            let since = match left.all(|known| known.queue != export.queue) {
+                true => {
+                    if let Some(since) = self.since.get_mut(&export.queue) {
+                        since.unbroken = None;
+                    }
+                    Some(None)
+                }
+                false => since,
+            };
+            self.unwritten_since.push_back(since);
+        }
+
+        fn write(&mut self, count: usize) {
+            for _ in 0..count {
+                let Some(written) = self.world.write() else {
+                    break;
+                };
+                self.stored_now = self.world.now;
+                match self.unwritten_since.pop_front().unwrap() {
+                    Some(Some(since)) => drop(self.stored_since.insert(written.queue, since)),
+                    Some(None) => drop(self.stored_since.remove(&written.queue)),
+                    None => {}
+                }
+                match written.news {
+                    Err(_) => drop(self.known.remove(&written.id)),
+                    Ok((_, true)) => {
+                        let order = self.order.entry(written.queue).or_default();
+                        order.push_back(written.id);
+                    }
+                    Ok((_, false)) => {}
+                }
+            }
+        }
+
+        fn kill(&mut self, millis: Millis) {
+            let lost = millis.min(self.world.now - self.stored_now);
+            self.world.kill(lost);
+            self.under_way.clear();
+            self.passed_over.clear();
+            self.unwritten_since.clear();
+            self.since = self.stored_since.clone();
+            self.order.clear();
+            let mut rows = self.world.rows.clone();
+            rows.sort_unstable_by_key(|row| row.turn);
+            for row in rows {
+                self.order.entry(row.queue).or_default().push_back(row.id);
+                let known = self.known.get_mut(&row.id).unwrap();
+                known.ended = false;
+                known.attempts = row.attempts;
+                known.first_moved = known.first_moved.filter(|_| row.first_moved_at.is_some());
+            }
+            // Queues without exports are not restored.
+            let order = &self.order;
+            self.since.retain(|queue, _| order.contains_key(queue));
+        }
+
+        fn is_busy(&self, queue: QueueId) -> bool {
+            self.under_way.iter().any(|export| export.queue == queue)
+        }
+
+        fn is_due(&self, queue: QueueId) -> bool {
+            let waits = |since: &Since| since.not_before > self.world.now;
+            let has_exports = self
+                .order
+                .get(&queue)
+                .is_some_and(|order| !order.is_empty());
+            has_exports && !self.is_busy(queue) && !self.since.get(&queue).is_some_and(waits)
+        }
+
+        /// A queue of which an export that was not the first was given up, which is not in the store.
+        fn is_paused(&self, queue: QueueId) -> bool {
+            let pauses = |unwritten: &Unwritten| {
+                unwritten.queue == queue && matches!(unwritten.news, Err(true))
+            };
+            self.world.unwritten.iter().any(pauses)
+        }
+
+        /// Does what there is to do now, and sees that nothing is left that should have gone.
+        fn settle(&mut self) -> Result<(), TestCaseError> {
+            while self.under_way.len() < self.most_under_way {
+                match self.world.next() {
+                    Found::Export(export) => self.begin(export)?,
+                    Found::GivenUp(export) => {
+                        let known = self.known[&export.id].clone();
+                        prop_assert!(!known.ended, "given up twice");
+                        prop_assert!(!self.is_busy(known.queue));
+                        prop_assert_eq!(known.attempts, export.attempts);
+                        let since = self.since.get(&known.queue).map(|since| since.first);
+                        prop_assert!(since.is_some(), "given up in a queue that is not failing");
+                        let tried_for = self.truth - known.accepted.max(since.unwrap());
+                        prop_assert!(tried_for >= self.give_up_after, "given up early");
+                        let order = self.order.get_mut(&known.queue).unwrap();
+                        order.retain(|id| *id != export.id);
+                        self.end(&export, None);
+                    }
+                    Found::Nothing(at) => {
+                        prop_assert!(
+                            at.is_none_or(|at| at > self.world.now),
+                            "it would not sleep"
+                        );
+                        for (queue, order) in &self.order {
+                            if order.is_empty() || self.is_busy(*queue) || self.is_paused(*queue) {
+                                continue;
+                            }
+                            prop_assert!(!self.is_due(*queue), "{queue} was forgotten");
+                            let not_before = self.since[queue].not_before;
+                            prop_assert!(
+                                at.is_some_and(|at| at <= not_before),
+                                "would sleep too long"
+                            );
+                        }
+                        break;
+                    }
+                }
+            }
+            for known in self.known.values().filter(|known| !known.ended) {
+                let since = self
+                    .since
+                    .get(&known.queue)
+                    .and_then(|since| since.unbroken);
+                let looked = self.under_way.len() < self.most_under_way;
+                if let Some(since) = since
+                    && looked
+                    && !self.is_busy(known.queue)
+                    && !self.is_paused(known.queue)
+                {
+                    let late = self.truth - known.accepted.max(since);
+                    prop_assert!(
+                        late < self.give_up_after + self.world.lost + STEP,
+                        "kept for too long"
+                    );
+                }
+            }
+            let unwritten = self.world.rows.len();
+            prop_assert_eq!(self.world.queues.unfinished(), unwritten);
+            Ok(())
+        }
+
+        fn begin(&mut self, export: Export) -> Result<(), TestCaseError> {
+            let queue = export.queue;
+            prop_assert!(self.is_due(queue), "two at a time, or too early");
+            let order = self.order.get_mut(&queue).unwrap();
+            prop_assert_eq!(order.pop_front(), Some(export.id));
+            let known = &self.known[&export.id];
+            prop_assert!(!known.ended, "taken after it had ended");
+            prop_assert_eq!(known.attempts, export.attempts);
+            self.passed_over.remove(&queue);
+            let others: Vec<_> = self.order.keys().copied().collect();
+            for other in others {
+                if other != queue && self.is_due(other) && !self.is_paused(other) {
+                    let passed = self.passed_over.entry(other).or_default();
+                    let turns = passed.entry(queue).or_default();
+                    *turns += 1;
+                    prop_assert!(*turns <= 1, "{queue} had two turns while {other} was due");
+                }
+            }
+            self.under_way.push(export);
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,445 @@
+//! Copies what can be read of one database into another, new one: from a damaged one, or from one of an
+//! earlier release. A page that went bad costs the exports that are on it, and no others.
+//!
+//! Not here: which file takes the place of which ([`super::opening`]).
+
+use std::collections::HashMap;
+
+use rusqlite::types::{Value, ValueRef};
+use rusqlite::{CachedStatement, Connection, params, params_from_iter};
+use serde_json::value::RawValue;
+use uuid::Uuid;
+
+use super::reading::value;
+use super::{Error, schema};
+use crate::export::{Millis, QueueId};
+
+/// So many numbers behind a damaged page are tried one by one, before the steps get longer: a page
+/// has a few rows, but those between may have been deleted.
+const SMALL_STEPS: u32 = 4096;
+
+/// How a version of the tables is read.
+struct Version {
+    /// What is in front of an export's large columns, and identifies it.
+    head: &'static str,
+    /// All the rest. Positions of an earlier release are spread out, as exports that were moved behind
+    /// the same one had the same position, and are in the order of `moved_at`.
+    rest: &'static str,
+    /// Owner, destination, failures, next attempt, failing since, last error, and the number if it is
+    /// to stay.
+    queues: &'static str,
+    /// The same from an index of the table, which is on other pages.
+    queues_by_index: Option<&'static str>,
+    /// The running time, if it was counted.
+    running: Option<&'static str>,
+}
+
+const FIRST: Version = Version {
+    head: "id, owner, destination, NULL, seq * 4294967296, 0, NULL",
+    rest: "coalesce(turn, seq) * 4294967296, moved_at, accepted_at, 0, min(max(attempts, 0), 1000000000), NULL, finished_at,
+        idempotency_key, fingerprint, last_error, response, payload",
+    // Waits were stored by the wall clock, which may have been wrong then.
+    queues: "SELECT owner, destination, min(max(failures, 0), 1000000000),
+            min(max(max(coalesce(next_attempt_at, 0)) - unixepoch() * 1000, 0), 3600000), 0,
+            last_error, NULL
+        FROM exports NOT INDEXED WHERE failures > 0 AND finished_at IS NULL
+        GROUP BY owner, destination",
+    queues_by_index: None,
+    running: None,
+};
+
+const SECOND: Version = Version {
+    rest: "coalesce(turn, seq) * 4294967296, moved_at, accepted_at, running_at,
+        min(max(attempts, 0), 1000000000), first_moved_at, finished_at, idempotency_key, fingerprint, last_error, response, payload",
+    queues: "SELECT owner, destination, min(max(failures, 0), 1000000000), next_attempt_at, failing_since, last_error, NULL
+        FROM queues",
+    running: Some("SELECT millis FROM running"),
+    ..FIRST
+};
+
+const CURRENT: Version = Version {
+    head: "id, NULL, NULL, queue, turn, accepted_at, running_at",
+    rest: "turn, NULL, accepted_at, running_at, min(max(attempts, 0), 1000000000), first_moved_at, finished_at,
+        idempotency_key, fingerprint, last_error, response, payload",
+    queues: "SELECT owner, destination, min(max(failures, 0), 1000000000), next_attempt_at, failing_since, last_error, id
+        FROM queues",
+    queues_by_index: Some(
+        "SELECT owner, destination, 0, 0, 0, NULL, id FROM queues
+            INDEXED BY sqlite_autoindex_queues_1",
+    ),
+    running: SECOND.running,
+};
+
+/// What became of the rows.
+#[derive(Default)]
+pub struct Copied {
+    /// How many were copied whole.
+    pub whole: u64,
+    /// Those copied without their payload or result: they will be finished as lost.
+    pub damaged: Vec<Uuid>,
+    /// Those known by their id alone, and not copied.
+    pub gone: Vec<Uuid>,
+    /// The running time.
+    pub running: Millis,
+    /// Something was damaged, if only an index.
+    damage: bool,
+}
+
+impl Copied {
+    /// Whether nothing was damaged.
+    pub fn is_whole(&self) -> bool {
+        !self.damage
+    }
+
+    /// `None` for what cannot be read because of damage.
+    fn undamaged<T>(&mut self, result: Result<T, Error>) -> Result<Option<T>, Error> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(Error::Damaged) => {
+                self.damage = true;
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Copies everything that can be read. `from` has tables of this version, `to` has empty ones. `running`
+/// is the running time as far as it is known.
+///
+/// # Errors
+/// Where something other than damage is in the way: nothing is to be given up for that.
+pub fn copy(
+    from: &Connection,
+    version: i32,
+    to: &Connection,
+    running: Millis,
+) -> Result<Copied, Error> {
+    let version = match version {
+        1 => &FIRST,
+        2 => &SECOND,
+        schema::VERSION => &CURRENT,
+        _ => return Err(Error::Damaged),
+    };
+    let mut copying = Copying {
+        from,
+        to,
+        version,
+        running,
+        queues: HashMap::new(),
+        moved: Vec::new(),
+        copied: Copied::default(),
+    };
+    copying.queues()?;
+    copying.exports()?;
+    copying.order_moved()?;
+    copying.count()?;
+    copying.running()?;
+    copying.name_gone()?;
+    Ok(copying.copied)
+}
+
+/// What an export has in front of its large columns.
+struct Head {
+    id: Uuid,
+    owner: Option<Vec<u8>>,
+    destination: Option<String>,
+    queue: Option<QueueId>,
+    turn: i64,
+    accepted_at: i64,
+    running_at: Option<i64>,
+}
+
+/// The columns of `rest`, as they are written after the row's number, its id and its queue; but
+/// for the second one.
+type Rest = [Value; COLUMNS];
+const COLUMNS: usize = 12;
+const FINISHED_AT: usize = 6;
+const LAST_ERROR: usize = 9;
+const RESPONSE: usize = 10;
+
+struct Copying<'a> {
+    from: &'a Connection,
+    to: &'a Connection,
+    version: &'a Version,
+    running: Millis,
+    /// How many exports were copied of each queue that is known.
+    queues: HashMap<QueueId, i64>,
+    /// Position, order among those at the same position, and row of those that were moved.
+    moved: Vec<(i64, i64, i64)>,
+    copied: Copied,
+}
+
+impl Copying<'_> {
+    fn queues(&mut self) -> Result<(), Error> {
+        for sql in [Some(self.version.queues), self.version.queues_by_index] {
+            let Some(sql) = sql else { continue };
+            let copied = self.queues_from(sql);
+            self.copied.undamaged(copied)?;
+        }
+        Ok(())
+    }
+
+    fn queues_from(&mut self, sql: &str) -> Result<(), Error> {
+        let mut statement = self.from.prepare(sql)?;
+        let mut rows = statement.query([])?;
+        while let Some(row) = rows.next()? {
+            let error: Option<String> = row.get(5)?;
+            let error = error.filter(|text| serde_json::from_str::<&RawValue>(text).is_ok());
+            let inserted = self
+                .to
+                .prepare_cached(
+                    "INSERT OR IGNORE INTO queues (owner, destination, failures, next_attempt_at,
+                         failing_since, last_error, id) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                )?
+                .execute(params![
+                    row.get::<_, Vec<u8>>(0)?,
+                    row.get::<_, String>(1)?,
+                    row.get::<_, i64>(2)?,
+                    row.get::<_, i64>(3)?,
+                    row.get::<_, i64>(4)?,
+                    error,
+                    row.get::<_, Option<QueueId>>(6)?
+                ])?;
+            if inserted > 0 {
+                self.queues.insert(self.to.last_insert_rowid(), 0);
+            }
+        }
+        Ok(())
+    }
+
+    fn exports(&mut self) -> Result<(), Error> {
+        let mut at = i64::MIN;
+        while let Some(seq) = self.next(at)? {
+            let head = self.head(seq);
+            if let Some(head) = self.copied.undamaged(head)? {
+                let rest = self.rest(seq);
+                let rest = self.copied.undamaged(rest)?;
+                self.insert(seq, head, rest)?;
+            }
+            match seq.checked_add(1) {
+                Some(next) => at = next,
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// The first row that can be found at or behind `from`.
+    fn next(&mut self, from: i64) -> Result<Option<i64>, Error> {
+        let connection = self.from;
+        let find = |from: i64| {
+            let sql = "SELECT seq FROM exports NOT INDEXED WHERE seq >= ? ORDER BY seq LIMIT 1";
+            value::<i64>(connection, sql, [from])
+        };
+        if let Some(found) = self.copied.undamaged(find(from))? {
+            return Ok(found);
+        }
+        let (mut bad, mut step, mut tried) = (from.max(0), 1_i64, 0);
+        let mut found = loop {
+            let Some(at) = bad.checked_add(step) else {
+                return Ok(None);
+            };
+            if let Some(found) = self.copied.undamaged(find(at))? {
+                break (at, found);
+            }
+            bad = at;
+            tried += 1;
+            if tried > SMALL_STEPS {
+                step = step.saturating_mul(2);
+            }
+        };
+        // What a long step has left out.
+        while found.0 - bad > 1 {
+            let middle = bad + (found.0 - bad) / 2;
+            match self.copied.undamaged(find(middle))? {
+                Some(earlier) => found = (middle, earlier),
+                None => bad = middle,
+            }
+        }
+        Ok(found.1)
+    }
+
+    fn head(&self, seq: i64) -> Result<Head, Error> {
+        let mut statement = self.select(self.version.head)?;
+        let mut rows = statement.query([seq])?;
+        let row = rows.next()?.ok_or(Error::Damaged)?;
+        Ok(Head {
+            id: uuid(row.get_ref(0)?).ok_or(Error::Damaged)?,
+            owner: row.get(1)?,
+            destination: row.get(2)?,
+            queue: row.get(3)?,
+            turn: row.get(4)?,
+            accepted_at: row.get(5)?,
+            running_at: row.get(6)?,
+        })
+    }
+
+    /// The rest of a row, if it is one that this program can have written.
+    fn rest(&self, seq: i64) -> Result<Rest, Error> {
+        let mut statement = self.select(self.version.rest)?;
+        let mut rows = statement.query([seq])?;
+        let row = rows.next()?.ok_or(Error::Damaged)?;
+        let mut rest = [const { Value::Null }; COLUMNS];
+        for (at, value) in rest.iter_mut().enumerate() {
+            *value = row.get(at)?;
+        }
+        let sound = |value: &Value| match value {
+            Value::Text(text) => serde_json::from_str::<&RawValue>(text).is_ok(),
+            value => *value == Value::Null,
+        };
+        if !sound(&rest[RESPONSE]) {
+            return Err(Error::Damaged);
+        }
+        if !sound(&rest[LAST_ERROR]) {
+            rest[LAST_ERROR] = Value::Null;
+        }
+        Ok(rest)
+    }
+
+    fn select(&self, columns: &str) -> Result<CachedStatement<'_>, Error> {
+        let sql = format!("SELECT {columns} FROM exports NOT INDEXED WHERE seq = ?");
+        Ok(self.from.prepare_cached(&sql)?)
+    }
+
+    /// Writes a row, unless one with its id, number or key is there already.
+    fn insert(&mut self, seq: i64, head: Head, rest: Option<Rest>) -> Result<(), Error> {
+        let Some(queue) = self.queue(&head)? else {
+            self.copied.damage = true;
+            return Ok(());
+        };
+        let is_whole = rest.is_some();
+        let rest = rest.unwrap_or_else(|| {
+            let mut rest = [const { Value::Null }; COLUMNS];
+            rest[0] = head.turn.into();
+            rest[2] = head.accepted_at.into();
+            rest[3] = head.running_at.unwrap_or(self.running).into();
+            rest[4] = 0.into();
+            rest
+        });
+        let finished = rest[FINISHED_AT] != Value::Null;
+        let [turn, moved_at, rest @ ..] = rest;
+        if let (Value::Integer(turn), Value::Integer(moved_at), false) =
+            (&turn, &moved_at, finished)
+        {
+            self.moved.push((*turn, *moved_at, seq));
+        }
+        let id = Value::Blob(head.id.into_bytes().into());
+        let row = [seq.into(), id, queue.into(), turn];
+        let inserted = self
+            .to
+            .prepare_cached(
+                "INSERT OR IGNORE INTO exports (seq, id, queue, turn, accepted_at, running_at,
+                     attempts, first_moved_at, finished_at, idempotency_key, fingerprint, last_error,
+                     response, payload) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            )?
+            .execute(params_from_iter(row.into_iter().chain(rest)))?;
+        if inserted > 0 {
+            *self.queues.entry(queue).or_default() += 1;
+            match is_whole {
+                true => self.copied.whole += 1,
+                false => self.copied.damaged.push(head.id),
+            }
+        }
+        Ok(())
+    }
+
+    /// The new number of an export's queue; none where nothing is known of it.
+    fn queue(&mut self, head: &Head) -> Result<Option<QueueId>, Error> {
+        if let Some(queue) = head.queue {
+            return Ok(self.queues.contains_key(&queue).then_some(queue));
+        }
+        let (Some(owner), Some(destination)) = (&head.owner, &head.destination) else {
+            return Ok(None);
+        };
+        let sql = "SELECT id FROM queues WHERE owner = ? AND destination = ?";
+        if let Some(queue) = value(self.to, sql, params![owner, destination])? {
+            return Ok(Some(queue));
+        }
+        self.to
+            .prepare_cached("INSERT INTO queues (owner, destination) VALUES (?, ?)")?
+            .execute(params![owner, destination])?;
+        Ok(Some(self.to.last_insert_rowid()))
+    }
+
+    fn order_moved(&mut self) -> Result<(), Error> {
+        self.moved.sort_unstable();
+        let mut before = i64::MIN;
+        for (turn, _, seq) in &self.moved {
+            // In front of them is the export behind which they were moved.
+            before = (*turn).max(before).saturating_add(1);
+            self.to
+                .prepare_cached("UPDATE exports SET turn = ? WHERE seq = ?")?
+                .execute([before, *seq])?;
+        }
+        Ok(())
+    }
+
+    /// Notes how many exports each queue has, and leaves out those that have none.
+    fn count(&self) -> Result<(), Error> {
+        for (queue, exports) in &self.queues {
+            self.to
+                .prepare_cached("UPDATE queues SET exports = ? WHERE id = ?")?
+                .execute(params![exports, queue])?;
+        }
+        self.to
+            .execute("DELETE FROM queues WHERE exports = 0", [])?;
+        Ok(())
+    }
+
+    fn running(&mut self) -> Result<(), Error> {
+        let stored = match self.version.running {
+            Some(sql) => self
+                .from
+                .query_row(sql, [], |row| row.get(0))
+                .map_err(Error::from),
+            None => Ok(0),
+        };
+        let latest = match self.copied.undamaged(stored)? {
+            Some(stored) => stored,
+            None => {
+                let rows = "SELECT coalesce(max(max(running_at, coalesce(first_moved_at, 0))), 0) FROM exports";
+                self.to.query_row(rows, [], |row| row.get(0))?
+            }
+        };
+        self.copied.running = self.running.max(latest);
+        self.to
+            .execute("UPDATE running SET millis = ?", [self.copied.running])?;
+        Ok(())
+    }
+
+    /// Names exports whose rows could not be read. The index of ids is on other pages than they are.
+    fn name_gone(&mut self) -> Result<(), Error> {
+        if !self.copied.damage {
+            return Ok(());
+        }
+        let named = self.ids_that_are_gone();
+        self.copied.undamaged(named)?;
+        Ok(())
+    }
+
+    fn ids_that_are_gone(&mut self) -> Result<(), Error> {
+        let mut statement = self
+            .from
+            .prepare("SELECT id FROM exports INDEXED BY sqlite_autoindex_exports_1 ORDER BY id")?;
+        let mut rows = statement.query([])?;
+        while let Some(row) = rows.next()? {
+            if let Some(id) = uuid(row.get_ref(0)?) {
+                let sql = "SELECT 1 FROM exports WHERE id = ?";
+                if value::<i64>(self.to, sql, [id])?.is_none() {
+                    self.copied.gone.push(id);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An id as any version has stored it.
+fn uuid(stored: ValueRef<'_>) -> Option<Uuid> {
+    match stored {
+        ValueRef::Text(text) => Uuid::try_parse_ascii(text).ok(),
+        ValueRef::Blob(bytes) => Uuid::from_slice(bytes).ok(),
+        _ => None,
+    }
+}

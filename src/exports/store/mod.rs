@@ -1,0 +1,477 @@
+//! The store on disk, which is the queue too: every export from its acceptance until its result
+//! expires. All SQL is here and in the modules below.
+//!
+//! SQLite in WAL mode with `synchronous=FULL`: a commit that returned survives loss of power.
+//! One [`Store`] owns the only connection that writes; [`Reader`]s see committed rows only and, in a
+//! file, are never held up by it. Payloads are overwritten with zeros once an export is finished.
+//!
+//! Not here: which thread writes when, and what is kept in memory (`exports`).
+
+mod copying;
+mod folder;
+mod opening;
+mod reading;
+mod schema;
+mod wal;
+mod writing;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicI32;
+
+use rusqlite::{Connection, ErrorCode};
+use serde_json::value::RawValue;
+use uuid::Uuid;
+
+use crate::destination::Destination;
+use crate::export::{self, Backoff, QueueId};
+use crate::memory::Reservation;
+pub use opening::cannot_mend;
+pub use reading::{Queued, Reader, Stored};
+pub use writing::log_size;
+
+/// The file's name in the data folder.
+pub const FILE: &str = "exports.db";
+
+/// SQLite's write-ahead log is begun anew at about this many bytes, unless somebody reads the store.
+pub const ORDINARY_LOG: u64 = 4 * 1024 * 1024;
+/// The same in pages.
+const ORDINARY_LOG_PAGES: i32 = 1024;
+
+/// Where the exports are kept.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// In this folder, which is created where it does not exist.
+    Folder(PathBuf),
+    /// In memory, lost with the process (`--ephemeral`).
+    Memory,
+}
+
+impl Place {
+    /// The folder, if it is one.
+    pub fn folder(&self) -> Option<&Path> {
+        match self {
+            Self::Folder(folder) => Some(folder),
+            Self::Memory => None,
+        }
+    }
+}
+
+/// Why the store could not be opened; the text says what to do.
+#[derive(Debug)]
+pub struct OpenError(String);
+
+impl std::fmt::Display for OpenError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Why a statement was not carried out.
+#[derive(Debug)]
+pub enum Error {
+    /// There is no room left on the disk.
+    Full,
+    /// A page of the file cannot be made sense of, or a row holds what no version of this program
+    /// writes.
+    Damaged,
+    /// Somebody else has the store open, and is in the way.
+    InUse,
+    /// Anything else SQLite reports.
+    Failed(rusqlite::Error),
+}
+
+impl std::fmt::Display for Error {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Full => f.write_str("the disk is full"),
+            Self::Damaged => f.write_str("the store is damaged"),
+            Self::InUse => f.write_str("somebody else reads the store"),
+            Self::Failed(error) => write!(f, "{error}"),
+        }
+    }
+}
+
+impl From<io::Error> for Error {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::StorageFull => Self::Full,
+            _ => Self::Failed(rusqlite::Error::ToSqlConversionFailure(error.into())),
+        }
+    }
+}
+
+impl From<rusqlite::Error> for Error {
+    fn from(error: rusqlite::Error) -> Self {
+        match error.sqlite_error_code() {
+            Some(ErrorCode::DiskFull) => Self::Full,
+            Some(ErrorCode::DatabaseCorrupt) => Self::Damaged,
+            Some(_) => Self::Failed(error),
+            None => match error {
+                // The tables are strict: no such value gets into them by a statement.
+                rusqlite::Error::FromSqlConversionFailure(..)
+                | rusqlite::Error::IntegralValueOutOfRange(..)
+                | rusqlite::Error::InvalidColumnType(..)
+                | rusqlite::Error::Utf8Error(..) => Self::Damaged,
+                error => Self::Failed(error),
+            },
+        }
+    }
+}
+
+/// A new export as it goes into the store.
+pub struct NewExport {
+    /// Its public id.
+    pub id: Uuid,
+    /// The identifier of the macaroon it came with.
+    pub owner: Vec<u8>,
+    /// Where it goes.
+    pub destination: Destination,
+    /// What goes there.
+    pub payload: Vec<u8>,
+    /// Unix milliseconds.
+    pub accepted_at: i64,
+    /// The same in running time.
+    pub running: i64,
+    /// The idempotency key, if the submission had one.
+    pub key: Option<IdempotencyKey>,
+}
+
+/// A client's key for a submission, and the digest of what was submitted under it.
+pub struct IdempotencyKey {
+    /// 1 to 255 visible ASCII characters.
+    pub key: String,
+    /// Tells whether a second submission under the key is the same one.
+    pub fingerprint: [u8; 32],
+}
+
+/// One thing for [`Store::commit`] to write down.
+pub enum Change<'a> {
+    /// A new export.
+    Accept(&'a NewExport),
+    /// News of an export that was accepted before.
+    Report(&'a Report),
+}
+
+/// What became of an export, to be written down.
+pub struct Report {
+    /// Its public id.
+    pub id: Uuid,
+    /// Its row.
+    pub seq: i64,
+    /// The queue it is in.
+    pub queue: QueueId,
+    /// Its result, or that it is tried again.
+    pub news: News,
+    /// What is known of its queue by that.
+    pub queue_news: QueueNews,
+}
+
+/// What there is to say of one export.
+pub enum News {
+    /// It is finished.
+    Finished {
+        /// The `ext_response` object.
+        response: Arc<RawValue>,
+        /// What it takes of the memory that all of them share.
+        memory: Option<Reservation>,
+        /// Whether its queue waits for this to be in the store.
+        resumes: bool,
+    },
+    /// An attempt failed, and there will be another.
+    Rescheduled {
+        /// How often it was tried.
+        attempts: u32,
+        /// Why the last attempt failed: `kind` and `message`.
+        error: Arc<RawValue>,
+        /// Whether it goes to the end of its queue.
+        to_end: bool,
+        /// When it first did, in running time.
+        first_moved_at: Option<i64>,
+    },
+}
+
+/// What there is to say of a queue.
+pub enum QueueNews {
+    /// Nothing.
+    AsBefore,
+    /// It is not failing, or has no exports left.
+    Recovered,
+    /// Its last attempt failed: its backoff, and why.
+    Failing(Backoff, Arc<RawValue>),
+}
+
+/// What became of a [`Change`].
+pub enum Effect {
+    /// The export is in this queue, or its result is in the store.
+    Written(QueueId),
+    /// The idempotency key was used before for the same submission, which is this export.
+    Repeat(Uuid, Stored),
+    /// The idempotency key was used before for another submission. Nothing was written.
+    Conflict,
+    /// There is no room for it, and why. Nothing was written.
+    NoRoom(export::Error),
+}
+
+/// The one connection that writes. Dropping it gives the folder free for another process.
+///
+/// Times come and go as the process counts them, which a clock that is set does not change, and
+/// are stored by the wall clock: see [`Store::clock_was_set`].
+pub struct Store {
+    connection: Connection,
+    /// What the wall clock is ahead of the process's count, in milliseconds.
+    clock_offset: i64,
+    /// The running time as it was stored last.
+    running: i64,
+    /// The last position that was given to an export.
+    last_turn: i64,
+    /// How many pages SQLite's write-ahead log had after the last commit.
+    log_pages: Arc<AtomicI32>,
+    /// The file, or a URI for a database in memory.
+    path: PathBuf,
+    /// The folder, locked, and the files that SQLite has open in it; none for a database in memory.
+    on_disk: Option<(folder::Folder, opening::Files)>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn new_export(owner: &str, key: Option<&str>, content: u8) -> NewExport {
+        NewExport {
+            id: Uuid::now_v7(),
+            owner: owner.into(),
+            destination: Destination::parse("https://a.example/").unwrap(),
+            payload: vec![content],
+            accepted_at: 0,
+            running: i64::from(content),
+            key: key.map(|key| IdempotencyKey {
+                key: key.into(),
+                fingerprint: [content; 32],
+            }),
+        }
+    }
+
+    fn accept(store: &mut Store, exports: &[NewExport]) -> Vec<Effect> {
+        let changes: Vec<_> = exports.iter().map(Change::Accept).collect();
+        store.commit(&changes, 0, 0, |_, _, _| Ok(())).unwrap()
+    }
+
+    fn report(store: &mut Store, queued: &Queued, queue: QueueId, news: News, now: i64) {
+        let report = Report {
+            id: queued.id,
+            seq: queued.seq,
+            queue,
+            news,
+            queue_news: QueueNews::AsBefore,
+        };
+        let changes = [Change::Report(&report)];
+        store.commit(&changes, now, 0, |_, _, _| Ok(())).unwrap();
+    }
+
+    fn finished() -> News {
+        News::Finished {
+            response: RawValue::from_string("{}".into()).unwrap().into(),
+            memory: None,
+            resumes: false,
+        }
+    }
+
+    fn moved(at: i64) -> News {
+        News::Rescheduled {
+            attempts: 1,
+            error: RawValue::from_string("{}".into()).unwrap().into(),
+            to_end: true,
+            first_moved_at: Some(at),
+        }
+    }
+
+    #[test]
+    fn only_what_is_written_needs_room() {
+        let mut store = Store::open(&Place::Memory).unwrap();
+        let exports = [
+            new_export("me", Some("k"), 1),
+            new_export("me", Some("k"), 1),
+            new_export("me", Some("k"), 2),
+            new_export("me", None, 3),
+            new_export("you", Some("k"), 4),
+        ];
+        let changes: Vec<_> = exports.iter().map(Change::Accept).collect();
+        let mut asked = Vec::new();
+        let effects = store
+            .commit(&changes, 0, 0, |export, queue, added| {
+                asked.push((export.payload[0], queue.is_some(), added));
+                match export.payload[0] {
+                    4 => Err(export::Error::StoreFull),
+                    _ => Ok(()),
+                }
+            })
+            .unwrap();
+        assert_eq!(asked, [(1, false, 0), (3, true, 1), (4, false, 0)]);
+        assert!(matches!(
+            effects[..],
+            [
+                Effect::Written(_),
+                Effect::Repeat(..),
+                Effect::Conflict,
+                Effect::Written(_),
+                Effect::NoRoom(export::Error::StoreFull)
+            ]
+        ));
+    }
+
+    #[test]
+    fn a_queue_is_read_in_its_order_and_its_oldest_is_found_wherever_it_was_moved() {
+        let mut store = Store::open(&Place::Memory).unwrap();
+        let exports = [1, 2, 3].map(|content| new_export("me", None, content));
+        let effects = accept(&mut store, &exports);
+        let Effect::Written(queue) = effects[0] else {
+            panic!("refused");
+        };
+        accept(&mut store, &[new_export("you", None, 9)]);
+        let reader = store.reader().unwrap();
+        let order = |reader: &Reader| {
+            let mut after = i64::MIN;
+            let next = || {
+                let next = reader.next(queue, after).unwrap()?;
+                after = next.turn;
+                next.payload
+            };
+            std::iter::from_fn(next).flatten().collect::<Vec<_>>()
+        };
+        assert_eq!(order(&reader), [1, 2, 3]);
+        let first = reader.next(queue, i64::MIN).unwrap().unwrap();
+        let (oldest, is_first) = reader.oldest(queue, i64::MIN).unwrap().unwrap();
+        assert!(is_first && oldest.id == first.id && oldest.payload.is_none());
+
+        report(&mut store, &first, queue, moved(7), 0);
+        assert_eq!(order(&reader), [2, 3, 1]);
+        accept(&mut store, &[new_export("me", None, 4)]);
+        assert_eq!(order(&reader), [2, 3, 1, 4]);
+        let (oldest, is_first) = reader.oldest(queue, i64::MIN).unwrap().unwrap();
+        assert!(!is_first && oldest.id == first.id);
+        assert_eq!((oldest.attempts, oldest.first_moved_at), (1, Some(7)));
+        // What was taken already does not count.
+        let (oldest, is_first) = reader.oldest(queue, oldest.turn).unwrap().unwrap();
+        assert!(is_first && oldest.accepted_at == 4);
+    }
+
+    #[test]
+    fn a_queue_is_forgotten_with_its_last_export() {
+        let mut store = Store::open(&Place::Memory).unwrap();
+        let effects = accept(
+            &mut store,
+            &[1, 2].map(|content| new_export("me", None, content)),
+        );
+        let Effect::Written(queue) = effects[0] else {
+            panic!("refused");
+        };
+        let queues = |store: &Store| -> i64 {
+            let count = "SELECT count(*) FROM queues";
+            store
+                .connection
+                .query_row(count, [], |row| row.get(0))
+                .unwrap()
+        };
+        for left in [1, 0] {
+            let reader = store.reader().unwrap();
+            let next = reader.next(queue, i64::MIN).unwrap().unwrap();
+            report(&mut store, &next, queue, finished(), 5);
+            assert_eq!(store.expire(5).unwrap(), (1, None));
+            assert_eq!(queues(&store), left);
+        }
+        // Its number is never another's.
+        let effects = accept(&mut store, &[new_export("you", None, 1)]);
+        assert!(matches!(effects[..], [Effect::Written(other)] if other != queue));
+    }
+
+    #[test]
+    fn a_report_of_a_row_that_is_now_anothers_changes_nothing() {
+        let mut store = Store::open(&Place::Memory).unwrap();
+        let exports = [1, 2].map(|content| new_export("me", None, content));
+        accept(&mut store, &exports);
+        let reader = store.reader().unwrap();
+        let mut next = reader.next(1, i64::MIN).unwrap().unwrap();
+        next.id = Uuid::now_v7();
+        report(&mut store, &next, 1, finished(), 0);
+        assert_eq!(
+            reader.next(1, i64::MIN).unwrap().unwrap().payload,
+            Some(vec![1])
+        );
+    }
+
+    #[test]
+    fn what_was_stored_by_a_wrong_clock_is_corrected_with_it() {
+        const DAY: i64 = 86_400_000;
+        let mut store = Store::open(&Place::Memory).unwrap();
+        let times = |store: &Store| {
+            let mut statement = store
+                .connection
+                .prepare("SELECT accepted_at, finished_at FROM exports ORDER BY seq")
+                .unwrap();
+            statement
+                .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))
+                .unwrap()
+                .collect::<Result<Vec<(i64, Option<i64>)>, _>>()
+                .unwrap()
+        };
+        let submit = |store: &mut Store, accepted_at, finished_at| {
+            let export = NewExport {
+                accepted_at,
+                ..new_export("me", None, 1)
+            };
+            accept(store, &[export]);
+            if finished_at > 0 {
+                let next = store.reader().unwrap().next(1, i64::MIN).unwrap().unwrap();
+                report(store, &next, 1, finished(), finished_at);
+            }
+        };
+        // An earlier run's, by the right time; then this one's, which starts three days late.
+        submit(&mut store, 100 * DAY, 100 * DAY + 1);
+        let start = 101 * DAY;
+        submit(&mut store, start + 2, start + 3);
+        submit(&mut store, start + 4, start + 5);
+        store.clock_was_set(start, start + 6, 3 * DAY).unwrap();
+        submit(&mut store, start + 7, 0);
+        let right = 104 * DAY;
+        assert_eq!(
+            times(&store),
+            [
+                (100 * DAY, Some(100 * DAY + 1)),
+                (right + 2, Some(right + 3)),
+                (right + 4, Some(right + 5)),
+                (right + 7, None),
+            ]
+        );
+        // Expiry counts on evenly: what is older by the right time goes, and no more.
+        assert_eq!(store.expire(start - DAY).unwrap(), (1, Some(start + 3)));
+
+        // Set back to before everything: nothing is left in the future.
+        store.clock_was_set(start, start + 8, -50 * DAY).unwrap();
+        let now = right + 8 - 50 * DAY;
+        assert!(
+            times(&store)
+                .iter()
+                .all(|(_, finished)| *finished <= Some(now))
+        );
+    }
+
+    #[test]
+    fn commits_reach_the_disk_and_what_is_deleted_is_overwritten() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&Place::Folder(folder.path().join("new"))).unwrap();
+        let pragma = |name: &str| {
+            let value = |row: &rusqlite::Row<'_>| row.get::<_, rusqlite::types::Value>(0);
+            store
+                .connection
+                .pragma_query_value(None, name, value)
+                .unwrap()
+        };
+        // 2 is FULL: the log is synced at every commit.
+        assert_eq!(pragma("synchronous"), 2.into());
+        assert_eq!(pragma("journal_mode"), "wal".to_owned().into());
+        assert_eq!(pragma("secure_delete"), 1.into());
+        assert!(!store.is_log_long());
+    }
+}

@@ -1,0 +1,418 @@
+//! Opening the store: nothing is shown before it is sure that a power cut cannot undo it. A file of an
+//! earlier release is taken over, and what a damaged one still has is saved.
+//!
+//! Both make a new file beside the old one and put it in its place when it is whole, so that a kill in
+//! between leaves the old one as it was.
+//!
+//! Not here: which rows are copied and how ([`super::copying`]).
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use rusqlite::hooks::Wal;
+use rusqlite::{Connection, OpenFlags};
+use uuid::Uuid;
+
+use super::copying::{self, Copied};
+use super::folder::{Folder, beside};
+use super::reading::json;
+use super::schema;
+use super::wal::{LeftOut, Log};
+use super::{Error, OpenError, Place, Reader, Store};
+use crate::export::{Backoff, Millis, QueueId};
+use crate::exports::queues::Found;
+
+/// How long a connection waits for another's lock. Only a checkpoint, or a second connection in
+/// `--ephemeral` mode, ever holds one.
+pub(super) const BUSY: Duration = Duration::from_secs(10);
+
+/// How the store is opened to write; a file exists by then, a database in memory does not.
+pub(super) const WRITING: OpenFlags =
+    OpenFlags::SQLITE_OPEN_READ_WRITE.union(OpenFlags::SQLITE_OPEN_CREATE);
+
+/// How the URI of a database in memory begins; paths of files are absolute, so none begins so.
+pub(super) const MEMORY: &str = "file:";
+
+impl Store {
+    /// Opens the store, creates it where there is none, and locks it against other processes. Blocks
+    /// for as long as it takes to copy all of it where an earlier release wrote it.
+    ///
+    /// # Errors
+    /// Where the folder cannot be used, is in use, or holds what this program cannot read.
+    pub fn open(place: &Place) -> Result<Self, OpenError> {
+        let mut store = match place {
+            Place::Folder(folder) => Self::open_folder(folder)?,
+            Place::Memory => Self::open_memory()
+                .map_err(|error| OpenError(format!("cannot keep exports in memory: {error}")))?,
+        };
+        let loaded = match store.load() {
+            Err(Error::Damaged) => store.mend(&mut []).and_then(|()| store.load()),
+            loaded => loaded,
+        };
+        loaded.map_err(|error| OpenError(cannot_mend(&store.path, &error)))?;
+        Ok(store)
+    }
+
+    fn open_memory() -> Result<Self, rusqlite::Error> {
+        // A name of its own, so that two stores in one process (as in tests) stay apart.
+        let path = PathBuf::from(format!("{MEMORY}/{}?vfs=memdb", Uuid::now_v7()));
+        let mut connection = connect(&path, WRITING)?;
+        schema::configure(&connection)?;
+        schema::create(&mut connection)?;
+        Ok(Self::new(connection, path, None))
+    }
+
+    fn new(connection: Connection, path: PathBuf, on_disk: Option<(Folder, Files)>) -> Self {
+        Self {
+            connection,
+            clock_offset: 0,
+            running: 0,
+            last_turn: 0,
+            log_pages: Arc::default(),
+            path,
+            on_disk,
+        }
+    }
+
+    fn open_folder(folder: &Path) -> Result<Self, OpenError> {
+        let mut folder = Folder::open(folder)?;
+        let path = folder.database();
+        let unusable = |error| folder.unusable(&error);
+        let log = beside(&path, "-wal");
+        let found = Log::find(&log).map_err(|error| folder.unusable(&error))?;
+        let mut connection = connect(&path, WRITING).map_err(unusable)?;
+        schema::recognise(&connection, &path, folder.in_use)?;
+        // SQLite has read the log by now, if there is one, and says how much of it.
+        let read = connection
+            .query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |row| {
+                row.get::<_, i64>(1)
+            })
+            .map_err(unusable)?;
+        // -1 without a log.
+        warn_of_what_was_left_out(&found.left_out(read.max(0).unsigned_abs()), &log);
+        let pages = Arc::new(AtomicI32::new(0));
+        set_wal(&mut connection, pages.clone()).map_err(|error| folder.unusable(&error))?;
+        let version = schema::version(&connection).map_err(unusable)?;
+        if matches!(version, 0 | schema::VERSION) {
+            match schema::create(&mut connection).map_err(Error::from) {
+                // What can be read of it is saved below.
+                Err(Error::Damaged) if version != 0 => {}
+                created => created.map_err(|error| folder.unusable(&error))?,
+            }
+        }
+        // The log has been created, or it was before.
+        folder.sync()?;
+        folder.mark_in_use()?;
+        let files = Files::find(&path).map_err(|error| folder.unusable(&error))?;
+        let mut store = Self::new(connection, path, Some((folder, files)));
+        store.log_pages = pages;
+        if !matches!(version, 0 | schema::VERSION) {
+            store.take_over(version)?;
+        }
+        Ok(store)
+    }
+
+    fn take_over(&mut self, version: i32) -> Result<(), OpenError> {
+        log::info!(schema = version, file:% = self.path.display(); "taking over from an earlier release");
+        let size = fs::metadata(&self.path).map_or(0, |file| file.len());
+        self.copy(&mut []).map_err(|error| {
+            OpenError(format!(
+                "cannot take over {} from an earlier release: {error}; a copy of it is made, so see that                  there are {} MiB free and nobody else reads it, or go on with that release: nothing was                  changed",
+                self.path.display(),
+                size.div_ceil(1024 * 1024)
+            ))
+        })
+    }
+
+    fn load(&mut self) -> Result<(), Error> {
+        let running = "SELECT millis FROM running";
+        self.running = self.connection.query_row(running, [], |row| row.get(0))?;
+        Ok(())
+    }
+
+    /// Every queue that has exports without a result. Reads an index entry for each of these exports.
+    ///
+    /// # Errors
+    /// Where the store cannot be read, or holds a row that no version of this program wrote.
+    pub fn queues(&mut self, mut each: impl FnMut(QueueId, Found)) -> Result<(), Error> {
+        let mut statement = self.connection.prepare(
+            "SELECT queue, exports, first, last, failures, next_attempt_at, failing_since, last_error
+             FROM (SELECT queue, count(*) AS exports, min(turn) AS first, max(turn) AS last
+                   FROM exports WHERE finished_at IS NULL GROUP BY queue)
+             LEFT JOIN (SELECT id, failures, next_attempt_at, failing_since, last_error FROM queues)
+                 ON id = queue",
+        )?;
+        let mut rows = statement.query([])?;
+        while let Some(row) = rows.next()? {
+            // Null where an export's queue is not there, which is damage like any other null here.
+            let backoff = Backoff {
+                failures: row.get(4)?,
+                not_before: row.get(5)?,
+                failing_since: row.get(6)?,
+            };
+            let error = json(row.get(7)?)?;
+            let found = Found {
+                exports: usize::try_from(row.get::<_, i64>(1)?).unwrap_or(0),
+                first: row.get(2)?,
+                failing: (backoff.failures > 0).then_some((backoff, error)),
+            };
+            self.last_turn = self.last_turn.max(row.get(3)?);
+            each(row.get(0)?, found);
+        }
+        Ok(())
+    }
+
+    /// Puts what can still be read into a new file in place of the damaged one, which is kept beside it.
+    /// Says so in the log. The readers are of this store, and are opened anew. Blocks for as long as it
+    /// takes to read and write all of it.
+    ///
+    /// # Errors
+    /// Where the new file cannot be written, or the old one is in use by somebody else. Then everything is
+    /// as it was.
+    pub fn mend(&mut self, readers: &mut [&mut Reader]) -> Result<(), Error> {
+        self.copy(readers)
+    }
+
+    fn copy(&mut self, readers: &mut [&mut Reader]) -> Result<(), Error> {
+        let Some((folder, files)) = self.on_disk.take() else {
+            // A database in memory has no pages that go bad.
+            return Err(Error::Damaged);
+        };
+        let done = self.copy_in(&folder, readers);
+        self.on_disk = Some((folder, Files::find(&self.path).unwrap_or(files)));
+        done
+    }
+
+    fn copy_in(&mut self, folder: &Folder, readers: &mut [&mut Reader]) -> Result<(), Error> {
+        let version = schema::version(&self.connection)?;
+        let new = folder.new_database()?;
+        let copied = copy_into(&new, &self.connection, version, self.running)?;
+        // Empty, it can neither be taken for the new file's nor be missed by who looks at the old one.
+        if !self.empty_log()? {
+            return Err(Error::InUse);
+        }
+        // All closed before the files change places: the last to be closed removes the log.
+        for reader in readers.iter_mut() {
+            reader.connection = Connection::open_in_memory()?;
+        }
+        self.connection = Connection::open_in_memory()?;
+        let is_whole = version != schema::VERSION && copied.is_whole();
+        let replaced = folder.replace_database(&new, !is_whole);
+        self.connection = connect(&self.path, WRITING)?;
+        set_wal(&mut self.connection, self.log_pages.clone()).map_err(|error| match error {
+            SettingError::Failed(error) => error,
+            SettingError::Refused(..) => Error::Damaged,
+        })?;
+        // Writes something, so that there is a log.
+        schema::create(&mut self.connection)?;
+        self.running = self.running.max(copied.running);
+        for reader in readers {
+            **reader = self.open_reader(reader.writes)?;
+        }
+        let old = replaced?;
+        folder.sync().map_err(|error| io::Error::other(error.0))?;
+        match old {
+            Some(old) => say_what_is_lost(&copied, &old),
+            None => log::info!(exports = copied.whole; "taken over"),
+        }
+        Ok(())
+    }
+
+    /// Opens another connection for reading.
+    ///
+    /// # Errors
+    /// Where the file cannot be opened a second time.
+    pub fn reader(&self) -> Result<Reader, Error> {
+        self.open_reader(false)
+    }
+
+    /// Opens another connection for checkpoints.
+    ///
+    /// # Errors
+    /// Where the file cannot be opened a second time.
+    pub fn checkpointer(&self) -> Result<Reader, Error> {
+        self.open_reader(true)
+    }
+
+    fn open_reader(&self, writes: bool) -> Result<Reader, Error> {
+        let access = if writes {
+            WRITING
+        } else {
+            OpenFlags::SQLITE_OPEN_READ_ONLY
+        };
+        let connection = connect(&self.path, access)?;
+        connection.pragma_update(None, "cache_size", -128)?;
+        Ok(Reader { connection, writes })
+    }
+
+    /// A file that was removed or replaced, while what is written still goes to the old one.
+    pub fn missing_file(&self) -> Option<&Path> {
+        let (_, files) = self.on_disk.as_ref()?;
+        files.missing()
+    }
+
+    /// The file, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The running time as it was stored last.
+    pub fn running(&self) -> Millis {
+        self.running
+    }
+}
+
+fn copy_into(new: &Path, old: &Connection, version: i32, running: Millis) -> Result<Copied, Error> {
+    let mut copy = connect(new, WRITING)?;
+    schema::configure(&copy)?;
+    schema::create(&mut copy)?;
+    let transaction = copy.transaction()?;
+    let copied = copying::copy(old, version, &transaction, running)?;
+    transaction.commit()?;
+    copy.close().map_err(|(_, error)| error)?;
+    Ok(copied)
+}
+
+fn say_what_is_lost(copied: &Copied, old: &Path) {
+    for id in &copied.damaged {
+        log::error!(id:%; "its payload or result was damaged in the store, and is lost");
+    }
+    for id in &copied.gone {
+        log::error!(id:%; "it was damaged in the store, and is lost");
+    }
+    log::error!(
+        whole = copied.whole, file:% = old.display();
+        "the store was damaged, and what could be read was moved to a new file; sqlite3's .recover \
+         may find more in the old one, which holds payloads: remove it when it is not needed"
+    );
+}
+
+fn warn_of_what_was_left_out(left_out: &LeftOut, log: &Path) {
+    match left_out {
+        LeftOut::Nothing => {}
+        LeftOut::Transactions => log::warn!(
+            file:% = log.display();
+            "SQLite's log was damaged, and only what is in front of that could be read: exports that \
+             were accepted last may be missing, and results be forgotten and sent again"
+        ),
+        LeftOut::Beginning => log::warn!(
+            file:% = log.display();
+            "SQLite's log ends in the middle of a write, which was left out: it was not answered, \
+             unless the file was cut off"
+        ),
+    }
+}
+
+/// What is said where [`Store::mend`] has failed.
+pub fn cannot_mend(path: &Path, error: &Error) -> String {
+    format!(
+        "{} is damaged, and cannot be mended: {error}; put a copy of it back, or move it away, and what \
+         `sqlite3 FILE .recover` finds in it there",
+        path.display()
+    )
+}
+
+/// Why a database cannot be written as it has to be.
+enum SettingError {
+    Failed(Error),
+    /// A setting that SQLite did not take, and the value it has instead.
+    Refused(&'static str, String),
+}
+
+impl From<rusqlite::Error> for SettingError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+impl std::fmt::Display for SettingError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Failed(error) => write!(f, "{error}"),
+            Self::Refused(name, value) => write!(
+                f,
+                "SQLite stays at {name} = {value}, with which a power cut could undo what was \
+                 accepted"
+            ),
+        }
+    }
+}
+
+/// Each setting is read back: without the write-ahead log or its syncs, a power cut undoes what was
+/// accepted. From then on `pages` is the length of that log.
+fn set_wal(connection: &mut Connection, pages: Arc<AtomicI32>) -> Result<(), SettingError> {
+    schema::configure(connection)?;
+    // Sets the mode and returns the one in force, so it is a query.
+    let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0))?;
+    if mode != "wal" {
+        return Err(SettingError::Refused("journal_mode", mode));
+    }
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    let synchronous: i64 = connection.pragma_query_value(None, "synchronous", |row| row.get(0))?;
+    // 2 is FULL.
+    if synchronous != 2 {
+        return Err(SettingError::Refused(
+            "synchronous",
+            synchronous.to_string(),
+        ));
+    }
+    // In place of the hook that makes checkpoints inside commits: a thread of its own does that.
+    connection.wal_hook(Some(move |_: &mut Wal, length| {
+        // Relaxed: a number that nothing else is ordered by.
+        pages.store(length, Ordering::Relaxed);
+        Ok(())
+    }))?;
+    Ok(())
+}
+
+/// The files that SQLite has open, each by its path, device and inode.
+pub(super) struct Files([(PathBuf, (u64, u64)); 2]);
+
+impl Files {
+    fn find(database: &Path) -> io::Result<Self> {
+        let log = beside(database, "-wal");
+        let [database, log] =
+            [database.to_owned(), log].map(|path| identity(&path).map(|identity| (path, identity)));
+        Ok(Self([database?, log?]))
+    }
+
+    /// One that is no longer at its path.
+    fn missing(&self) -> Option<&Path> {
+        let missing = |(path, was): &&(PathBuf, (u64, u64))| match identity(path) {
+            Ok(is) => is != *was,
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        };
+        self.0.iter().find(missing).map(|(path, _)| path.as_path())
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+pub(super) fn connect(path: &Path, access: OpenFlags) -> Result<Connection, rusqlite::Error> {
+    // NO_MUTEX: each connection is used by one thread at a time, which Rust sees to.
+    let mut flags = access | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    if path.starts_with(MEMORY) {
+        flags |= OpenFlags::SQLITE_OPEN_URI;
+    }
+    let mut connection = Connection::open_with_flags(path, flags)?;
+    if path.starts_with(MEMORY) {
+        // SQLite's own handler sleeps for up to 100 ms, and all polls share one reader. Here it is always
+        // another thread of ours that has the lock, for less than a millisecond mostly.
+        connection.busy_handler(Some(|tried: i32| {
+            thread::sleep(Duration::from_millis(1));
+            u128::from(tried.unsigned_abs()) < BUSY.as_millis()
+        }))?;
+    } else {
+        connection.busy_timeout(BUSY)?;
+    }
+    Ok(connection)
+}

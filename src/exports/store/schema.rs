@@ -1,0 +1,151 @@
+//! What the tables look like, and whose file it is.
+//!
+//! Not here: what an older file's rows become ([`super::copying`]).
+
+use std::path::Path;
+
+use rusqlite::{Connection, ErrorCode};
+
+use super::{FILE, OpenError};
+
+/// "EXPS", so that `file` and SQLite itself can tell whose database this is.
+const APPLICATION_ID: i32 = 0x4558_5053;
+
+/// What the tables look like that are written now.
+pub const VERSION: i32 = 3;
+
+/// `queues` has every queue that an export belongs to, finished or not, and how many those are.
+/// `failures` are the attempts that failed since the last success, `last_error` is why the last did.
+///
+/// `turn` is the order of delivery in a queue. `response` is null until an export is finished, and
+/// `payload` is from then on. `last_error` is the export's own. `first_moved_at` is when it was first
+/// moved to the end of its queue. `fingerprint` tells a repeat of the same submission from another one
+/// under the same idempotency key, when the payload itself is gone already. What is long comes last,
+/// where it does not get into the way of the rest.
+///
+/// `accepted_at` and `finished_at` are Unix milliseconds by the wall clock, all other times running
+/// time in milliseconds: see `Exports::running`. How much of that has passed is in `running`.
+///
+/// `overview` is for people.
+const TABLES: &str = "
+    CREATE TABLE queues (
+        id              INTEGER PRIMARY KEY AUTOINCREMENT,
+        owner           BLOB NOT NULL,
+        destination     TEXT NOT NULL,
+        exports         INTEGER NOT NULL DEFAULT 0,
+        failures        INTEGER NOT NULL DEFAULT 0,
+        next_attempt_at INTEGER NOT NULL DEFAULT 0,
+        failing_since   INTEGER NOT NULL DEFAULT 0,
+        last_error      TEXT,
+        UNIQUE (owner, destination)
+    ) STRICT;
+    CREATE TABLE exports (
+        seq             INTEGER PRIMARY KEY,
+        id              BLOB NOT NULL UNIQUE,
+        queue           INTEGER NOT NULL,
+        turn            INTEGER NOT NULL,
+        accepted_at     INTEGER NOT NULL,
+        running_at      INTEGER NOT NULL,
+        attempts        INTEGER NOT NULL DEFAULT 0,
+        first_moved_at  INTEGER,
+        finished_at     INTEGER,
+        idempotency_key TEXT,
+        fingerprint     BLOB,
+        last_error      TEXT,
+        response        TEXT,
+        payload         BLOB
+    ) STRICT;
+    CREATE INDEX unfinished ON exports (queue, turn) WHERE finished_at IS NULL;
+    CREATE INDEX moved ON exports (queue, running_at)
+        WHERE finished_at IS NULL AND first_moved_at IS NOT NULL;
+    CREATE INDEX finished ON exports (finished_at) WHERE finished_at IS NOT NULL;
+    CREATE UNIQUE INDEX repeats ON exports (queue, idempotency_key)
+        WHERE idempotency_key IS NOT NULL;
+    CREATE TABLE running (millis INTEGER NOT NULL) STRICT;
+    INSERT INTO running VALUES (0);
+    CREATE VIEW overview AS
+        SELECT seq,
+            lower(substr(hex(exports.id), 1, 8) || '-' || substr(hex(exports.id), 9, 4) || '-' ||
+                substr(hex(exports.id), 13, 4) || '-' || substr(hex(exports.id), 17, 4) || '-' ||
+                substr(hex(exports.id), 21)) AS id,
+            CAST(owner AS TEXT) AS owner, destination,
+            datetime(accepted_at / 1000, 'unixepoch') AS accepted,
+            datetime(finished_at / 1000, 'unixepoch') AS finished,
+            attempts, coalesce(response ->> 'status', 'waiting') AS status,
+            coalesce(exports.last_error, queues.last_error) ->> 'message' AS last_error
+        FROM exports JOIN queues ON queues.id = queue;
+";
+
+/// The version of a database; 0 for an empty one.
+///
+/// # Errors
+/// Where it cannot be read.
+pub fn version(connection: &Connection) -> Result<i32, rusqlite::Error> {
+    connection.pragma_query_value(None, "user_version", |row| row.get(0))
+}
+
+/// Sets what a connection that writes needs.
+///
+/// # Errors
+/// Where a setting is not taken.
+pub fn configure(connection: &Connection) -> Result<(), rusqlite::Error> {
+    connection.pragma_update(None, "cache_size", -1024)?;
+    connection.pragma_update(None, "temp_store", "memory")?;
+    connection.pragma_update(None, "secure_delete", true)
+}
+
+/// Creates the tables in an empty database, all or none. One that has them is written to, so that it
+/// is known that it can be.
+///
+/// # Errors
+/// Where it cannot be written.
+pub fn create(connection: &mut Connection) -> Result<(), rusqlite::Error> {
+    let transaction = connection.transaction()?;
+    if version(&transaction)? < VERSION {
+        transaction.execute_batch(TABLES)?;
+        transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
+        transaction.pragma_update(None, "user_version", VERSION)?;
+    }
+    transaction.execute("UPDATE running SET millis = millis", [])?;
+    transaction.commit()
+}
+
+/// Says no to a file that is not ours, or from the future. `in_use` says that there was one before.
+///
+/// # Errors
+/// What it is instead, and what to do.
+pub fn recognise(connection: &Connection, path: &Path, in_use: bool) -> Result<(), OpenError> {
+    let number =
+        |pragma: &str| connection.pragma_query_value(None, pragma, |row| row.get::<_, i32>(0));
+    let path = path.display();
+    let unreadable = |error: rusqlite::Error| match error.sqlite_error_code() {
+        Some(ErrorCode::NotADatabase) => OpenError(format!(
+            "{path} is not a database of export-service: move it away, or choose another folder \
+             with --data-dir"
+        )),
+        _ => OpenError(format!("cannot read {path}: {error}")),
+    };
+    let version = number("user_version").map_err(unreadable)?;
+    let owner = number("application_id").map_err(unreadable)?;
+    let tables: i32 = connection
+        .query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))
+        .map_err(unreadable)?;
+    if tables > 0 && owner != APPLICATION_ID {
+        return Err(OpenError(format!(
+            "{path} is another program's database: choose another folder with --data-dir"
+        )));
+    }
+    if tables == 0 && in_use {
+        return Err(OpenError(format!(
+            "{path} is empty, although exports were kept in this folder: put a copy of it back, \
+             or, to give them up and start empty, remove lock, {FILE} and {FILE}-wal there"
+        )));
+    }
+    if version > VERSION {
+        return Err(OpenError(format!(
+            "{path} was written by a newer export-service (schema {version}; this one knows up \
+             to {VERSION}): run that version, or choose another folder with --data-dir"
+        )));
+    }
+    Ok(())
+}

@@ -1,0 +1,390 @@
+//! What is written to the store while the service runs.
+//!
+//! Not here: when that happens (`exports::writer`).
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rusqlite::{Connection, ErrorCode, Row, Transaction, named_params, params};
+
+use super::folder::beside;
+use super::opening::{BUSY, MEMORY};
+use super::reading::{stored, value};
+use super::{Change, Effect, Error, IdempotencyKey, NewExport, News, QueueNews};
+use super::{ORDINARY_LOG, ORDINARY_LOG_PAGES, Reader, Report, Store};
+use crate::export::{self, Millis, QueueId};
+
+/// The running time is stored with any commit when so much of it has passed, in milliseconds.
+const RUNNING_STEP: Millis = 10_000;
+
+/// Rows deleted in one go once they expired: a few milliseconds even on an SD card.
+const EXPIRY_STEP: u32 = 100;
+
+impl Store {
+    /// Writes all of `changes` in one transaction and returns what became of each, in order.
+    /// `has_room` is asked about each new export, but for repeats of an earlier submission, which
+    /// need none; it is told its queue, if there is one, and how many of these changes were added to
+    /// that so far. `now` are Unix milliseconds, `running` is the running time. Blocks until the disk
+    /// has them: that is what a 200 to an app stands for.
+    ///
+    /// # Errors
+    /// Nothing of it was written.
+    pub fn commit(
+        &mut self,
+        changes: &[Change<'_>],
+        now: i64,
+        running: Millis,
+        has_room: impl FnMut(&NewExport, Option<QueueId>, usize) -> Result<(), export::Error>,
+    ) -> Result<Vec<Effect>, Error> {
+        let failing = |change: &Change<'_>| {
+            matches!(change, Change::Report(report)
+                if matches!(report.queue_news, QueueNews::Failing(..)))
+        };
+        // Waits are counted from the time that is stored with them.
+        let save = running - self.running >= RUNNING_STEP || changes.iter().any(failing);
+        let mut writing = Writing {
+            transaction: self.connection.transaction()?,
+            clock_offset: self.clock_offset,
+            last_turn: self.last_turn,
+            added: HashMap::new(),
+            has_room,
+        };
+        let mut effects = Vec::with_capacity(changes.len());
+        for change in changes {
+            effects.push(match change {
+                Change::Accept(export) => writing.accept(export)?,
+                Change::Report(report) => writing.report(report, now)?,
+            });
+        }
+        for (queue, added) in &writing.added {
+            writing
+                .transaction
+                .prepare_cached("UPDATE queues SET exports = exports + ? WHERE id = ?")?
+                .execute(params![i64::try_from(*added).unwrap_or(i64::MAX), queue])?;
+        }
+        if save {
+            save_running(&writing.transaction, running)?;
+        }
+        let last_turn = writing.last_turn;
+        writing.transaction.commit()?;
+        self.last_turn = last_turn;
+        if save {
+            self.running = running;
+        }
+        Ok(effects)
+    }
+
+    /// Stores the running time.
+    ///
+    /// # Errors
+    /// Where the store cannot be written.
+    pub fn save_running(&mut self, running: Millis) -> Result<(), Error> {
+        save_running(&self.connection, running)?;
+        self.running = running;
+        Ok(())
+    }
+
+    /// Whether SQLite's write-ahead log is so long that it should be begun anew.
+    pub fn is_log_long(&self) -> bool {
+        self.log_pages.load(Ordering::Relaxed) >= ORDINARY_LOG_PAGES
+    }
+
+    /// How many bytes of the disk hold exports and results; free pages of the file do not count. The
+    /// write-ahead log counts where it is larger than it should be: it grows for as long as somebody
+    /// reads what has been changed since.
+    ///
+    /// # Errors
+    /// Where the store cannot be read.
+    pub fn size(&self) -> Result<u64, Error> {
+        let pages = self
+            .connection
+            .prepare_cached(
+                "SELECT (page_count - freelist_count) * page_size
+                 FROM pragma_page_count, pragma_freelist_count, pragma_page_size",
+            )?
+            .query_row([], |row| row.get::<_, i64>(0))?;
+        let log = log_size(&self.path).saturating_sub(ORDINARY_LOG);
+        Ok(pages.unsigned_abs().saturating_add(log))
+    }
+
+    /// Deletes some results that were finished at or before `limit` (Unix milliseconds), and queues
+    /// that have no other. Says how many, and when the oldest one left was finished.
+    ///
+    /// # Errors
+    /// Where the store cannot be written.
+    pub fn expire(&mut self, limit: i64) -> Result<(usize, Option<i64>), Error> {
+        let limit = limit.saturating_add(self.clock_offset);
+        let oldest = "SELECT min(finished_at) FROM exports WHERE finished_at NOT NULL";
+        let read_oldest = |connection: &Connection| {
+            value::<Option<i64>>(connection, oldest, []).map(Option::flatten)
+        };
+        let mut deleted = 0;
+        if read_oldest(&self.connection)?.is_some_and(|finished| finished <= limit) {
+            let transaction = self.connection.transaction()?;
+            deleted = expire_step(&transaction, limit)?;
+            transaction.commit()?;
+        }
+        let oldest = read_oldest(&self.connection)?;
+        Ok((
+            deleted,
+            oldest.map(|oldest| oldest.saturating_sub(self.clock_offset)),
+        ))
+    }
+
+    /// What the wall clock is known to be ahead of the process's count, in milliseconds.
+    pub fn clock_offset(&self) -> i64 {
+        self.clock_offset
+    }
+
+    /// The wall clock was set forward by so many milliseconds: moves the times that were stored since
+    /// the process started, and those to come. Results from a future that the clock has taken back
+    /// are taken for finished now, or they would be kept until then. `started` and `now` are as the
+    /// process counts them.
+    ///
+    /// # Errors
+    /// Where the store cannot be written; then everything is as it was, and can be tried again.
+    pub fn clock_was_set(&mut self, started: i64, now: i64, by: i64) -> Result<(), Error> {
+        let (from, to) = (started + self.clock_offset, now + self.clock_offset);
+        let transaction = self.connection.transaction()?;
+        transaction.execute(
+            "UPDATE exports SET
+                 accepted_at = accepted_at + iif(accepted_at BETWEEN :from AND :to, :by, 0),
+                 finished_at = finished_at + iif(finished_at BETWEEN :from AND :to, :by, 0)
+             WHERE accepted_at BETWEEN :from AND :to OR finished_at BETWEEN :from AND :to",
+            named_params! { ":from": from, ":to": to, ":by": by },
+        )?;
+        transaction.execute(
+            "UPDATE exports SET finished_at = :now WHERE finished_at > :now",
+            [to.saturating_add(by)],
+        )?;
+        transaction.commit()?;
+        self.clock_offset += by;
+        Ok(())
+    }
+
+    /// See [`Reader::empty_log`].
+    ///
+    /// # Errors
+    /// Where the store cannot be written; nothing is lost by that.
+    pub fn empty_log(&mut self) -> Result<bool, Error> {
+        if self.path.starts_with(MEMORY) {
+            return Ok(true);
+        }
+        empty_log(&self.connection)
+    }
+
+    /// Whether there is a write-ahead log.
+    pub fn has_log(&self) -> bool {
+        !self.path.starts_with(MEMORY)
+    }
+}
+
+impl Reader {
+    /// Moves what the write-ahead log holds into the database and empties the log, which until
+    /// then still has every payload in it. False where somebody who reads the file, or writes it, is in
+    /// the way; it is not waited for.
+    ///
+    /// # Errors
+    /// Where the store cannot be written; nothing is lost by that.
+    pub fn empty_log(&self) -> Result<bool, Error> {
+        empty_log(&self.connection)
+    }
+
+    /// Moves what it can from the write-ahead log into the database, beside those who read and write.
+    /// True where that is all of it: the next commit begins the log anew then.
+    ///
+    /// # Errors
+    /// Where the store cannot be written; nothing is lost by that.
+    pub fn checkpoint(&self) -> Result<bool, Error> {
+        let passive = "PRAGMA wal_checkpoint(PASSIVE)";
+        let pages = |row: &Row<'_>| Ok((row.get::<_, i64>(1)?, row.get::<_, i64>(2)?));
+        let (length, moved) = self.connection.query_row(passive, [], pages)?;
+        Ok(length == moved)
+    }
+}
+
+/// How many bytes the write-ahead log of a database has; it may be larger than what is in it.
+pub fn log_size(database: &Path) -> u64 {
+    let log = fs::metadata(beside(database, "-wal"));
+    log.map_or(0, |log| log.len())
+}
+
+fn empty_log(connection: &Connection) -> Result<bool, Error> {
+    connection.busy_timeout(Duration::ZERO)?;
+    let truncate = "PRAGMA wal_checkpoint(TRUNCATE)";
+    let busy = connection.query_row(truncate, [], |row| row.get::<_, bool>(0));
+    connection.busy_timeout(BUSY)?;
+    match busy {
+        Ok(busy) => Ok(!busy),
+        Err(error) if error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn expire_step(transaction: &Transaction<'_>, limit: i64) -> Result<usize, Error> {
+    let expired = transaction
+        .prepare_cached("SELECT seq, queue FROM exports WHERE finished_at <= ? LIMIT ?")?
+        .query_map(params![limit, EXPIRY_STEP], |row| {
+            Ok((row.get(0)?, row.get(1)?))
+        })?
+        .collect::<Result<Vec<(i64, QueueId)>, _>>()?;
+    let mut delete = transaction.prepare_cached("DELETE FROM exports WHERE seq = ?")?;
+    let mut count =
+        transaction.prepare_cached("UPDATE queues SET exports = exports - 1 WHERE id = ?")?;
+    let mut forget =
+        transaction.prepare_cached("DELETE FROM queues WHERE id = ? AND exports <= 0")?;
+    for (seq, queue) in &expired {
+        delete.execute([seq])?;
+        count.execute([queue])?;
+        forget.execute([queue])?;
+    }
+    Ok(expired.len())
+}
+
+/// A transaction that is being filled.
+struct Writing<'a, R> {
+    transaction: Transaction<'a>,
+    clock_offset: i64,
+    last_turn: i64,
+    /// How many exports were added to each queue.
+    added: HashMap<QueueId, usize>,
+    has_room: R,
+}
+
+impl<R> Writing<'_, R>
+where
+    R: FnMut(&NewExport, Option<QueueId>, usize) -> Result<(), export::Error>,
+{
+    fn accept(&mut self, export: &NewExport) -> Result<Effect, Error> {
+        let (owner, destination) = (&export.owner, export.destination.as_str());
+        let sql = "SELECT id FROM queues WHERE owner = ? AND destination = ?";
+        let queue = value(&self.transaction, sql, params![owner, destination])?;
+        if let (Some(key), Some(queue)) = (&export.key, queue)
+            && let Some(earlier) = self.earlier(queue, key)?
+        {
+            return Ok(earlier);
+        }
+        let added = queue.and_then(|queue| self.added.get(&queue));
+        if let Err(why) = (self.has_room)(export, queue, added.copied().unwrap_or(0)) {
+            return Ok(Effect::NoRoom(why));
+        }
+        let queue = match queue {
+            Some(queue) => queue,
+            None => {
+                self.transaction
+                    .prepare_cached("INSERT INTO queues (owner, destination) VALUES (?, ?)")?
+                    .execute(params![owner, destination])?;
+                self.transaction.last_insert_rowid()
+            }
+        };
+        let turn = self.next_turn();
+        self.transaction
+            .prepare_cached(
+                "INSERT INTO exports (id, queue, turn, accepted_at, running_at, idempotency_key,
+                     fingerprint, payload) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            )?
+            .execute(params![
+                export.id,
+                queue,
+                turn,
+                export.accepted_at.saturating_add(self.clock_offset),
+                export.running,
+                export.key.as_ref().map(|key| &key.key),
+                export.key.as_ref().map(|key| key.fingerprint),
+                export.payload,
+            ])?;
+        *self.added.entry(queue).or_default() += 1;
+        Ok(Effect::Written(queue))
+    }
+
+    /// What was submitted before to the same queue under the same key, if anything was.
+    fn earlier(&self, queue: QueueId, key: &IdempotencyKey) -> Result<Option<Effect>, Error> {
+        let mut statement = self.transaction.prepare_cached(
+            "SELECT queue, owner, destination, attempts, exports.last_error, response, exports.id,
+                 fingerprint
+             FROM exports JOIN queues ON queues.id = queue
+             WHERE queue = ? AND idempotency_key = ?",
+        )?;
+        let mut rows = statement.query(params![queue, key.key])?;
+        let Some(row) = rows.next()? else {
+            return Ok(None);
+        };
+        Ok(Some(match row.get::<_, Vec<u8>>(7)? == key.fingerprint {
+            true => Effect::Repeat(row.get(6)?, stored(row)?),
+            false => Effect::Conflict,
+        }))
+    }
+
+    fn next_turn(&mut self) -> i64 {
+        self.last_turn = self.last_turn.saturating_add(1);
+        self.last_turn
+    }
+
+    fn report(&mut self, report: &Report, now: i64) -> Result<Effect, Error> {
+        match &report.news {
+            News::Finished { response, .. } => {
+                self.transaction
+                    .prepare_cached(
+                        "UPDATE exports SET payload = NULL, finished_at = ?, response = ?
+                         WHERE seq = ? AND id = ?",
+                    )?
+                    .execute(params![
+                        now.saturating_add(self.clock_offset),
+                        response.get(),
+                        report.seq,
+                        report.id
+                    ])?;
+            }
+            News::Rescheduled {
+                attempts,
+                error,
+                to_end,
+                first_moved_at,
+            } => {
+                let turn = to_end.then(|| self.next_turn());
+                self.transaction
+                    .prepare_cached(
+                        "UPDATE exports SET attempts = ?, last_error = ?, first_moved_at = ?,
+                             turn = coalesce(?, turn)
+                         WHERE seq = ? AND id = ?",
+                    )?
+                    .execute(params![
+                        attempts,
+                        error.get(),
+                        first_moved_at,
+                        turn,
+                        report.seq,
+                        report.id
+                    ])?;
+            }
+        }
+        let (backoff, error) = match &report.queue_news {
+            QueueNews::AsBefore => return Ok(Effect::Written(report.queue)),
+            QueueNews::Recovered => (export::Backoff::default(), None),
+            QueueNews::Failing(backoff, error) => (*backoff, Some(error.get())),
+        };
+        self.transaction
+            .prepare_cached(
+                "UPDATE queues SET failures = ?, next_attempt_at = ?, failing_since = ?, last_error = ?
+                 WHERE id = ?",
+            )?
+            .execute(params![
+                backoff.failures,
+                backoff.not_before,
+                backoff.failing_since,
+                error,
+                report.queue
+            ])?;
+        Ok(Effect::Written(report.queue))
+    }
+}
+
+fn save_running(connection: &Connection, running: Millis) -> Result<(), rusqlite::Error> {
+    connection
+        .prepare_cached("UPDATE running SET millis = ?")?
+        .execute([running])?;
+    Ok(())
+}

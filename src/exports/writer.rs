@@ -1,0 +1,470 @@
+//! The one thread that writes: takes everything that waits, commits once, then tells all of them.
+//! Results that nobody waits for are gathered for a moment, as each commit costs a sync. When there is
+//! time it deletes expired results.
+//!
+//! Not here: the statements themselves ([`super::store`]).
+
+use std::mem;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, never, select};
+use serde_json::value::RawValue;
+
+use super::queues::Progress;
+use super::store::{self, Change, Effect, NewExport, News, Report, Store};
+use super::{Accept, Damage, Exports, Limits, UNWRITTEN_REPORTS, raw};
+use crate::export::{Error, ExtResponse, Millis, QueueId, State, View};
+use crate::logging::millis;
+use crate::reply::Reply;
+
+/// What an export takes in the store beside its payload, with its part of the indexes, in bytes.
+const ROW: usize = 512;
+/// Changes that go into one transaction.
+const BATCH: usize = 512;
+/// How long results that nobody waits for are gathered.
+const GATHER: Duration = Duration::from_millis(3);
+/// How long the writer waits after a failed write before it tries again.
+const RETRY: Duration = Duration::from_secs(1);
+/// A difference between clocks, in milliseconds, that says that the clock was set.
+const CLOCK_SET: Millis = 1000;
+/// How often the running time is stored while a queue is failing, and nothing else is written. A
+/// kill loses no more of it than a minute.
+const SAVE_RUNNING: Duration = Duration::from_secs(50);
+/// The longest the writer sleeps.
+const LONGEST_SLEEP: Duration = Duration::from_secs(60);
+
+/// What comes to the thread.
+pub(super) struct Incoming {
+    pub accepts: Receiver<Accept>,
+    pub reports: Receiver<Report>,
+    /// Says that somebody waits for what was reported.
+    pub awaited: Receiver<()>,
+    pub damage: Receiver<Damage>,
+}
+
+/// What the thread works with.
+pub struct Writer {
+    exports: Arc<Exports>,
+    store: Store,
+    limits: Limits,
+    incoming: Incoming,
+    /// A store that could not be mended is not tried again before this.
+    mend_again_at: Instant,
+    /// Submissions taken and not yet written.
+    accepts: Vec<Accept>,
+    /// Reports taken and not yet written, [`UNWRITTEN_REPORTS`] at most. Those that could not be
+    /// written stay here: so the worker waits in the end too, and memory stays bounded.
+    reports: Vec<Report>,
+    /// Whether there was no room at the last try.
+    disk_full: bool,
+}
+
+impl Writer {
+    pub(super) fn new(
+        exports: Arc<Exports>,
+        store: Store,
+        limits: Limits,
+        incoming: Incoming,
+    ) -> Self {
+        Self {
+            exports,
+            store,
+            limits,
+            incoming,
+            mend_again_at: Instant::now(),
+            accepts: Vec::new(),
+            reports: Vec::new(),
+            disk_full: false,
+        }
+    }
+
+    /// Runs until `stop` is dropped, then writes what still waits and closes the store.
+    pub fn run(mut self, stop: &Receiver<()>) {
+        let mut housekeeping = Housekeeping::due_now();
+        loop {
+            let stopping = self.sleep(stop, &housekeeping);
+            self.follow_clock(&mut housekeeping);
+            while self.take_waiting() {
+                let written = self.write();
+                if !(stopping && written) {
+                    break;
+                }
+            }
+            if stopping {
+                if self.exports.unfinished() > 0 {
+                    self.save_running();
+                }
+                if let Err(error) = self.store.empty_log() {
+                    log::warn!(reason:% = error; "cannot empty the store's log");
+                }
+                return;
+            }
+            if housekeeping.is_running_due() && self.exports.queues.lock().is_any_failing() {
+                self.save_running();
+            }
+            self.see_that_files_are_there();
+            if housekeeping.expire_at <= Instant::now() {
+                housekeeping.expire_at = Instant::now() + self.expire();
+            }
+        }
+    }
+
+    /// Looks whether the wall clock was set, and corrects what was stored by it since the start. A
+    /// box without a battery starts with the time of its last stop: without this, results of this
+    /// run would be old after the next start. The time for which a machine was asleep counts for nothing
+    /// in the same way.
+    fn follow_clock(&mut self, housekeeping: &mut Housekeeping) {
+        let clock = &self.exports.clock;
+        let by = clock.behind() - self.store.clock_offset();
+        if by.abs() < CLOCK_SET || Instant::now() < housekeeping.follow_clock_at {
+            return;
+        }
+        let commits = self.exports.hold_checkpoints();
+        let corrected = self.store.clock_was_set(clock.wall, clock.now(), by);
+        drop(commits);
+        match corrected {
+            Ok(()) => {
+                self.wrote();
+                log::info!(ms = by; "the clock was set, and stored times with it");
+            }
+            Err(error) => {
+                housekeeping.follow_clock_at = Instant::now() + LONGEST_SLEEP;
+                log::warn!(reason:% = error; "cannot correct stored times yet");
+            }
+        }
+    }
+
+    /// Deletes a few results. Returns how long until the next are due.
+    fn expire(&mut self) -> Duration {
+        let retention = i64::try_from(self.limits.retention.as_millis()).unwrap_or(i64::MAX);
+        let now = self.exports.now();
+        let commits = self.exports.hold_checkpoints();
+        let expired = self.store.expire(now.saturating_sub(retention));
+        drop(commits);
+        let wait = match expired {
+            Ok((deleted, oldest)) => {
+                if deleted > 0 {
+                    self.wrote();
+                }
+                // What finishes from now on expires no sooner.
+                let oldest = oldest.unwrap_or(now);
+                let left = oldest.saturating_add(retention).saturating_sub(now);
+                Duration::from_millis(left.max(0).unsigned_abs())
+            }
+            Err(error) => {
+                log::warn!(reason:% = error; "cannot delete expired results");
+                if matches!(error, store::Error::Damaged) {
+                    self.mend();
+                }
+                LONGEST_SLEEP
+            }
+        };
+        wait.min(LONGEST_SLEEP)
+    }
+
+    fn wrote(&self) {
+        if let Some(checkpoint) = &self.exports.checkpoint {
+            checkpoint.wrote(self.store.is_log_long());
+        }
+    }
+
+    /// Ends the process where a file of the store was removed: nothing that is written from then on
+    /// would be there after a restart.
+    fn see_that_files_are_there(&self) {
+        if let Some(file) = self.store.missing_file() {
+            log::error!(
+                file:% = file.display();
+                "the store was removed or replaced while the service runs; put it back, or remove \
+                 all of it with the file lock to start empty"
+            );
+            panic!("the store was removed while the service runs");
+        }
+    }
+
+    fn save_running(&mut self) {
+        let running = self.exports.running();
+        if let Err(error) = self.store.save_running(running) {
+            log::warn!(reason:% = error; "cannot store for how long exports have been tried");
+        }
+    }
+
+    /// Waits for something to do; true when it is time to stop.
+    fn sleep(&mut self, stop: &Receiver<()>, housekeeping: &Housekeeping) -> bool {
+        let (reported, timeout) = match self.reports.is_empty() {
+            true => (&self.incoming.reports, housekeeping.sleep()),
+            // They could not be written.
+            false => (&never(), RETRY),
+        };
+        select! {
+            recv(self.incoming.accepts) -> accept => self.accepts.extend(accept),
+            recv(reported) -> report => {
+                self.reports.extend(report);
+                return self.gather(stop);
+            }
+            recv(self.incoming.damage) -> damage => self.mend_unless_done(damage.ok()),
+            recv(stop) -> _ => return true,
+            default(timeout) => {}
+        }
+        false
+    }
+
+    /// Lets more reports come, unless somebody waits for one. They stay in their channel meanwhile:
+    /// to be woken for each would cost more than all else.
+    fn gather(&mut self, stop: &Receiver<()>) -> bool {
+        select! {
+            recv(self.incoming.awaited) -> _ => {}
+            recv(self.incoming.accepts) -> accept => self.accepts.extend(accept),
+            recv(self.incoming.damage) -> damage => self.mend_unless_done(damage.ok()),
+            recv(stop) -> _ => return true,
+            default(GATHER) => {}
+        }
+        false
+    }
+
+    fn mend_unless_done(&mut self, damage: Option<Damage>) {
+        if let Some(Damage { mended, done }) = damage {
+            if mended == self.exports.mended.load(Ordering::Acquire) {
+                self.mend();
+            }
+            drop(done);
+        }
+    }
+
+    /// False where the store is as it was.
+    fn mend(&mut self) -> bool {
+        if Instant::now() < self.mend_again_at {
+            return false;
+        }
+        self.mend_again_at = Instant::now() + LONGEST_SLEEP;
+        self.exports.mend(&mut self.store).is_ok()
+    }
+
+    /// Takes what waits, up to a batch; false when there is nothing to write.
+    fn take_waiting(&mut self) -> bool {
+        let room = BATCH - self.accepts.len();
+        self.accepts
+            .extend(self.incoming.accepts.try_iter().take(room));
+        let room = UNWRITTEN_REPORTS.saturating_sub(self.reports.len());
+        self.reports
+            .extend(self.incoming.reports.try_iter().take(room));
+        !(self.accepts.is_empty() && self.reports.is_empty())
+    }
+
+    /// Writes what was taken, and answers; false where the reports could not be written.
+    fn write(&mut self) -> bool {
+        self.see_that_files_are_there();
+        let accepts = mem::take(&mut self.accepts);
+        let bytes = accepts
+            .iter()
+            .map(|accept| accept.export.payload.len())
+            .sum();
+        let started = Instant::now();
+        let exports = self.exports.clone();
+        let mut committed = self.commit(&accepts);
+        if matches!(committed, Err(store::Error::Damaged)) && self.mend() {
+            committed = self.commit(&accepts);
+        }
+        self.disk_full = matches!(committed, Err(store::Error::Full));
+        match committed {
+            Ok(effects) => {
+                log::trace!(
+                    submissions = accepts.len(), reports = self.reports.len(),
+                    ms = millis(started.elapsed());
+                    "committed"
+                );
+                self.wrote();
+                for report in self.reports.drain(..) {
+                    exports.written(report);
+                }
+                for (accept, effect) in accepts.into_iter().zip(effects) {
+                    self.accepted(accept, effect);
+                }
+            }
+            Err(error) => {
+                log::error!(
+                    reason:% = error, refused = accepts.len(), reports_waiting = self.reports.len();
+                    "cannot write to the store"
+                );
+                let reason = Error::from(error);
+                for accept in accepts {
+                    accept.reply.answer(Err(reason));
+                }
+                self.write_reports_one_by_one();
+            }
+        }
+        exports.wake_worker();
+        exports.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        self.reports.is_empty()
+    }
+
+    /// Gets as far with the reports as a disk that is almost full lets it: to erase a payload
+    /// takes as much room as the payload does, until the log is emptied.
+    fn write_reports_one_by_one(&mut self) {
+        let exports = self.exports.clone();
+        let _commits = exports.hold_checkpoints();
+        while let Some(report) = self.reports.first() {
+            let (now, running) = (exports.now(), exports.running());
+            let change = Change::Report(report);
+            let written = self.store.commit(&[change], now, running, |_, _, _| Ok(()));
+            if written.is_err() || self.store.empty_log().is_err() {
+                return;
+            }
+            exports.written(self.reports.remove(0));
+        }
+    }
+
+    /// Writes the waiting reports first, so that a repeated submission sees them. Returns for each
+    /// submission what became of it.
+    fn commit(&mut self, accepts: &[Accept]) -> Result<Vec<Effect>, store::Error> {
+        let held = self.exports.clone();
+        let _commits = held.hold_checkpoints();
+        // After a full disk the log goes first: what is in it takes its room twice until then.
+        if self.disk_full && self.store.empty_log().is_err() {
+            return Err(store::Error::Full);
+        }
+        let mut size = self.store.size()?;
+        for report in &mut self.reports {
+            if let News::Finished { response, .. } = &mut report.news {
+                if size + response.get().len() as u64 > self.limits.max_store {
+                    *response = without_body(response);
+                }
+                size += response.get().len() as u64;
+            }
+        }
+        let reports = self.reports.iter().map(Change::Report);
+        let submissions = accepts.iter().map(|accept| Change::Accept(&accept.export));
+        let changes: Vec<_> = reports.chain(submissions).collect();
+        let (exports, limits) = (&self.exports, &self.limits);
+        let has_room = |export: &NewExport, queue: Option<QueueId>, added: usize| {
+            let count = queue.map_or(0, |queue| exports.queues.lock().unfinished_in(queue)) + added;
+            let bytes = (export.payload.len() + ROW) as u64;
+            if count >= limits.max_pending {
+                return Err(Error::TooMany(count));
+            }
+            if size + bytes > limits.max_store {
+                return Err(Error::StoreFull);
+            }
+            size += bytes;
+            Ok(())
+        };
+        let (now, running) = (exports.now(), exports.running());
+        let mut effects = self.store.commit(&changes, now, running, has_room)?;
+        Ok(effects.split_off(self.reports.len()))
+    }
+
+    /// Answers a submission.
+    fn accepted(&self, accept: Accept, effect: Effect) {
+        let Accept {
+            export,
+            received,
+            deadline,
+            reply,
+        } = accept;
+        let exports = &self.exports;
+        let (id, destination) = (export.id, export.destination.origin());
+        match effect {
+            Effect::Written(queue) => {
+                log::info!(
+                    id:%, destination, bytes = export.payload.len(), ms = millis(received.elapsed());
+                    "accepted"
+                );
+                let progress = Progress {
+                    id,
+                    attempts: 0,
+                    first_moved_at: None,
+                };
+                // In one go, so that the first answer is always Pending.
+                let mut queues = exports.queues.lock();
+                let now = exports.running();
+                queues.accepted(queue, export.running, now);
+                let held_up = queues.is_held_up(queue, 0, later(now, deadline));
+                let view = queues.view(queue, progress, None, now);
+                drop(queues);
+                self.wait_for(view, deadline, held_up, reply);
+            }
+            Effect::Repeat(earlier, stored) => {
+                log::info!(id:% = earlier, destination; "accepted before");
+                let (queue, attempts) = (stored.queue, stored.attempts);
+                let view = exports.view_of(earlier, stored);
+                let queues = exports.queues.lock();
+                let held_up =
+                    queues.is_held_up(queue, attempts, later(exports.running(), deadline));
+                drop(queues);
+                self.wait_for(view, deadline, held_up, reply);
+            }
+            Effect::Conflict => reply.answer(Err(Error::KeyReused)),
+            Effect::NoRoom(why) => reply.answer(Err(why)),
+        }
+    }
+
+    /// Answers a submission when its export is finished or at `deadline`; at once where that is known to
+    /// come first: apps that submit from their only loop must not fall behind while a destination is
+    /// down.
+    fn wait_for(&self, view: View, deadline: Instant, held_up: bool, reply: Reply) {
+        if held_up || view.state == State::Finished || deadline <= Instant::now() {
+            return reply.answer(Ok(view));
+        }
+        // Only this thread writes results, so none has come since.
+        let ticket = self.exports.parked.announce(view.id);
+        if let Err(reply) = self.exports.park(ticket, view.id, deadline, reply) {
+            reply.answer(Ok(view));
+        }
+    }
+}
+
+/// The running time at `deadline`, where it is `now`.
+fn later(now: Millis, deadline: Instant) -> Millis {
+    let wait = deadline.saturating_duration_since(Instant::now());
+    now.saturating_add(Millis::try_from(wait.as_millis()).unwrap_or(Millis::MAX))
+}
+
+/// A result with its body cut off, for a store that is full.
+fn without_body(response: &Arc<RawValue>) -> Arc<RawValue> {
+    match serde_json::from_str::<ExtResponse>(response.get()) {
+        Ok(result) if result.body.is_empty() && result.body_base64.is_none() => response.clone(),
+        Ok(result) => raw(&ExtResponse {
+            body: String::new(),
+            body_base64: None,
+            truncated: true,
+            ..result
+        }),
+        // Not reached: it was written by this program a moment ago.
+        Err(_) => response.clone(),
+    }
+}
+
+/// What the writer does when there is time.
+struct Housekeeping {
+    expire_at: Instant,
+    /// Not to be tried again before this.
+    follow_clock_at: Instant,
+    save_running_at: Instant,
+}
+
+impl Housekeeping {
+    fn due_now() -> Self {
+        let now = Instant::now();
+        Self {
+            expire_at: now,
+            follow_clock_at: now,
+            save_running_at: now + SAVE_RUNNING,
+        }
+    }
+
+    /// Whether it is time to store the running time.
+    fn is_running_due(&mut self) -> bool {
+        let now = Instant::now();
+        let due = self.save_running_at <= now;
+        if due {
+            self.save_running_at = now + SAVE_RUNNING;
+        }
+        due
+    }
+
+    fn sleep(&self) -> Duration {
+        let next = self.expire_at.min(self.save_running_at);
+        next.saturating_duration_since(Instant::now())
+    }
+}
