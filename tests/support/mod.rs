@@ -312,7 +312,8 @@ impl Service {
         .unwrap();
     }
 
-    fn start_in(folder: Arc<TempDir>, arguments: &[&str]) -> Self {
+    /// A service whose data folder is `data` in this one, where something may be already.
+    pub fn start_in(folder: Arc<TempDir>, arguments: &[&str]) -> Self {
         let arguments = [&["--allow-network", LOOPBACK], arguments].concat();
         Self::launch(folder, command(), Some(SECRET), &arguments)
     }
