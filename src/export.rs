@@ -132,6 +132,12 @@ impl ExtResponse {
             ..Self::default()
         }
     }
+
+    /// As it is stored, and shown.
+    pub fn to_json(&self) -> String {
+        // A struct of strings and numbers has no way not to become JSON.
+        serde_json::to_string(self).expect("a struct serialises")
+    }
 }
 
 /// Why an attempt failed, as apps read it in `last_error`.

@@ -101,8 +101,11 @@ fn serve(mut config: Config) -> Result<(), String> {
     let address = listener.local_addr().map_err(|error| error.to_string())?;
 
     let store = Store::open(&config.place).map_err(|error| error.to_string())?;
-    let (exports, writer, woken) = Exports::open(store, config.limits)
-        .map_err(|error| format!("cannot read the stored exports: {error}"))?;
+    let (exports, writer, woken) = Exports::open(store, config.limits).map_err(|error| {
+        format!(
+            "cannot use the stored exports: {error}; see what the kernel's log says of the disk"
+        )
+    })?;
     log::info!(
         version = env!("CARGO_PKG_VERSION"), name = config.name.as_str(),
         unfinished = exports.unfinished();

@@ -161,6 +161,32 @@ fn a_damaged_payload_costs_its_export_and_no_other() {
 }
 
 #[test]
+fn a_damaged_result_is_told_as_lost_and_costs_no_other() {
+    let destination = Destination::start(|_| support::Reaction::Answer(200, vec![b'x'; 20_000]));
+    let url = &destination.url;
+    let mut service = Service::start(&[]);
+    let ids: Vec<_> = (0..3)
+        .map(|number| {
+            let id = service.submit(url, &payload(number));
+            assert_eq!(service.result(url, &id)["status_code"], 200);
+            id
+        })
+        .collect();
+    service.signal("KILL");
+    service.ended();
+    damage(&service.folder(), "exports", "overflow", |bytes, pages| {
+        let goes_on = |page: &&usize| bytes[**page..][..4] != [0; 4];
+        let page = *pages.iter().find(goes_on).unwrap();
+        bytes[page..][..4096].fill(0);
+    });
+    let service = service.kill_and_restart();
+    let mut results: Vec<_> = results(&service, url, &ids).into_iter().flatten().collect();
+    results.sort();
+    assert_eq!(results, ["\"200 OK\"", "\"200 OK\"", "lost"]);
+    assert_eq!(destination.arrivals().len(), 3, "nothing is sent again");
+}
+
+#[test]
 fn a_damaged_page_of_the_table_costs_what_is_on_it_and_no_more() {
     for which in 0..3 {
         let (destination, gate) = Destination::held();

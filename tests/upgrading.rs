@@ -857,6 +857,9 @@ fn a_row_that_makes_no_sense_costs_its_export_and_no_other() {
         ("idempotency_key = 'key'", Some(200)),
         ("idempotency_key = char(0), fingerprint = x'00'", Some(200)),
         ("failures = -1", Some(200)),
+        ("failures = 9223372036854775807", Some(200)),
+        ("attempts = -1", Some(200)),
+        ("attempts = 9223372036854775807", Some(200)),
     ];
     for version in [1, 2] {
         for (change, expected) in cases {

@@ -409,7 +409,7 @@ impl Lead {
             }
             (None, Outcome::Failed(failure)) => {
                 let kind = failure.kind.name().into();
-                let result = failed(kind, failure.message, export.attempts + 1);
+                let result = failed(kind, failure.message, export.attempts.saturating_add(1));
                 workers.exports.ended(&export, result);
             }
         }
@@ -432,7 +432,7 @@ fn give_up(mut given_up: GivenUp, workers: &Workers) {
 
 fn log_attempt(export: &Export, bytes: usize, took: Duration, outcome: &Outcome, again: bool) {
     let (id, destination, ms) = (export.id, export.destination.origin(), millis(took));
-    let attempt = export.attempts + 1;
+    let attempt = export.attempts.saturating_add(1);
     match outcome {
         Outcome::Answered(answer) if again => log::warn!(
             id:%, destination, bytes, attempt, kind = "status", status = answer.status,

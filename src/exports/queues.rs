@@ -388,7 +388,7 @@ impl Queues {
         chance: f64,
         now: Millis,
     ) -> Failed {
-        export.attempts += 1;
+        export.attempts = export.attempts.saturating_add(1);
         let id = export.queue;
         let queue = self.queues.entry(id).or_default();
         let before = queue.failing.as_ref().map(|failing| failing.backoff);

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::reading::value;
 use super::{Error, schema};
-use crate::export::{Millis, QueueId};
+use crate::export::{ExtResponse, FailureReport, Millis, QueueId};
 
 /// So many numbers behind a damaged page are tried one by one, before the steps get longer: a page
 /// has a few rows, but those between may have been deleted.
@@ -22,8 +22,7 @@ const SMALL_STEPS: u32 = 4096;
 struct Version {
     /// What is in front of an export's large columns, and identifies it.
     head: &'static str,
-    /// All the rest. Positions of an earlier release are spread out, as exports that were moved behind
-    /// the same one had the same position, and are in the order of `moved_at`.
+    /// All the rest. Exports with the same position are in the order of the second column.
     rest: &'static str,
     /// Owner, destination, failures, next attempt, failing since, last error, and the number if it is
     /// to stay.
@@ -32,43 +31,51 @@ struct Version {
     queues_by_index: Option<&'static str>,
     /// The running time, if it was counted.
     running: Option<&'static str>,
+    /// By how much positions are multiplied: exports that were moved behind the same one had the same
+    /// position once, and get different ones.
+    spread: i64,
 }
 
 const FIRST: Version = Version {
-    head: "id, owner, destination, NULL, seq * 4294967296, 0, NULL",
-    rest: "coalesce(turn, seq) * 4294967296, moved_at, accepted_at, 0, min(max(attempts, 0), 1000000000), NULL, finished_at,
+    head: "id, owner, destination, NULL, seq, 0, NULL, NULL",
+    rest: "coalesce(turn, seq), moved_at, accepted_at, 0, attempts, NULL, finished_at,
         idempotency_key, fingerprint, last_error, response, payload",
     // Waits were stored by the wall clock, which may have been wrong then.
-    queues: "SELECT owner, destination, min(max(failures, 0), 1000000000),
+    queues: "SELECT owner, destination, failures,
             min(max(max(coalesce(next_attempt_at, 0)) - unixepoch() * 1000, 0), 3600000), 0,
             last_error, NULL
         FROM exports NOT INDEXED WHERE failures > 0 AND finished_at IS NULL
         GROUP BY owner, destination",
     queues_by_index: None,
     running: None,
+    spread: 1 << 24,
 };
 
 const SECOND: Version = Version {
-    rest: "coalesce(turn, seq) * 4294967296, moved_at, accepted_at, running_at,
-        min(max(attempts, 0), 1000000000), first_moved_at, finished_at, idempotency_key, fingerprint, last_error, response, payload",
-    queues: "SELECT owner, destination, min(max(failures, 0), 1000000000), next_attempt_at, failing_since, last_error, NULL
+    rest: "coalesce(turn, seq), moved_at, accepted_at, running_at,
+        attempts, first_moved_at, finished_at, idempotency_key, fingerprint, last_error, response, payload",
+    queues: "SELECT owner, destination, failures, next_attempt_at, failing_since, last_error, NULL
         FROM queues",
     running: Some("SELECT millis FROM running"),
     ..FIRST
 };
 
 const CURRENT: Version = Version {
-    head: "id, NULL, NULL, queue, turn, accepted_at, running_at",
-    rest: "turn, NULL, accepted_at, running_at, min(max(attempts, 0), 1000000000), first_moved_at, finished_at,
+    head: "id, NULL, NULL, queue, turn, accepted_at, running_at, finished_at",
+    rest: "turn, NULL, accepted_at, running_at, attempts, first_moved_at, finished_at,
         idempotency_key, fingerprint, last_error, response, payload",
-    queues: "SELECT owner, destination, min(max(failures, 0), 1000000000), next_attempt_at, failing_since, last_error, id
+    queues: "SELECT owner, destination, failures, next_attempt_at, failing_since, last_error, id
         FROM queues",
     queues_by_index: Some(
         "SELECT owner, destination, 0, 0, 0, NULL, id FROM queues
             INDEXED BY sqlite_autoindex_queues_1",
     ),
     running: SECOND.running,
+    spread: 1,
 };
+
+/// More than any count ever comes to, so that no number that was changed by hand is taken for damage.
+const MOST: i64 = u32::MAX as i64;
 
 /// What became of the rows.
 #[derive(Default)]
@@ -83,6 +90,15 @@ pub struct Copied {
     pub running: Millis,
     /// Something was damaged, if only an index.
     damage: bool,
+}
+
+impl Version {
+    fn spread_out(&self, turn: i64) -> i64 {
+        match self.spread {
+            1 => turn,
+            spread => turn.clamp(0, i64::MAX / 2 / spread) * spread,
+        }
+    }
 }
 
 impl Copied {
@@ -148,12 +164,15 @@ struct Head {
     turn: i64,
     accepted_at: i64,
     running_at: Option<i64>,
+    finished_at: Option<i64>,
 }
 
 /// The columns of `rest`, as they are written after the row's number, its id and its queue; but
 /// for the second one.
 type Rest = [Value; COLUMNS];
 const COLUMNS: usize = 12;
+const TURN: usize = 0;
+const ATTEMPTS: usize = 4;
 const FINISHED_AT: usize = 6;
 const LAST_ERROR: usize = 9;
 const RESPONSE: usize = 10;
@@ -195,7 +214,7 @@ impl Copying<'_> {
                 .execute(params![
                     row.get::<_, Vec<u8>>(0)?,
                     row.get::<_, String>(1)?,
-                    row.get::<_, i64>(2)?,
+                    row.get::<_, i64>(2)?.clamp(0, MOST),
                     row.get::<_, i64>(3)?,
                     row.get::<_, i64>(4)?,
                     error,
@@ -269,9 +288,10 @@ impl Copying<'_> {
             owner: row.get(1)?,
             destination: row.get(2)?,
             queue: row.get(3)?,
-            turn: row.get(4)?,
+            turn: self.version.spread_out(row.get(4)?),
             accepted_at: row.get(5)?,
             running_at: row.get(6)?,
+            finished_at: row.get(7)?,
         })
     }
 
@@ -284,14 +304,22 @@ impl Copying<'_> {
         for (at, value) in rest.iter_mut().enumerate() {
             *value = row.get(at)?;
         }
-        let sound = |value: &Value| match value {
+        if let Value::Integer(turn) = &mut rest[TURN] {
+            *turn = self.version.spread_out(*turn);
+        }
+        if let Value::Integer(attempts) = &mut rest[ATTEMPTS] {
+            *attempts = (*attempts).clamp(0, MOST);
+        }
+        let is_json = |value: &Value| match value {
             Value::Text(text) => serde_json::from_str::<&RawValue>(text).is_ok(),
-            value => *value == Value::Null,
+            _ => false,
         };
-        if !sound(&rest[RESPONSE]) {
+        if rest[FINISHED_AT] == Value::Null {
+            rest[RESPONSE] = Value::Null;
+        } else if !is_json(&rest[RESPONSE]) {
             return Err(Error::Damaged);
         }
-        if !sound(&rest[LAST_ERROR]) {
+        if !is_json(&rest[LAST_ERROR]) {
             rest[LAST_ERROR] = Value::Null;
         }
         Ok(rest)
@@ -309,14 +337,7 @@ impl Copying<'_> {
             return Ok(());
         };
         let is_whole = rest.is_some();
-        let rest = rest.unwrap_or_else(|| {
-            let mut rest = [const { Value::Null }; COLUMNS];
-            rest[0] = head.turn.into();
-            rest[2] = head.accepted_at.into();
-            rest[3] = head.running_at.unwrap_or(self.running).into();
-            rest[4] = 0.into();
-            rest
-        });
+        let rest = rest.unwrap_or_else(|| lost(&head, self.running));
         let finished = rest[FINISHED_AT] != Value::Null;
         let [turn, moved_at, rest @ ..] = rest;
         if let (Value::Integer(turn), Value::Integer(moved_at), false) =
@@ -433,6 +454,29 @@ impl Copying<'_> {
         }
         Ok(())
     }
+}
+
+/// What is written in place of what cannot be read. One that was finished stays so; others will be found
+/// without their payload.
+fn lost(head: &Head, running: Millis) -> Rest {
+    let mut rest = [const { Value::Null }; COLUMNS];
+    rest[TURN] = head.turn.into();
+    rest[2] = head.accepted_at.into();
+    rest[3] = head.running_at.unwrap_or(running).into();
+    rest[ATTEMPTS] = 0.into();
+    if let Some(finished_at) = head.finished_at {
+        let result = ExtResponse {
+            error: Some(FailureReport {
+                kind: "lost".into(),
+                message: "the result was damaged in the store".into(),
+                attempts: 0,
+            }),
+            ..ExtResponse::with_status(502, "Bad Gateway")
+        };
+        rest[FINISHED_AT] = finished_at.into();
+        rest[RESPONSE] = Value::Text(result.to_json());
+    }
+    rest
 }
 
 /// An id as any version has stored it.

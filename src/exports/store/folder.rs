@@ -83,8 +83,9 @@ impl Folder {
     pub fn unusable(&self, error: &dyn std::fmt::Display) -> OpenError {
         let file = self.database();
         OpenError(format!(
-            "cannot use {}: {error}; see that this user can write it and the files beside it, and \
-             what the kernel's log says of the disk, or choose another folder with --data-dir",
+            "cannot use {}: {error}; see that this user can write it and the files beside it, that \
+             there is room on the disk, and what the kernel's log says of it, or choose another folder \
+             with --data-dir",
             file.display()
         ))
     }
@@ -238,6 +239,13 @@ fn unusable(folder: &Path, what: &str, error: &dyn std::fmt::Display) -> OpenErr
 }
 
 fn unwritable(file: &Path, error: &io::Error) -> OpenError {
+    if error.kind() == ErrorKind::StorageFull {
+        return OpenError(format!(
+            "cannot write {}: {error}; make some room on that disk, or choose another folder with \
+             --data-dir",
+            file.display()
+        ));
+    }
     OpenError(format!(
         "cannot write {}: {error}; make it a file that this user can read and write, or choose \
          another folder with --data-dir",

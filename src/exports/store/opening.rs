@@ -123,7 +123,9 @@ impl Store {
         let size = fs::metadata(&self.path).map_or(0, |file| file.len());
         self.copy(&mut []).map_err(|error| {
             OpenError(format!(
-                "cannot take over {} from an earlier release: {error}; a copy of it is made, so see that                  there are {} MiB free and nobody else reads it, or go on with that release: nothing was                  changed",
+                "cannot take over {} from an earlier release: {error}; a copy of it is made, so see that \
+                 there are {} MiB free and nobody else reads it, or go on with that release: nothing was \
+                 changed",
                 self.path.display(),
                 size.div_ceil(1024 * 1024)
             ))

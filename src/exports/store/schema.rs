@@ -123,7 +123,10 @@ pub fn recognise(connection: &Connection, path: &Path, in_use: bool) -> Result<(
             "{path} is not a database of export-service: move it away, or choose another folder \
              with --data-dir"
         )),
-        _ => OpenError(format!("cannot read {path}: {error}")),
+        _ => OpenError(format!(
+            "cannot read {path}: {error}; see that there is room on the disk for the files beside it, and \
+             what the kernel's log says of it"
+        )),
     };
     let version = number("user_version").map_err(unreadable)?;
     let owner = number("application_id").map_err(unreadable)?;
