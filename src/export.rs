@@ -59,6 +59,16 @@ pub struct Backoff {
     pub failing_since: Millis,
 }
 
+/// A queue as a start finds it in the store.
+pub struct StoredQueue {
+    /// How many exports it has that are not finished.
+    pub exports: usize,
+    /// The position of the first.
+    pub first: i64,
+    /// Its backoff, and why its last attempt failed, if that did.
+    pub failing: Option<(Backoff, Option<Arc<RawValue>>)>,
+}
+
 /// Where an export is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum State {

@@ -26,7 +26,7 @@ use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use crate::backoff::backoff;
-use crate::export::{Backoff, Export, Millis, QueueId, Retry, State, View};
+use crate::export::{Backoff, Export, Millis, QueueId, Retry, State, StoredQueue, View};
 
 /// The wait after the first failed attempt; it doubles with each one after.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
@@ -71,16 +71,6 @@ pub struct Turn {
     pub slow: bool,
     /// How many exports it had.
     waiting: usize,
-}
-
-/// A queue as it is found in the store.
-pub struct Found {
-    /// How many exports it has that are not finished.
-    pub exports: usize,
-    /// The position of the first.
-    pub first: i64,
-    /// Its backoff, and why its last attempt failed, if that did.
-    pub failing: Option<(Backoff, Option<Json>)>,
 }
 
 /// How far an export has come by its own attempts.
@@ -209,7 +199,7 @@ impl Queues {
     }
 
     /// Adds a queue that a restart has found in the store.
-    pub fn restore(&mut self, id: QueueId, found: Found, now: Millis) {
+    pub fn restore(&mut self, id: QueueId, found: StoredQueue, now: Millis) {
         let failing = found.failing.map(|(stored, error)| {
             // A little running time is lost where the service was killed.
             let backoff = Backoff {
@@ -922,7 +912,7 @@ mod tests {
             }
             for (id, (exports, first)) in found {
                 let failing = self.failing.get(&id).map(|backoff| (*backoff, None));
-                let found = super::Found {
+                let found = StoredQueue {
                     exports,
                     first,
                     failing,
@@ -1157,7 +1147,7 @@ mod tests {
 
     #[test]
     fn a_restart_goes_on_with_the_stored_backoff() {
-        let found = |backoff| super::Found {
+        let found = |backoff| StoredQueue {
             exports: 2,
             first: 1,
             failing: Some((backoff, None)),

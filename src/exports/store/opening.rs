@@ -25,8 +25,7 @@ use super::reading::json;
 use super::schema;
 use super::wal::{LeftOut, Log};
 use super::{Error, OpenError, Place, Reader, Store};
-use crate::export::{Backoff, Millis, QueueId};
-use crate::exports::queues::Found;
+use crate::export::{Backoff, Millis, QueueId, StoredQueue};
 
 /// How long a connection waits for another's lock. Only a checkpoint, or a second connection in
 /// `--ephemeral` mode, ever holds one.
@@ -142,7 +141,7 @@ impl Store {
     ///
     /// # Errors
     /// Where the store cannot be read, or holds a row that no version of this program wrote.
-    pub fn queues(&mut self, mut each: impl FnMut(QueueId, Found)) -> Result<(), Error> {
+    pub fn queues(&mut self, mut each: impl FnMut(QueueId, StoredQueue)) -> Result<(), Error> {
         let mut statement = self.connection.prepare(
             "SELECT queue, exports, first, last, failures, next_attempt_at, failing_since, last_error
              FROM (SELECT queue, count(*) AS exports, min(turn) AS first, max(turn) AS last
@@ -159,7 +158,7 @@ impl Store {
                 failing_since: row.get(6)?,
             };
             let error = json(row.get(7)?)?;
-            let found = Found {
+            let found = StoredQueue {
                 exports: usize::try_from(row.get::<_, i64>(1)?).unwrap_or(0),
                 first: row.get(2)?,
                 failing: (backoff.failures > 0).then_some((backoff, error)),
