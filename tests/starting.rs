@@ -11,40 +11,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use support::{Destination, MARK, SECRET, Service, command, nowhere, payload, program, token};
+use support::{Destination, MARK, Service, command, nowhere, payload, program, token};
 use tempfile::TempDir;
 
-/// Starts the service on a folder by `command`, until it listens or ends. Returns whether it listened,
-/// and its log.
-fn try_start(mut command: Command, folder: &Path) -> (bool, String) {
-    let mut child = command
-        .args([
-            "serve",
-            "--port",
-            "0",
-            "--bind",
-            "127.0.0.1",
-            "--log-format",
-            "json",
-        ])
-        .arg("--data-dir")
-        .arg(folder)
-        .env("EXPORT_SECRET", SECRET)
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut log = String::new();
-    let mut lines = BufReader::new(child.stderr.take().unwrap());
-    let mut listens = false;
-    while !listens && lines.read_line(&mut log).unwrap() > 0 {
-        listens = log.contains(r#""event":"listening""#);
-    }
-    if listens {
-        child.kill().unwrap();
-    }
-    lines.read_to_string(&mut log).unwrap();
-    let status = child.wait().unwrap();
-    assert!(listens || status.code() == Some(1), "{status}: {log}");
+/// Whether the program starts on a folder with this command, and what it says. Otherwise it ends with
+/// exit code 1.
+fn try_start(command: Command, folder: &Path) -> (bool, String) {
+    let (listens, code, log) = support::try_start(command, folder);
+    assert!(listens || code == Some(1), "{code:?}: {log}");
     (listens, log)
 }
 

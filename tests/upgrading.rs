@@ -5,7 +5,7 @@ mod support;
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -17,7 +17,7 @@ use rusqlite::{Connection, ToSql, params, params_from_iter};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use support::{
-    Arrival, Destination, Gate, PATIENCE, Reaction, SECRET, Service, nowhere, ok, payload, program,
+    Arrival, Destination, Gate, PATIENCE, Reaction, Service, nowhere, ok, payload, program,
     token_of,
 };
 use tempfile::TempDir;
@@ -502,31 +502,6 @@ fn a_folder_of_an_earlier_release_is_taken_over_with_all_that_is_in_it() {
     }
 }
 
-/// Starts the program by `command` on a folder, until it listens or ends. Returns whether it listened, its
-/// exit code, and its log.
-fn try_start(mut command: Command, folder: &Path) -> (bool, Option<i32>, String) {
-    let mut child = command
-        .args(["serve", "--port", "0", "--bind", "127.0.0.1"])
-        .args(["--log-format", "json", "--allow-network", "127.0.0.0/8"])
-        .arg("--data-dir")
-        .arg(folder)
-        .env("EXPORT_SECRET", SECRET)
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut log = String::new();
-    let mut lines = BufReader::new(child.stderr.take().unwrap());
-    let mut listens = false;
-    while !listens && lines.read_line(&mut log).unwrap() > 0 {
-        listens = log.contains(r#""event":"listening""#);
-    }
-    if listens {
-        child.kill().unwrap();
-    }
-    lines.read_to_string(&mut log).unwrap();
-    (listens, child.wait().unwrap().code(), log)
-}
-
 /// Everything that a start does to files, but for shared memory, which needs no order.
 const WRITES: &str =
     "/^(p?write|copy_file_range|sendfile|fsync|fdatasync|ftruncate|fallocate|rename|link|unlink)";
@@ -555,7 +530,8 @@ fn killed_at_each_write(
         let folder = folder();
         let data = folder.path().join("data");
         left.old.leave(&data);
-        let (listens, code, log) = left.while_nothing_arrives(|| try_start(killed_at(nth), &data));
+        let (listens, code, log) =
+            left.while_nothing_arrives(|| support::try_start(killed_at(nth), &data));
         assert!(listens || code.is_none(), "{code:?}: {log}");
         look(&left, folder);
         if listens {
@@ -720,7 +696,7 @@ fn a_folder_on_a_disk_that_is_nearly_full_is_taken_over_or_left_as_it_can_be_use
                 fs::copy(from, to).unwrap();
             }
             let (listens, code, log) =
-                left.while_nothing_arrives(|| try_start(disk.command(), &disk.folder));
+                left.while_nothing_arrives(|| support::try_start(disk.command(), &disk.folder));
             if !listens {
                 assert_eq!(code, Some(1), "{log}");
                 eprintln!("version {version}, {size} bytes, {room} more: {log}");

@@ -1002,3 +1002,28 @@ impl Gate {
         }
     }
 }
+
+/// Starts the program with this command on a folder, and stops it once it listens. Whether it did, its exit
+/// code if it ended by itself, and what it said.
+pub fn try_start(mut command: Command, folder: &Path) -> (bool, Option<i32>, String) {
+    let mut child = command
+        .args(["serve", "--port", "0", "--bind", "127.0.0.1"])
+        .args(["--log-format", "json", "--allow-network", "127.0.0.0/8"])
+        .arg("--data-dir")
+        .arg(folder)
+        .env("EXPORT_SECRET", SECRET)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut log = String::new();
+    let mut lines = BufReader::new(child.stderr.take().unwrap());
+    let mut listens = false;
+    while !listens && lines.read_line(&mut log).unwrap() > 0 {
+        listens = log.contains(r#""event":"listening""#);
+    }
+    if listens {
+        child.kill().unwrap();
+    }
+    lines.read_to_string(&mut log).unwrap();
+    (listens, child.wait().unwrap().code(), log)
+}
