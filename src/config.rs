@@ -30,8 +30,8 @@ use crate::delivery::tls::Trust;
 use crate::delivery::{attempt, worker};
 use crate::exports::Limits;
 use crate::exports::store::Place;
+use crate::gate;
 use crate::gate::tls::Identity;
-use crate::gate::{self, slots};
 use crate::logging::Format;
 
 /// Bytes that large requests and answers may take in memory at a time, all together.
@@ -546,11 +546,11 @@ impl ServeArgs {
             },
             threads: self.threads,
             connections: gate::Settings {
-                limits: slots::Limits {
+                limits: gate::Limits {
                     connections: self.max_connections,
-                    per_peer: self.max_connections_per_peer,
-                    memory: LARGE_REQUESTS.max(2 * self.max_body),
+                    per_client: self.max_connections_per_peer,
                 },
+                memory: LARGE_REQUESTS.max(2 * self.max_body),
                 max_body: self.max_body,
                 identity: self.tls.identity()?,
             },

@@ -166,10 +166,9 @@ fn serve(mut config: Config) -> Result<(), String> {
     gate.close();
     // Parked polls hear what state their exports have.
     waits.hurry();
-    // All that was sent on is answered, before those who answer it stop.
-    waits.wait_until_answered(Instant::now() + LAST_ANSWERS);
+    // All that was begun is answered while those who answer it are still there.
+    gate.drain(Instant::now() + LAST_ANSWERS);
     server.stop();
-    gate.drain(LAST_ANSWERS);
     // Nothing is ever sent: it is closed at the end of the last attempt.
     let _ = worker_ended.recv_timeout(LAST_ATTEMPT);
     drop(stop_checkpoints);

@@ -1,8 +1,8 @@
 //! The whole life of a connection: its handshake, one request after the other, each with its answer,
 //! and its end.
 //!
-//! Not here: which connection makes room for another ([`super::slots`]), and what a request is
-//! ([`super::framing`]).
+//! Not here: which connection is evicted to make room for another ([`super::admission`]), and what a
+//! request is ([`super::framing`]).
 
 use std::fmt::Write as _;
 use std::io::{self, ErrorKind, Read, Write};
@@ -14,7 +14,8 @@ use ureq::http::StatusCode;
 
 use super::Shared;
 use super::framing::{Framer, Phase, Request};
-use super::slots::{self, Slot};
+use super::memory::{Refused, Reservation};
+use super::permit::{Closing, Permit};
 use super::wire::Wire;
 use crate::answer::{self, Refusal, Response};
 use crate::logging;
@@ -34,13 +35,14 @@ const LIFE: Duration = Duration::from_secs(60 * 60);
 /// How long a client has to read the last answer before the connection is gone. Closing at once
 /// with something unread would take the answer away from it.
 const LINGER: Duration = Duration::from_secs(2);
-/// How long a connection that was closed to make room has for each step to its end.
+/// How long a connection that was evicted has for each step to its end, and one that lingers while the
+/// service stops.
 const HURRY: Duration = Duration::from_millis(100);
 /// Bodies and answers up to this many bytes are not counted: all connections together have room
 /// for theirs.
 const SMALL: usize = 16 * 1024;
-/// How long a handshake may take of one that is let in only to be turned away.
-const TURNING_AWAY: Duration = Duration::from_secs(2);
+/// How long a handshake may take of one that is let in only to be rejected.
+const REJECTION: Duration = Duration::from_secs(2);
 /// How long the service may take to answer. A long poll takes a minute at most, and a commit seconds,
 /// on a bad SD card.
 const SERVICE: Duration = Duration::from_secs(120);
@@ -48,33 +50,35 @@ const SERVICE: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_millis(1500);
 
 /// Serves a connection until it ends.
-pub fn run(shared: &Shared, mut slot: Slot, stream: Arc<TcpStream>, client: SocketAddr) {
+pub fn run(shared: &Shared, permit: Permit, stream: Arc<TcpStream>, client: SocketAddr) {
     let born = Instant::now();
     // Until now nothing could be read from it.
-    slot.begin();
-    let handshake = if slot.is_turned_away() {
-        TURNING_AWAY
+    permit.begin(born);
+    let handshake = if permit.is_rejected() {
+        REJECTION
     } else {
         HEAD
     };
     let socket = Socket::new(stream, born + handshake);
     let config = shared.identity.as_ref().map(|identity| identity.config());
-    let (wire, failed) = match Wire::accept(socket, config, || slot.begin_handshake()) {
+    let begun = || permit.begin_handshake(Instant::now());
+    let (wire, failed) = match Wire::accept(socket, config, begun) {
         Ok(wire) => (wire, None),
         Err((wire, error)) => (wire, Some(error)),
     };
     let mut connection = Connection {
         shared,
-        slot,
         wire,
         framer: Framer::new(shared.max_body),
         wait: shared.waits.enter(),
         client,
         life: born + LIFE,
+        memory: shared.memory.part(&permit),
+        permit,
     };
     match failed {
         // It need not send what is not going to be read.
-        None if connection.slot.is_turned_away() => connection.refuse(None, &Refusal::Busy),
+        None if connection.permit.is_rejected() => connection.refuse(None, &Refusal::Busy),
         None => connection.serve(),
         Some(error) if error.kind() == ErrorKind::InvalidInput => {
             connection.refuse(
@@ -90,13 +94,15 @@ pub fn run(shared: &Shared, mut slot: Slot, stream: Arc<TcpStream>, client: Sock
 
 struct Connection<'a> {
     shared: &'a Shared,
-    slot: Slot,
     wire: Wire,
     framer: Framer,
     wait: Wait,
     client: SocketAddr,
     /// When it is to end, after the answer to its last request.
     life: Instant,
+    memory: Reservation<'a>,
+    /// Dropped last: then the descriptor and the memory are free for whoever gets the next one.
+    permit: Permit,
 }
 
 /// Why a connection ends.
@@ -113,9 +119,15 @@ impl From<Refusal> for End {
     }
 }
 
-impl From<slots::Evicted> for Refusal {
-    fn from(_: slots::Evicted) -> Self {
+impl From<Refused> for Refusal {
+    fn from(_: Refused) -> Self {
         Self::Busy
+    }
+}
+
+impl From<Closing> for Refusal {
+    fn from(_: Closing) -> Self {
+        Self::Stopping
     }
 }
 
@@ -132,8 +144,8 @@ impl Connection<'_> {
                 Err(End::Silent) => return self.end(),
                 Err(End::Refused(refusal)) => return self.refuse(Some(&request), &refusal),
             };
-            let stays =
-                self.slot.wait().is_ok() && request.keeps_alive() && Instant::now() < self.life;
+            let now = Instant::now();
+            let stays = self.permit.send(now) && request.keeps_alive() && now < self.life;
             let persistence = match (stays, request.is_old()) {
                 (true, false) => "",
                 (true, true) => "Connection: keep-alive\r\n",
@@ -151,43 +163,44 @@ impl Connection<'_> {
     fn read(&mut self) -> Result<Request, End> {
         let mut seen = Phase::Idle;
         let mut hurried = false;
-        self.set_deadline(IDLE.min(self.life.saturating_duration_since(Instant::now())));
+        let mut deadline =
+            self.set_deadline(IDLE.min(self.life.saturating_duration_since(Instant::now())));
         loop {
             if let Some(request) = self.framer.take()? {
                 return Ok(request);
             }
             let phase = self.framer.phase();
             if phase != seen {
-                match phase {
-                    Phase::Idle => {}
-                    Phase::Head => {
-                        self.set_deadline(HEAD);
+                match (&phase, &seen) {
+                    (Phase::Head, _) => deadline = self.set_deadline(HEAD),
+                    (Phase::Body(_), Phase::Idle | Phase::Head) => {
+                        deadline = self.set_deadline(BODY);
                     }
-                    Phase::Body(bytes) => {
-                        let deadline = self.set_deadline(BODY);
-                        if bytes > SMALL {
-                            self.slot.keep(bytes, deadline).map_err(Refusal::from)?;
-                        }
-                        if self.framer.takes_continue() {
-                            // Cut off or not, there is one more thing to send.
-                            let _ = self.slot.wait();
-                            let leave = self.wire.write_all(b"HTTP/1.1 100 Continue\r\n\r\n");
-                            leave
-                                .and_then(|()| self.wire.flush())
-                                .map_err(|_| End::Silent)?;
-                            self.slot.listen();
-                        }
-                    }
+                    // It takes more than was known before.
+                    (Phase::Body(_), Phase::Body(_)) | (Phase::Idle, _) => {}
+                }
+                if let Phase::Body(bytes) = phase
+                    && bytes > SMALL
+                {
+                    self.memory.grow(bytes, deadline).map_err(Refusal::from)?;
+                }
+                if self.framer.takes_continue() {
+                    self.permit.send(Instant::now());
+                    let leave = self.wire.write_all(b"HTTP/1.1 100 Continue\r\n\r\n");
+                    leave
+                        .and_then(|()| self.wire.flush())
+                        .map_err(|_| End::Silent)?;
+                    self.permit.receive();
                 }
                 seen = phase;
             }
             // What has arrived may still be a whole request, but not for ever.
-            if self.slot.is_cut_off() && !hurried {
+            if self.permit.is_evicted() && !hurried {
                 hurried = true;
                 self.set_deadline(HURRY);
             }
             match (self.framer.read_from(&mut self.wire), &seen) {
-                (Ok(0) | Err(_), Phase::Head | Phase::Body(_)) if self.slot.is_cut_off() => {
+                (Ok(0) | Err(_), Phase::Head | Phase::Body(_)) if self.permit.is_evicted() => {
                     return Err(Refusal::Busy.into());
                 }
                 (Ok(0), Phase::Body(_)) => return Err(Refusal::Incomplete.into()),
@@ -207,16 +220,17 @@ impl Connection<'_> {
     fn pass_on(&mut self, request: &mut Request) -> Result<Response, End> {
         let head = request.normalised_head(self.client, self.wait.number());
         let body = request.take_body();
-        self.slot.serve().map_err(Refusal::from)?;
+        self.permit.serve().map_err(Refusal::from)?;
         self.wait.ask();
         let sent = self.shared.links.send(&head, &body);
         // A long poll is not to keep the memory of what it has sent.
         drop((head, body));
-        self.slot.release();
+        self.memory.release();
         sent.map_err(|_| Refusal::Busy)?;
         let mut left = false;
         let answer = self.wait.answer(SERVICE, LOOK, || {
-            left = self.wire.socket().is_left();
+            // Once nothing more is read it looks from here as if the client had closed its side.
+            left = !self.permit.is_last() && self.wire.socket().is_left();
             !left
         });
         match answer {
@@ -231,13 +245,13 @@ impl Connection<'_> {
 
     fn write(&mut self, answer: &[u8]) -> io::Result<()> {
         if answer.len() > SMALL {
-            self.slot.keep_anyway(answer.len());
+            self.memory.hold(answer.len());
         }
         self.set_deadline(ANSWER);
         self.wire.write_all(answer)?;
         self.wire.flush()?;
-        self.slot.release();
-        self.slot.listen();
+        self.memory.release();
+        self.permit.receive();
         Ok(())
     }
 
@@ -246,16 +260,17 @@ impl Connection<'_> {
             request.map_or(("-", "-"), |request| (request.method(), request.target()));
         let head_only = request.map_or(self.framer.is_head(), |_| method == "HEAD");
         let refusal = match refusal {
-            // What is closed then is not closed to make room.
-            Refusal::Busy if self.shared.slots.is_closing() => &Refusal::Stopping,
+            // What is evicted then does not make room for others.
+            Refusal::Busy if self.shared.common.is_closing() => &Refusal::Stopping,
             refusal => refusal,
         };
         let client = self.client.to_string();
         logging::refused(method, target, refusal.status(), refusal, &client);
         // What it has sent is of no use any more, and is not to be kept while it lingers.
         self.framer = Framer::new(self.shared.max_body);
-        // Where one of these fails the client or the service has gone: there is nobody to tell.
-        let _ = self.slot.wait();
+        self.memory.release();
+        self.permit.send(Instant::now());
+        // Where it fails the client has gone: there is nobody to tell.
         let _ = self.write(&to_bytes(
             answer::refusal(refusal),
             "Connection: close\r\n",
@@ -265,7 +280,12 @@ impl Connection<'_> {
     }
 
     fn end(&mut self) {
-        self.set_deadline(LINGER);
+        let linger = if self.shared.common.is_closing() {
+            HURRY
+        } else {
+            LINGER
+        };
+        self.set_deadline(linger);
         self.wire.end();
     }
 
@@ -284,7 +304,7 @@ impl Connection<'_> {
     /// Gives the client so long from now for what comes next, or less where others wait for this
     /// connection to be gone.
     fn set_deadline(&mut self, time: Duration) -> Instant {
-        let time = if self.slot.is_leaving() {
+        let time = if self.permit.is_evicted() {
             time.min(HURRY)
         } else {
             time

@@ -25,10 +25,12 @@
 //!
 //! Not here: what a request asks for and whether it may (`routes`).
 
+mod admission;
 mod connection;
 pub mod framing;
 mod links;
-pub mod slots;
+mod memory;
+mod permit;
 pub mod tls;
 mod wire;
 
@@ -39,41 +41,50 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use crossbeam_channel::{Receiver, bounded};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::socket::is_timeout;
-use crate::threads::{self, Thread};
+use crate::threads;
 use crate::waits::Waits;
+use admission::Admission;
+pub use admission::Limits;
 use links::Links;
-use slots::{Limits, Slots};
+use memory::Memory;
+use permit::Common;
 use tls::Identity;
 
 /// How long accepting must have gone well to be called well.
 const SETTLED: Duration = Duration::from_secs(10);
-/// How long accepting pauses when it goes on failing. Each time a connection is closed, so this is
+/// How long accepting pauses when it goes on failing. Each time a connection is evicted, so this is
 /// also what gives those that have just come the time to send their request.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// How often it is seen whether newcomers that wait for a slot can have one.
+/// Connections that are accepted before it is seen whether there is room for them.
+const BATCH: usize = 64;
+/// How often it is seen whether there is room for newcomers that stand in line.
 const LOOK: Duration = Duration::from_millis(10);
 
 /// The stack of a connection's thread, in bytes: a TLS handshake needs most.
 const STACK: usize = 256 * 1024;
 /// Connections that may wait to be accepted; a flood of them is soon over.
 const BACKLOG: i32 = 1024;
-/// Connections that may be accepted and wait for a slot, if there are descriptors enough. Beyond
+/// Connections that may be accepted and stand in line, if there are descriptors enough. Beyond
 /// that none is accepted, of whichever address.
 const NEWCOMERS: u64 = 1024;
-/// Descriptors for everything but connections that have a place: the store, links, attempts, spares,
-/// connections without a place.
-const OTHER_DESCRIPTORS: u64 = 512 + slots::BESIDE as u64;
+/// Descriptors for everything but connections that are served: the store, links, attempts, spares,
+/// connections that are rejected.
+const OTHER_DESCRIPTORS: u64 = 512 + admission::REJECTED as u64;
 
 /// How connections are treated.
 #[derive(Debug)]
 pub struct Settings {
     /// How many there may be.
     pub limits: Limits,
+    /// Bytes of large bodies and answers, of all connections together.
+    pub memory: usize,
     /// The largest request body in bytes.
     pub max_body: usize,
     /// The certificate; without one it is plain HTTP.
@@ -94,17 +105,27 @@ impl Settings {
 pub struct Gate {
     listener: Arc<TcpListener>,
     shared: Arc<Shared>,
-    accepting: Thread,
+    /// Disconnected once nothing is accepted and no connection is left; nothing is ever sent.
+    ended: Receiver<()>,
 }
 
+/// What connections share.
 struct Shared {
-    slots: Arc<Slots>,
-    /// How many may wait for a slot.
-    max_newcomers: usize,
+    common: Arc<Common>,
+    memory: Memory,
     links: Links,
     waits: Arc<Waits>,
     max_body: usize,
     identity: Option<Arc<Identity>>,
+}
+
+/// What the thread that accepts has.
+struct Accepting {
+    listener: Arc<TcpListener>,
+    shared: Arc<Shared>,
+    admission: Admission,
+    /// How many may stand in line.
+    max_newcomers: usize,
 }
 
 impl Gate {
@@ -123,38 +144,44 @@ impl Gate {
         let (connections, max_newcomers) = possible_connections(limits.connections);
         limits.connections = connections;
         rustix::net::listen(&listener, BACKLOG)?;
+        listener.set_nonblocking(true)?;
+        let common = Common::new(Instant::now());
         let shared = Arc::new(Shared {
-            slots: Slots::new(limits),
-            max_newcomers,
+            common: common.clone(),
+            memory: Memory::new(settings.memory),
             links: Links::open(inside)?,
             waits,
             max_body: settings.max_body,
             identity: settings.identity,
         });
         let listener = Arc::new(listener);
-        let (incoming, welcoming) = (listener.clone(), shared.clone());
-        let accepting = threads::spawn("gate", move || welcoming.accept_all(&incoming));
+        let (open, ended) = bounded(0);
+        let accepting = Accepting {
+            listener: listener.clone(),
+            shared: shared.clone(),
+            admission: Admission::new(limits, common, open),
+            max_newcomers,
+        };
+        threads::spawn("gate", move || accepting.run());
         Ok(Self {
             listener,
             shared,
-            accepting,
+            ended,
         })
     }
 
-    /// Lets nobody in any more, and closes all connections that have no whole request.
+    /// Lets nobody in any more, begins no more requests, and closes all connections that have none.
     pub fn close(&self) {
-        // First, since tiny_http stops after this.
-        self.shared.links.close();
-        self.shared.slots.close();
+        self.shared.common.close();
         // Wakes the thread in `accept`; where it fails, that thread ends with the process.
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
     }
 
-    /// Waits until the requests under way are answered, for so long at most.
-    pub fn drain(self, limit: Duration) {
-        let deadline = Instant::now() + limit;
-        self.accepting.ends_within(limit);
-        self.shared.slots.wait_until_free(deadline);
+    /// Waits until the requests under way are answered and all connections have ended, until `deadline`
+    /// at most. After it tiny_http may stop.
+    pub fn drain(self, deadline: Instant) {
+        let _ = self.ended.recv_deadline(deadline);
+        self.shared.links.close();
     }
 }
 
@@ -185,19 +212,20 @@ fn possible_connections(wanted: usize) -> (usize, usize) {
     (to_usize(possible), 1)
 }
 
-impl Shared {
-    fn accept_all(self: &Arc<Self>, listener: &TcpListener) {
+impl Accepting {
+    fn run(mut self) {
         let (mut last_failure, mut failures_in_a_row) = (None::<Instant>, 0);
-        loop {
+        while !self.shared.common.is_closing() {
             // Not at the first that goes well: while something is lacking the two alternate.
             let is_over = |at: &mut Instant| at.elapsed() >= SETTLED;
             if last_failure.take_if(is_over).is_some() {
                 log::info!("accepting connections again");
             }
-            match self.welcome().and_then(|()| self.accept(listener)) {
+            match self.welcome().and_then(|()| self.accept()) {
                 Ok(()) => failures_in_a_row = 0,
-                Err(_) if self.slots.is_closing() => return,
-                // None came.
+                // It may be that it is closed.
+                Err(_) if self.shared.common.is_closing() => {}
+                // No more have come.
                 Err(error) if is_timeout(&error) => failures_in_a_row = 0,
                 // The client has gone before its turn came.
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
@@ -210,19 +238,22 @@ impl Shared {
                     }
                     // Descriptors, threads or memory are lacking, perhaps for a moment only.
                     if failures_in_a_row > 0 {
-                        self.slots.evict_one();
+                        self.admission.evict_one();
+                        self.shared.memory.wake();
                         thread::sleep(PAUSE);
                     }
                     failures_in_a_row += 1;
                 }
             }
         }
+        self.admission.close();
+        self.shared.memory.wake();
     }
 
-    /// Has the next connection stand in line, unless too many do. Blocks until one comes, but only
-    /// for a moment while others stand there.
-    fn accept(&self, listener: &TcpListener) -> io::Result<()> {
-        let limit = match self.slots.newcomers() {
+    /// Has the connections that have come stand in line, unless too many do. Blocks until one comes, but
+    /// only for a moment while others stand there.
+    fn accept(&mut self) -> io::Result<()> {
+        let limit = match self.admission.newcomers() {
             0 => SETTLED,
             newcomers if newcomers < self.max_newcomers => LOOK,
             _ => {
@@ -230,30 +261,53 @@ impl Shared {
                 return Ok(());
             }
         };
-        set_socket_timeout(listener, Timeout::Recv, Some(limit))?;
-        let (stream, client) = listener.accept()?;
-        // An answer is written at once: nothing is gained by waiting for more of it.
-        let _ = stream.set_nodelay(true);
-        self.slots.line_up(Arc::new(stream), client);
+        let mut listener = [PollFd::new(&*self.listener, PollFlags::IN)];
+        let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
+        match poll(&mut listener, Some(&limit)) {
+            // A signal came to this thread.
+            Err(Errno::INTR) => return Ok(()),
+            polled => polled?,
+        };
+        // Several at once: for each time there is a look at all connections where they come as a crowd.
+        for _ in 0..BATCH {
+            if self.admission.newcomers() >= self.max_newcomers {
+                break;
+            }
+            let (stream, client) = self.listener.accept()?;
+            // An answer is written at once: nothing is gained by waiting for more of it.
+            let _ = stream.set_nodelay(true);
+            self.admission
+                .line_up(Arc::new(stream), client, Instant::now());
+        }
         Ok(())
     }
 
-    /// Gives a slot and a thread to each newcomer that can have a slot now.
+    /// Gives a permit and a thread to each newcomer that can have one now, and sees that there will be
+    /// room for the others.
     ///
     /// # Errors
     /// Where there is no thread: that newcomer is in line again.
-    fn welcome(self: &Arc<Self>) -> io::Result<()> {
-        while let Some((slot, stream, client)) = self.slots.admit(Instant::now()) {
-            let (shared, socket) = (self.clone(), stream.clone());
+    fn welcome(&mut self) -> io::Result<()> {
+        if self.admission.newcomers() == 0 {
+            return Ok(());
+        }
+        self.admission.look();
+        while let Some((permit, newcomer)) = self.admission.admit() {
+            let (shared, socket) = (self.shared.clone(), newcomer.socket.clone());
+            let client = newcomer.address;
             // With a name, as all threads of ours: a panic in it must not go unnoticed.
-            thread::Builder::new()
+            let started = thread::Builder::new()
                 .name("connection".into())
                 .stack_size(STACK)
-                .spawn(move || connection::run(&shared, slot, socket, client))
-                .inspect_err(|_| self.slots.line_up(stream, client))
-                .map_err(|error| {
-                    io::Error::other(format!("no thread for a connection: {error}"))
-                })?;
+                .spawn(move || connection::run(&shared, permit, socket, client));
+            if let Err(error) = started {
+                self.admission.put_back(newcomer);
+                let reason = format!("no thread for a connection: {error}");
+                return Err(io::Error::other(reason));
+            }
+        }
+        if self.admission.make_room(Instant::now()) {
+            self.shared.memory.wake();
         }
         Ok(())
     }

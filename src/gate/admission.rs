@@ -1,0 +1,550 @@
+//! Who may be connected: a bounded number of connections, in all and of each client address.
+//!
+//! Where there are as many as there may be, those that have waited longest without a whole request are
+//! evicted, as many as newcomers stand in line for their place; see [`super::permit`] for what that means.
+//! Where none waits, as requests of all are being served, a newcomer is rejected: it is let in only to be
+//! told 503, as long as there are not too many of those.
+//!
+//! Each has a moment first. Where a crowd comes faster than that a newcomer waits in line, without
+//! a thread: evicting whoever came just before it would let nobody through on a slow machine. There
+//! is a line for each client address, so that a crowd holds up its own address only.
+//!
+//! Only the thread that accepts has an [`Admission`], so there is no lock. It looks at the connections'
+//! words when somebody stands in line, and at no other time.
+//!
+//! Not here: accepting, and what a connection does ([`super::connection`]).
+
+use std::collections::{HashMap, VecDeque};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crossbeam_channel::Sender;
+
+use super::permit::{Common, Doing, Permit, Place, Word};
+
+/// How many connections beyond the limit are let in to be told 503.
+pub const REJECTED: usize = 16;
+
+/// How many connections there may be.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// In all.
+    pub connections: usize,
+    /// Of one client address.
+    pub per_client: usize,
+}
+
+/// The connections of one listener, and those that stand in line to become one.
+pub struct Admission {
+    limits: Limits,
+    common: Arc<Common>,
+    /// Each permit has a clone: see [`Permit::new`].
+    open: Sender<()>,
+    connections: Vec<(IpAddr, Arc<Place>)>,
+    rejected: Vec<Arc<Place>>,
+    clients: HashMap<IpAddr, Client>,
+    last_ticket: u64,
+}
+
+/// What one client address has, as [`Admission::look`] found it.
+#[derive(Default)]
+struct Client {
+    connections: usize,
+    /// Those of them that wait.
+    waiting: usize,
+    /// Those of them that were evicted and have not ended.
+    evicted: usize,
+    /// In the order of coming.
+    line: VecDeque<Newcomer>,
+}
+
+/// A connection that was accepted and has no permit.
+#[derive(Clone)]
+pub struct Newcomer {
+    /// Its socket.
+    pub socket: Arc<TcpStream>,
+    /// Where it comes from.
+    pub address: SocketAddr,
+    came: Instant,
+    ticket: u64,
+}
+
+/// What there is for a newcomer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Room {
+    Free,
+    /// Some, once others have made it.
+    Later,
+    /// None: all that could make room are being served.
+    None,
+}
+
+impl Client {
+    fn could_make_room(&self) -> bool {
+        self.waiting + self.evicted > 0
+    }
+}
+
+impl Admission {
+    /// For a listener that has no connections yet. `open` is dropped with this and with the last of them.
+    pub fn new(limits: Limits, common: Arc<Common>, open: Sender<()>) -> Self {
+        Self {
+            limits,
+            common,
+            open,
+            connections: Vec::new(),
+            rejected: Vec::new(),
+            clients: HashMap::new(),
+            last_ticket: 0,
+        }
+    }
+
+    /// Puts a connection that was accepted `now` at the end of the line of its client address.
+    pub fn line_up(&mut self, socket: Arc<TcpStream>, address: SocketAddr, now: Instant) {
+        self.last_ticket += 1;
+        let newcomer = Newcomer {
+            socket,
+            address,
+            came: now,
+            ticket: self.last_ticket,
+        };
+        self.client(address).line.push_back(newcomer);
+    }
+
+    /// Puts one that [`Admission::admit`] has let in back where it was.
+    pub fn put_back(&mut self, newcomer: Newcomer) {
+        self.client(newcomer.address).line.push_front(newcomer);
+    }
+
+    fn client(&mut self, address: SocketAddr) -> &mut Client {
+        self.clients.entry(network(address.ip())).or_default()
+    }
+
+    /// How many stand in line.
+    pub fn newcomers(&self) -> usize {
+        self.clients.values().map(|client| client.line.len()).sum()
+    }
+
+    /// Sees what the connections are doing. [`Admission::admit`] and [`Admission::make_room`] go by that.
+    pub fn look(&mut self) {
+        for client in self.clients.values_mut() {
+            (client.connections, client.waiting, client.evicted) = (0, 0, 0);
+        }
+        self.connections.retain(|(address, place)| {
+            let doing = place.doing();
+            if doing == Doing::Ended {
+                return false;
+            }
+            let client = self.clients.entry(*address).or_default();
+            client.connections += 1;
+            client.waiting += usize::from(matches!(doing, Doing::Waiting(_)));
+            client.evicted += usize::from(doing == Doing::Evicted);
+            true
+        });
+        self.rejected.retain(|place| place.doing() != Doing::Ended);
+        let is_there = |client: &Client| client.connections > 0 || !client.line.is_empty();
+        self.clients.retain(|_, client| is_there(client));
+    }
+
+    /// Gives a permit to the next in line that there is room for, or that is to be told that there is
+    /// none. Newcomers that cannot even be told so are closed.
+    pub fn admit(&mut self) -> Option<(Permit, Newcomer)> {
+        loop {
+            let (network, room) = self.next_in_line()?;
+            let client = self.clients.get_mut(&network)?;
+            let newcomer = client.line.pop_front()?;
+            let rejected = room == Room::None;
+            if rejected && self.rejected.len() >= REJECTED {
+                continue;
+            }
+            let permit = Permit::new(
+                &self.common,
+                &newcomer.socket,
+                (network, newcomer.came),
+                rejected,
+                self.open.clone(),
+            );
+            if rejected {
+                self.rejected.push(permit.place().clone());
+            } else {
+                self.connections.push((network, permit.place().clone()));
+                client.connections += 1;
+                client.waiting += 1;
+            }
+            return Some((permit, newcomer));
+        }
+    }
+
+    /// The client address whose first in line is not to wait any longer: of those the one that has the
+    /// fewest connections, and then the one that came first.
+    fn next_in_line(&self) -> Option<(IpAddr, Room)> {
+        let others = self.clients.values().any(Client::could_make_room);
+        let lines = self.clients.iter().filter_map(|(network, client)| {
+            let first = client.line.front()?;
+            let room = self.room(client, others);
+            (room != Room::Later).then_some(((client.connections, first.ticket), *network, room))
+        });
+        let next = lines.min_by_key(|(rank, ..)| *rank);
+        next.map(|(_, network, room)| (network, room))
+    }
+
+    /// What room there is for one more of this client: in place of one of its own, if it has as many as
+    /// it may have, else of any, where `others` could make some.
+    fn room(&self, client: &Client, others: bool) -> Room {
+        let is_full = client.connections >= self.limits.per_client;
+        let could_be_made = if is_full {
+            client.could_make_room()
+        } else {
+            others
+        };
+        match (is_full, could_be_made) {
+            (false, _) if self.connections.len() < self.limits.connections => Room::Free,
+            (_, true) => Room::Later,
+            (_, false) => Room::None,
+        }
+    }
+
+    /// Evicts those that have waited longest and have had their grace, as many as are needed for those in
+    /// line. True where there were any.
+    pub fn make_room(&mut self, now: Instant) -> bool {
+        // How many are to be of one address, and how many of any.
+        let (mut own, mut any) = (HashMap::new(), 0);
+        for (network, client) in &self.clients {
+            match self.limits.per_client.saturating_sub(client.connections) {
+                0 => {
+                    own.insert(*network, client.line.len().saturating_sub(client.evicted));
+                }
+                more => any += client.line.len().min(more),
+            }
+        }
+        let evicted: usize = self.clients.values().map(|client| client.evicted).sum();
+        let free = self
+            .limits
+            .connections
+            .saturating_sub(self.connections.len());
+        any = any.saturating_sub(free + evicted);
+        if any == 0 && own.values().all(|count| *count == 0) {
+            return false;
+        }
+        let mut done = false;
+        for (word, network, place) in self.waiting() {
+            if !place.has_had_its_grace(word, now) {
+                break;
+            }
+            let needed = match own.get_mut(&network) {
+                Some(count) if *count > 0 => count,
+                _ => &mut any,
+            };
+            if *needed > 0 && place.evict(word) {
+                *needed -= 1;
+                done = true;
+            }
+        }
+        done
+    }
+
+    /// The connections that wait, in the order in which they could be evicted.
+    fn waiting(&self) -> Vec<(Word, IpAddr, Arc<Place>)> {
+        let waiting = self.connections.iter().filter_map(|(network, place)| {
+            let Doing::Waiting(word) = place.doing() else {
+                return None;
+            };
+            Some((word, *network, place.clone()))
+        });
+        let mut waiting: Vec<_> = waiting.collect();
+        waiting.sort_unstable_by_key(|(word, ..)| *word);
+        waiting
+    }
+
+    /// Evicts the connection that has waited longest, if one waits, whether or not it had its grace.
+    pub fn evict_one(&self) {
+        self.waiting()
+            .iter()
+            .any(|(word, _, place)| place.evict(*word));
+    }
+
+    /// Evicts all that wait, and closes those in line. Those whose request is being served see for
+    /// themselves that it is their last, since [`Common::close`] was called.
+    pub fn close(self) {
+        let connections = self.connections.iter().map(|(_, place)| place);
+        for place in connections.chain(&self.rejected) {
+            while let Doing::Waiting(word) = place.doing() {
+                place.evict(word);
+            }
+        }
+    }
+}
+
+/// What counts as one client: an IPv4 address, or the 64 bits of an IPv6 address that a client
+/// does not choose by itself (RFC 4291, section 2.5.4).
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => {
+            let [a, b, c, d, ..] = address.segments();
+            IpAddr::V6(Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0))
+        }
+        address => address,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::permit::tests::socket;
+    use super::super::permit::{GRACE, TURN};
+    use super::*;
+    use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
+    use proptest::prelude::*;
+    use std::io::Read;
+    use std::net::{Ipv4Addr, TcpListener};
+    use std::time::Duration;
+
+    const LIMITS: Limits = Limits {
+        connections: 3,
+        per_client: 2,
+    };
+
+    fn admission() -> (Admission, Receiver<()>) {
+        let (open, ended) = bounded(0);
+        let common = Common::new(Instant::now());
+        (Admission::new(LIMITS, common, open), ended)
+    }
+
+    fn address(client: u8, port: u16) -> SocketAddr {
+        SocketAddr::from(([192, 168, 1, client], port))
+    }
+
+    /// Lets in whoever can be now.
+    fn admitted(admission: &mut Admission) -> Vec<(Permit, SocketAddr)> {
+        admission.look();
+        let admit = || {
+            let (permit, newcomer) = admission.admit()?;
+            permit.begin(Instant::now());
+            Some((permit, newcomer.address))
+        };
+        std::iter::from_fn(admit).collect()
+    }
+
+    fn come(admission: &mut Admission, client: u8) -> Vec<Permit> {
+        admission.line_up(socket(), address(client, 1), Instant::now());
+        let admitted = admitted(admission);
+        admitted.into_iter().map(|(permit, _)| permit).collect()
+    }
+
+    fn taken(admission: &mut Admission, client: u8) -> Permit {
+        let mut permits = come(admission, client);
+        assert_eq!(permits.len(), 1);
+        permits.remove(0)
+    }
+
+    /// Which of them have to make room at that moment.
+    fn evicted<const N: usize>(
+        admission: &mut Admission,
+        now: Instant,
+        permits: [&Permit; N],
+    ) -> [bool; N] {
+        admission.look();
+        admission.make_room(now);
+        permits.map(Permit::is_evicted)
+    }
+
+    fn later() -> Instant {
+        Instant::now() + GRACE
+    }
+
+    #[test]
+    fn nobody_makes_room_before_its_time_and_newcomers_wait_in_the_order_of_coming() {
+        let (mut admission, _) = admission();
+        let too_early = Instant::now();
+        let [a, b] = [1, 1].map(|client| taken(&mut admission, client));
+        let addresses = [5, 3, 4].map(|port| address(1, port));
+        for address in addresses {
+            admission.line_up(socket(), address, too_early);
+        }
+        assert!(admitted(&mut admission).is_empty());
+        assert_eq!(evicted(&mut admission, too_early, [&a, &b]), [false, false]);
+        // Whose client has begun a handshake has more time.
+        let enough = later();
+        a.begin_handshake(enough);
+        assert_eq!(evicted(&mut admission, enough, [&a, &b]), [false, true]);
+        assert!(admitted(&mut admission).is_empty(), "it is still there");
+        drop(b);
+        let (first, from) = admitted(&mut admission).remove(0);
+        assert_eq!((from, admission.newcomers()), (addresses[0], 2));
+        let enough = later() + GRACE;
+        assert_eq!(evicted(&mut admission, enough, [&a, &first]), [true, true]);
+        drop((a, first));
+        let froms = admitted(&mut admission).into_iter().map(|(_, from)| from);
+        assert_eq!(froms.collect::<Vec<_>>(), addresses[1..]);
+    }
+
+    #[test]
+    fn those_that_have_waited_longest_make_room_as_many_as_stand_in_line() {
+        let (mut admission, _) = admission();
+        let [mut a, b, c] = [1, 2, 1].map(|client| taken(&mut admission, client));
+        a.serve().unwrap();
+        a.send(later());
+        assert!(come(&mut admission, 1).is_empty());
+        let all = [&a, &b, &c];
+        assert_eq!(evicted(&mut admission, later(), all), [false, false, true]);
+        assert_eq!(
+            evicted(&mut admission, later() + TURN, all),
+            [false, false, true]
+        );
+        drop(c);
+        let d = admitted(&mut admission).remove(0).0;
+        // Of all, where its own address has less than it may have.
+        assert!(come(&mut admission, 3).is_empty());
+        let all = [&a, &b, &d];
+        assert_eq!(evicted(&mut admission, later(), all), [false, true, false]);
+    }
+
+    #[test]
+    fn a_connection_whose_thread_has_not_begun_makes_no_room() {
+        let (mut admission, _) = admission();
+        admission.line_up(socket(), address(1, 1), Instant::now());
+        admission.look();
+        let (not_begun, _) = admission.admit().unwrap();
+        let begun = taken(&mut admission, 1);
+        assert!(come(&mut admission, 1).is_empty());
+        let both = [&not_begun, &begun];
+        assert_eq!(evicted(&mut admission, later(), both), [false, true]);
+    }
+
+    #[test]
+    fn a_crowd_in_line_holds_up_its_own_address_and_no_other() {
+        let (mut admission, _) = admission();
+        let too_early = Instant::now();
+        let [a, b] = [1, 1].map(|client| taken(&mut admission, client));
+        for _ in 0..100 {
+            assert!(come(&mut admission, 1).is_empty());
+        }
+        let other = taken(&mut admission, 2);
+        assert!(!other.is_rejected());
+        // Where one of them all has to make room, whoever has fewest comes first.
+        assert!(come(&mut admission, 3).is_empty());
+        evicted(&mut admission, too_early, []);
+        assert!(!a.is_evicted());
+        assert_eq!(evicted(&mut admission, later(), [&a, &b]), [true, true]);
+        drop(a);
+        let (_another, from) = admitted(&mut admission).remove(0);
+        assert_eq!(from, address(3, 1));
+    }
+
+    #[test]
+    fn where_all_are_being_served_a_newcomer_is_rejected_at_once() {
+        let (mut admission, _) = admission();
+        let mut served = [1, 1].map(|client| taken(&mut admission, client));
+        for permit in &mut served {
+            permit.serve().unwrap();
+        }
+        let too_many: Vec<_> = (0..REJECTED).map(|_| taken(&mut admission, 1)).collect();
+        assert!(too_many.iter().all(Permit::is_rejected));
+        assert!(come(&mut admission, 1).is_empty());
+        assert_eq!(admission.newcomers(), 0);
+        // They take nothing from others, and make no room for others.
+        assert!(!taken(&mut admission, 2).is_rejected());
+        admission.look();
+        assert!(!admission.make_room(later()) && !too_many.iter().any(Permit::is_evicted));
+        drop(too_many);
+        assert!(taken(&mut admission, 1).is_rejected());
+    }
+
+    #[test]
+    fn who_was_let_in_without_a_thread_to_be_had_is_first_in_line_again() {
+        let (mut admission, _) = admission();
+        for port in [1, 2] {
+            admission.line_up(socket(), address(1, port), Instant::now());
+        }
+        admission.look();
+        let (permit, newcomer) = admission.admit().unwrap();
+        drop(permit);
+        admission.put_back(newcomer);
+        let froms = admitted(&mut admission).into_iter().map(|(_, from)| from);
+        assert_eq!(froms.collect::<Vec<_>>(), [address(1, 1), address(1, 2)]);
+    }
+
+    #[test]
+    fn when_the_service_stops_all_that_wait_are_evicted_and_who_stands_in_line_is_closed() {
+        let (mut admission, ended) = admission();
+        let [waiting, mut served] = [1, 1].map(|client| taken(&mut admission, client));
+        served.serve().unwrap();
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        admission.line_up(Arc::new(accepted), address(1, 1), Instant::now());
+        admission.common.close();
+        admission.close();
+        assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        assert!(waiting.is_evicted() && !served.is_evicted());
+        drop(waiting);
+        let moment = Duration::from_millis(1);
+        assert_eq!(ended.recv_timeout(moment), Err(RecvTimeoutError::Timeout));
+        assert!(!served.send(Instant::now()));
+        drop(served);
+        assert_eq!(
+            ended.recv_timeout(moment),
+            Err(RecvTimeoutError::Disconnected)
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn there_are_never_more_than_there_may_be_and_everybody_in_line_has_its_turn(
+            steps in proptest::collection::vec((0_u8..7, 0_u8..4, any::<prop::sample::Index>()), 0..200),
+        ) {
+            let (mut admission, _) = admission();
+            let socket = socket();
+            let mut held = Vec::<Permit>::new();
+            let mut now = Instant::now();
+            for (step, client, which) in steps {
+                now += TURN;
+                let index = (!held.is_empty()).then(|| which.index(held.len()));
+                match (step, index) {
+                    (0 | 1, _) => admission.line_up(socket.clone(), address(client, 1), now),
+                    (2, Some(index)) => drop(held.swap_remove(index)),
+                    (3, Some(index)) => held[index].serve().unwrap(),
+                    (4, Some(index)) => { held[index].send(now); }
+                    (5, Some(index)) => held[index].receive(),
+                    (6, _) => admission.evict_one(),
+                    _ => {}
+                }
+                let served: Vec<_> = held.iter().map(|permit| permit.place().doing() == Doing::Served).collect();
+                admission.look();
+                while let Some((permit, _)) = admission.admit() {
+                    permit.begin(now);
+                    held.push(permit);
+                }
+                admission.make_room(now);
+                let taken = || held.iter().filter(|permit| !permit.is_rejected());
+                prop_assert!(taken().count() <= LIMITS.connections);
+                prop_assert!(held.len() - taken().count() <= REJECTED);
+                for permit in &held {
+                    let of_client = taken().filter(|other| other.client() == permit.client());
+                    prop_assert!(of_client.count() <= LIMITS.per_client);
+                }
+                for (permit, served) in held.iter().zip(served) {
+                    prop_assert_eq!(served, permit.place().doing() == Doing::Served);
+                }
+            }
+            // Those that are evicted end, and those in line take turns, until none is left.
+            let mut left = admission.newcomers();
+            while left > 0 {
+                now += 10 * GRACE;
+                held.retain(|permit| !permit.is_evicted() && permit.place().doing() != Doing::Served);
+                admission.look();
+                while let Some((permit, _)) = admission.admit() {
+                    permit.begin(now);
+                    held.push(permit);
+                }
+                admission.make_room(now + 10 * GRACE);
+                prop_assert!(admission.newcomers() < left || held.iter().any(Permit::is_evicted));
+                left = admission.newcomers();
+            }
+            drop(held);
+            admission.look();
+            prop_assert!(admission.connections.is_empty() && admission.rejected.is_empty());
+            prop_assert!(admission.clients.is_empty());
+        }
+    }
+}
