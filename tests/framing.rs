@@ -283,6 +283,34 @@ fn an_announced_length_takes_no_memory_before_it_is_sent() {
     assert_eq!(framer.phase(), Phase::Body(usize::MAX));
 }
 
+#[test]
+fn a_chunked_body_takes_memory_for_what_has_come_and_grows_in_few_steps() {
+    let max_body = 1_000_000;
+    let mut framer = Framer::new(max_body);
+    let mut sent: &[u8] = &[
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nF4240\r\n",
+        &vec![b'a'; max_body][..],
+    ]
+    .concat();
+    let (all, mut steps) = (sent.len(), Vec::new());
+    while framer.read_from(&mut sent).unwrap() > 0 {
+        assert_eq!(framer.take(), Ok(None));
+        let Phase::Body(bytes) = framer.phase() else {
+            panic!("its head is there");
+        };
+        let come = all - sent.len();
+        assert!(
+            bytes >= come.min(max_body) && bytes <= 2 * come + 16 * 1024,
+            "{come}"
+        );
+        if steps.last() != Some(&bytes) {
+            steps.push(bytes);
+        }
+    }
+    let powers = (14..20).map(|power| 1 << power);
+    assert_eq!(steps, powers.chain([max_body]).collect::<Vec<_>>());
+}
+
 /// tiny_http behind a socket of its own, and a connection to it.
 struct Inside {
     server: tiny_http::Server,

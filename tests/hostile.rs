@@ -677,6 +677,79 @@ fn many_large_requests_at_a_time_wait_for_each_other_and_all_arrive() {
     eprintln!("64 requests of 900 kB at a time: {peak} kB at most");
 }
 
+/// A request whose body comes in chunks, its head and so many bytes of the body; and what is left.
+fn chunked(token: &str, body: &str, first: usize) -> (String, String) {
+    let (first, second) = body.split_at(first);
+    let head = format!(
+        "POST /export HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Api-Key: {token}\r\n\
+         Transfer-Encoding: chunked\r\n\r\n"
+    );
+    let chunk = |text: &str| format!("{:x}\r\n{text}\r\n", text.len());
+    (head + &chunk(first), format!("{}0\r\n\r\n", chunk(second)))
+}
+
+#[test]
+fn chunked_requests_that_have_sent_little_do_not_use_up_the_memory_of_large_ones() {
+    let destination = Destination::start(|_| ok());
+    let service = Service::start(&[]);
+    let url = &destination.url;
+    let token = token(url);
+    let of_size =
+        |bytes: usize| json!({"uri": url, "data": {"text": "x".repeat(bytes)}}).to_string();
+    let (beginning, rest) = chunked(&token, &of_size(30_000), 20_000);
+    let mut slow: Vec<_> = (0..200).map(|_| connect(&service)).collect();
+    for stream in &mut slow {
+        stream.write_all(beginning.as_bytes()).unwrap();
+    }
+    let deadline = Instant::now() + PATIENCE;
+    while service.threads("connection") < slow.len() || !service.waits("connection") {
+        assert!(Instant::now() < deadline);
+        thread::yield_now();
+    }
+    // From the same address, which takes no more than its share.
+    let large = of_size(900_000);
+    let headers = [("X-Api-Key", token.as_str())];
+    let answer = service.request("POST", "/export", &headers, large.as_bytes());
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    for mut stream in slow {
+        // It may have been told something already.
+        let _ = stream.write_all(rest.as_bytes());
+        let answer = Response::read(stream);
+        assert_eq!(answer.status, 200, "{}", answer.body);
+    }
+}
+
+#[test]
+fn chunked_bodies_that_grow_at_the_same_time_wait_for_each_other_and_all_arrive() {
+    let destination = Destination::start(|_| ok());
+    // Each takes an eighth of the memory in the end, and a quarter of its client's half.
+    let service = Service::start(&["--max-body", "4000000"]);
+    let url = &destination.url;
+    let body = json!({"uri": url, "data": {"text": "x".repeat(1_500_000)}}).to_string();
+    let (beginning, rest) = chunked(&token(url), &body, 700_000);
+    thread::scope(|scope| {
+        for _ in 0..32 {
+            scope.spawn(|| {
+                loop {
+                    let mut stream = connect(&service);
+                    for part in [&beginning, &rest] {
+                        let _ = stream.write_all(part.as_bytes());
+                    }
+                    let answer = Response::read(stream);
+                    match answer.status {
+                        200 => return,
+                        // The disk does not keep up, and the client is told to come again.
+                        _ => assert_eq!(answer.code(), "overloaded"),
+                    }
+                }
+            });
+        }
+    });
+    for _ in 0..32 {
+        assert_eq!(destination.arrival().body.len(), 1_500_011);
+    }
+}
+
 #[test]
 fn a_request_that_has_to_make_room_is_told_so_and_the_log_says_why() {
     let service = Service::start(&["--max-connections-per-peer", "2"]);

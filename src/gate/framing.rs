@@ -24,6 +24,8 @@ const MAX_HEAD: usize = 16 * 1024;
 const MAX_HEADERS: usize = 64;
 /// The longest line that gives a chunk's size, its extensions included, in bytes.
 const MAX_CHUNK_LINE: usize = 256;
+/// The memory that a body without a length takes at first, in bytes.
+const FIRST_STEP: usize = 16 * 1024;
 /// What is read from a connection at once, in bytes.
 const READ: usize = 4 * 1024;
 
@@ -98,11 +100,15 @@ enum Framing {
 }
 
 impl Framing {
-    /// The most bytes that the body can have.
-    fn most(&self, max_body: usize) -> usize {
+    /// How many bytes of memory a body takes that has come so far, of which nobody may know how long it
+    /// is: then it is a power of two, so that it grows in few steps.
+    fn memory(&self, so_far: usize, max_body: usize) -> usize {
         match self {
             Self::Length(length) => *length,
-            Self::Chunked => max_body,
+            Self::Chunked => so_far
+                .max(FIRST_STEP)
+                .checked_next_power_of_two()
+                .map_or(max_body, |step| step.min(max_body)),
         }
     }
 }
@@ -114,7 +120,8 @@ pub enum Phase {
     Idle,
     /// Its head is not whole.
     Head,
-    /// Its head is whole, its body is not. The body will take so many bytes of memory at the most.
+    /// Its head is whole, its body is not. The body takes so many bytes of memory after the next read at
+    /// most: its whole length if that was announced, else what has come, and some more.
     Body(usize),
 }
 
@@ -151,7 +158,10 @@ impl Framer {
     /// How far the next request has come, by what [`Framer::take`] has seen.
     pub fn phase(&self) -> Phase {
         match &self.body {
-            Some(body) => Phase::Body(body.head.framing.most(self.max_body)),
+            Some(body) => {
+                let soon = body.content.len() + self.buffer.len() + READ;
+                Phase::Body(body.head.framing.memory(soon, self.max_body))
+            }
             // A CR may be half of an empty line, which counts for nothing.
             None if matches!(self.buffer[..], [] | [b'\r']) => Phase::Idle,
             None => Phase::Head,
@@ -212,8 +222,9 @@ impl Framer {
                 self.awaits_continue = false;
             }
             // Not all at once: an announced length is no reason to take memory.
-            let most = body.head.framing.most(self.max_body);
-            let soon = (body.content.len() + self.buffer.len()).min(most);
+            let soon = body.content.len() + self.buffer.len();
+            let most = body.head.framing.memory(soon, self.max_body);
+            let soon = soon.min(most);
             if body.content.capacity() < soon {
                 let room = (2 * soon).min(most) - body.content.len();
                 body.content.reserve_exact(room);
