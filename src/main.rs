@@ -26,11 +26,13 @@ use export_service::{arbiter, logging, threads};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// How long writing the answers of parked polls may take.
-const LAST_ANSWERS: Duration = Duration::from_secs(1);
-/// How long the attempt under way may go on after the signal to stop.
+/// How long after the signal to stop connections may take to their end: parked polls and submissions
+/// are answered, and clients read that.
+const LAST_ANSWERS: Duration = Duration::from_secs(3);
+/// How long after the signal the attempt under way may go on.
 const LAST_ATTEMPT: Duration = Duration::from_secs(5);
-/// How long the last commit may take; Docker kills after ten seconds in all.
+/// How long after both the last commit may take. Docker kills ten seconds after the signal, and this
+/// makes seven.
 const LAST_COMMIT: Duration = Duration::from_secs(2);
 
 /// Exit code for settings that cannot work, as clap has it too.
@@ -161,20 +163,23 @@ fn serve(mut config: Config) -> Result<(), String> {
     // The thread that sends ends only with the process.
     let signal = stop.recv().unwrap_or(SIGTERM);
     log::info!(signal; "stopping");
+    let stopping = Instant::now();
+    let last_attempt = stopping + LAST_ATTEMPT;
     // First, so that it begins no other attempt meanwhile.
     drop(stop_worker);
     gate.close();
     // Parked polls hear what state their exports have.
     waits.hurry();
     // All that was begun is answered while those who answer it are still there.
-    gate.drain(Instant::now() + LAST_ANSWERS);
+    gate.drain(stopping + LAST_ANSWERS);
     server.stop();
     // Nothing is ever sent: it is closed at the end of the last attempt.
-    let _ = worker_ended.recv_timeout(LAST_ATTEMPT);
+    let _ = worker_ended.recv_deadline(last_attempt);
     drop(stop_checkpoints);
+    let last_commit = Instant::now() + LAST_COMMIT;
     checkpoints.ends_within(LAST_COMMIT);
     drop(stop_writer);
-    writer.ends_within(LAST_COMMIT);
+    writer.ends_within(last_commit.saturating_duration_since(Instant::now()));
     log::info!(unfinished = exports.unfinished(); "stopped");
     logging::flush();
     Ok(())

@@ -81,19 +81,6 @@ impl Waits {
             entry.changed.notify_all();
         }
     }
-
-    /// Waits until no request is under way, until `deadline` at the latest.
-    pub fn wait_until_answered(&self, deadline: Instant) {
-        let entries: Vec<_> = self.entries.lock().values().cloned().collect();
-        for entry in entries {
-            let mut state = entry.state.lock();
-            while matches!(*state, State::Asked(_)) {
-                if entry.changed.wait_until(&mut state, deadline).timed_out() {
-                    return;
-                }
-            }
-        }
-    }
 }
 
 /// A connection's end.
@@ -238,7 +225,6 @@ mod tests {
                 assert_eq!(answer.status, status);
             }
         });
-        waits.wait_until_answered(Instant::now() + LONG);
     }
 
     #[test]

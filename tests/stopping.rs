@@ -2,12 +2,16 @@
 
 mod support;
 
-use std::io::{Read, Write};
+use std::collections::HashSet;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::TcpStream;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
-use support::{Destination, Response, Service, payload, token};
+use support::{Destination, PATIENCE, Reaction, Response, Service, not_run, ok, payload, token};
 
 #[test]
 fn a_signal_answers_parked_polls_and_lets_the_attempt_under_way_end() {
@@ -89,6 +93,160 @@ fn a_crowd_that_comes_as_it_stops_does_not_make_it_fail() {
         });
         assert_eq!(service.ended().code(), Some(0));
     }
+}
+
+/// The next answer; none where the connection ends before its first byte.
+fn answer(reader: &mut BufReader<TcpStream>) -> Option<Response> {
+    match reader.fill_buf() {
+        Ok([]) => None,
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => None,
+        Ok(_) => Some(Response::next(reader)),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[test]
+fn a_stop_under_load_answers_what_was_begun_and_keeps_what_was_accepted() {
+    let destination = Destination::start(|_| ok());
+    let mut service = Service::start(&[]);
+    let url = &destination.url;
+    let token = token(url);
+    let headers = [("X-Api-Key", token.as_str()), ("Connection", "keep-alive")];
+    let body = json!({"uri": url, "data": payload(1)}).to_string();
+    let request = Service::written("POST", "/export", &headers, body.as_bytes());
+    let (clients, busy) = (64, AtomicUsize::new(0));
+    let outcomes: Vec<_> = thread::scope(|scope| {
+        let submit_all = || {
+            let stream = service.connect_from([127, 0, 0, 1]);
+            let mut reader = BufReader::new(stream.try_clone().unwrap());
+            let mut accepted = Vec::new();
+            let last = loop {
+                let answer = match (&stream).write_all(&request) {
+                    Ok(()) => answer(&mut reader),
+                    Err(_) => None,
+                };
+                match answer {
+                    Some(answer) if answer.status == 200 => {
+                        let id = answer.json()["id"].as_str().unwrap().to_owned();
+                        accepted.push(id);
+                        if accepted.len() == 5 {
+                            busy.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                    last => break last,
+                }
+            };
+            (accepted, last)
+        };
+        let clients: Vec<_> = (0..clients).map(|_| scope.spawn(submit_all)).collect();
+        let deadline = Instant::now() + PATIENCE;
+        while busy.load(Ordering::Relaxed) < clients.len() {
+            assert!(Instant::now() < deadline);
+            thread::yield_now();
+        }
+        service.signal("TERM");
+        clients
+            .into_iter()
+            .map(|client| client.join().unwrap())
+            .collect()
+    });
+    assert_eq!(service.ended().code(), Some(0));
+    for (_, last) in &outcomes {
+        if let Some(answer) = last {
+            assert_eq!((answer.status, answer.code()), (503, "stopping".into()));
+        }
+    }
+    let told = outcomes.iter().filter(|(_, last)| last.is_some()).count();
+    let accepted: Vec<_> = outcomes.into_iter().flat_map(|(ids, _)| ids).collect();
+    eprintln!(
+        "{} accepted, and {told} of {clients} clients were told that it stops",
+        accepted.len()
+    );
+
+    let service = service.kill_and_restart();
+    let mut reader = BufReader::new(service.connect_from([127, 0, 0, 1]));
+    for id in &accepted {
+        let body = json!({ "id": id }).to_string();
+        let poll = Service::written("POST", "/export", &headers, body.as_bytes());
+        reader.get_mut().write_all(&poll).unwrap();
+        assert_eq!(Response::next(&mut reader).status, 200, "{id}");
+    }
+    // They are delivered in order: nothing is left behind this one.
+    let last = service.submit(url, &payload(2));
+    service.result(url, &last);
+    let delivered = destination.arrivals();
+    let ids = delivered.iter().map(|arrival| arrival.header("webhook-id"));
+    let answered: HashSet<_> = accepted
+        .iter()
+        .chain([&last])
+        .map(|id| Some(&**id))
+        .collect();
+    let unanswered = ids.filter(|id| !answered.contains(id)).count();
+    assert_eq!(unanswered, 0, "accepted, and their clients were not told");
+}
+
+#[test]
+fn a_stop_ends_before_docker_kills_whatever_hangs() {
+    let (destination, gate) = Destination::held();
+    let mut service = Service::start(&[]);
+    let url = &destination.url;
+    let id = service.submit(url, &payload(1));
+    destination.arrival();
+    let token = token(url);
+    let headers = [("X-Api-Key", token.as_str())];
+    let poll = json!({ "id": id }).to_string();
+    let poll = service.send("POST", "/lp/export?timeout=60", &headers, poll.as_bytes());
+    service.event("poll", |_| true);
+    let half = Service::written("POST", "/export", &headers, &[b' '; 100_000]);
+    let mut slow = service.connect_from([127, 0, 0, 1]);
+    slow.write_all(&half[..50_000]).unwrap();
+    // Its answers, which are large, fill what there is between it and the service, as it reads none.
+    let large = Destination::start(|_| Reaction::Answer(200, vec![b'x'; 60_000]));
+    let finished = service.submit(&large.url, &payload(3));
+    service.result(&large.url, &finished);
+    let body = json!({ "id": finished }).to_string();
+    let key = support::token(&large.url);
+    let kept = [("X-Api-Key", key.as_str()), ("Connection", "keep-alive")];
+    let request = Service::written("POST", "/export", &kept, body.as_bytes());
+    let mut deaf = service.connect_from([127, 0, 0, 1]);
+    deaf.set_write_timeout(Some(Duration::from_millis(500)))
+        .unwrap();
+    while deaf.write_all(&request.repeat(100)).is_ok() {}
+
+    let stall = "inject=fsync,fdatasync:delay_enter=30000000";
+    let mut strace = Command::new("strace")
+        .args(["-f", "-p", &service.pid().to_string()])
+        .args(["-e", "trace=fsync,fdatasync", "-e", stall])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(strace.stderr.take().unwrap()).lines();
+    if !lines.next().unwrap().unwrap().contains("attached") {
+        strace.wait().unwrap();
+        return not_run("strace may not attach to another process");
+    }
+    let body = json!({"uri": url, "data": payload(2)}).to_string();
+    let submission = service.send("POST", "/export", &headers, body.as_bytes());
+
+    let started = Instant::now();
+    service.signal("TERM");
+    assert_eq!(Response::read(poll).json()["state"], "Processing");
+    assert_eq!(Response::read(slow).code(), "stopping");
+    service.event("stopped", |_| true);
+    let took = started.elapsed();
+    eprintln!("stopped after {took:?}");
+    // Docker kills after ten.
+    assert!(took < Duration::from_secs(8), "{took:?}");
+    // No process ends before the disk has let go of it.
+    let _ = strace.kill();
+    strace.wait().unwrap();
+    assert_eq!(service.ended().code(), Some(0));
+    if let Some(refused) = answer(&mut BufReader::new(submission)) {
+        assert_eq!(refused.code(), "stopping");
+    }
+    gate.open();
+    let service = service.kill_and_restart();
+    assert_eq!(service.result(url, &id)["status_code"], 200);
 }
 
 #[test]
