@@ -201,6 +201,10 @@ impl Writer {
             recv(self.incoming.accepts) -> accept => self.accepts.extend(accept),
             recv(reported) -> report => {
                 self.reports.extend(report);
+                let parked = &self.exports.parked;
+                if self.reports.iter().any(|report| parked.is_awaited(report.id)) {
+                    return false;
+                }
                 return self.gather(stop);
             }
             recv(self.incoming.damage) -> damage => self.mend_unless_done(damage.ok()),

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use rusqlite::config::DbConfig;
 use rusqlite::hooks::Wal;
 use rusqlite::{Connection, OpenFlags};
 use uuid::Uuid;
@@ -405,6 +406,8 @@ pub(super) fn connect(path: &Path, access: OpenFlags) -> Result<Connection, rusq
         flags |= OpenFlags::SQLITE_OPEN_URI;
     }
     let mut connection = Connection::open_with_flags(path, flags)?;
+    // Else SQLite plans a statement again whenever another value is bound, which costs more than to run it.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     if path.starts_with(MEMORY) {
         // SQLite's own handler sleeps for up to 100 ms, and all polls share one reader. Here it is always
         // another thread of ours that has the lock, for less than a millisecond mostly.
