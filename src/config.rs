@@ -1,7 +1,7 @@
-//! The only reader of arguments, environment and secrets folder: yields one [`Config`] in which
-//! everything has been checked, before the first thread starts.
+//! The only reader of arguments, environment and secrets folder. It yields one [`Config`] in which
+//! everything has been checked before the first thread starts.
 //!
-//! Not here: whether the data folder can be used, which only opening it tells.
+//! Not here: whether the data folder can be used, which only opening it shows.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -34,21 +34,21 @@ use crate::gate;
 use crate::gate::tls::Identity;
 use crate::logging::Format;
 
-/// Bytes that large requests and answers may take in memory at a time, all together.
+/// The memory that large requests and answers share, in bytes.
 const LARGE_REQUESTS: usize = 16 * 1024 * 1024;
 /// The smallest store that has room for anything, in bytes.
 const LEAST_STORE: u64 = 256 * 1024;
-/// The longest file that is read from the secrets folder, in bytes; theirs have a hundred.
+/// The largest file that is read from the secrets folder, in bytes. A Databox's have about a hundred.
 const LONGEST_FILE: u64 = 4096;
-/// The file with the token that the arbiter knows this service by.
+/// The file with the token by which the arbiter knows this service.
 const ARBITER_TOKEN: &str = "ARBITER_TOKEN";
-/// The file with the key that the arbiter proves itself by.
+/// The file with the arbiter's public key, which authenticates it.
 const ZMQ_PUBLIC_KEY: &str = "ZMQ_PUBLIC_KEY";
 
-/// Where the macaroon secret is from.
+/// Where the macaroon secret comes from.
 #[derive(Debug)]
 pub enum SecretSource {
-    /// It was given, and this is the key that follows from it.
+    /// It was given; this is the key derived from it.
     Given(Key),
     /// The arbiter is asked for it.
     Arbiter(arbiter::Settings),
@@ -61,27 +61,27 @@ pub struct Config {
     pub address: SocketAddr,
     /// The name that a token's `target` must be.
     pub name: String,
-    /// Where the root key of all tokens is from.
+    /// Where the root key of all tokens comes from.
     pub secret: SecretSource,
-    /// Where exports are kept.
+    /// Where exports are stored.
     pub place: Place,
     /// Threads that serve requests.
     pub threads: usize,
-    /// How connections are treated.
+    /// The limits of connections, and the certificate that clients see.
     pub connections: gate::Settings,
-    /// How much may wait or be kept, and for how long.
+    /// How many exports may be stored, and for how long.
     pub limits: Limits,
-    /// How attempts are made.
+    /// How each attempt is made.
     pub attempts: attempt::Settings,
-    /// How often they are made, and how many at a time.
+    /// What counts as a failed attempt, and how many attempts run at a time.
     pub worker: worker::Settings,
-    /// How log lines look.
+    /// The format of log lines.
     pub log_format: Format,
-    /// Which log lines are shown.
+    /// The least severe level that is logged.
     pub log_level: LevelFilter,
 }
 
-/// A setting that cannot work: which one, its value unless that is secret, and what to do.
+/// A setting that cannot work. The text names it, its value unless that is secret, and what to do.
 #[derive(Debug)]
 pub struct ConfigError(String);
 
@@ -91,8 +91,8 @@ impl fmt::Display for ConfigError {
     }
 }
 
-/// Reads a value without the blanks around it, which env files and folded YAML leave there. Not for
-/// secrets, which may begin or end with one.
+/// Ignores blanks around a value, which env files and folded YAML leave there. Not for secrets, which
+/// may begin or end with one.
 #[derive(Clone)]
 struct Trimmed<P>(P);
 
@@ -114,8 +114,8 @@ impl<P: TypedValueParser> TypedValueParser for Trimmed<P> {
     }
 }
 
-/// The entries of a list that may be given at once, with commas, or one after the other. No entry can
-/// hold a blank, so blanks part them too, and nothing between two commas is no entry.
+/// The entries of a list, given in one value or in several. No entry can contain a blank, so blanks
+/// separate them as commas do; empty entries are skipped.
 fn entries(given: &[String]) -> impl Iterator<Item = &str> {
     given
         .iter()
@@ -132,10 +132,10 @@ fn entries(given: &[String]) -> impl Iterator<Item = &str> {
     args_conflicts_with_subcommands = true
 )]
 pub struct Cli {
-    /// What to do; to serve is the default.
+    /// The default is to serve.
     #[command(subcommand)]
     pub command: Option<Command>,
-    /// The settings of `serve`, where no subcommand is given.
+    /// The settings of `serve`, if no subcommand is given.
     #[command(flatten)]
     pub serve: ServeArgs,
 }
@@ -149,7 +149,7 @@ pub enum Command {
     Token(TokenArgs),
     /// Be a small destination on 127.0.0.1: print what arrives and answer with it
     Sink(SinkArgs),
-    /// See whether an export could go to a URL now, without sending one
+    /// Check whether an export could go to a URL now, without sending one
     Check(CheckArgs),
     /// Ask the local service for /status; exit 0 if it is active, else 1
     Healthcheck(HealthcheckArgs),
@@ -158,7 +158,7 @@ pub enum Command {
 /// Where the service listens.
 #[derive(Args)]
 pub struct ListenArgs {
-    /// Port to listen on; 0 lets the system choose one, which the log tells
+    /// Port to listen on; 0 lets the system choose one, which the log shows
     #[arg(long, env = "DATABOX_LOCAL_PORT", default_value_t = 8080, value_parser = Trimmed(value_parser!(u16)))]
     port: u16,
     /// Address to listen on
@@ -185,15 +185,15 @@ pub struct TlsArgs {
 }
 
 impl TlsArgs {
-    /// The PEM file, if there is to be TLS.
+    /// The PEM file; `None` means plain HTTP.
     pub fn pem(&self) -> Option<PathBuf> {
         let given = self.tls_pem.as_ref().filter(|path| !path.is_empty());
-        let usual = || {
+        let default = || {
             let path = self.secrets_dir.join("DATABOX.pem");
-            // One that cannot be looked at is there, and the error comes from reading it.
+            // If it cannot be looked at, reading it gives the error: it must not become plain HTTP.
             path.try_exists().unwrap_or(true).then_some(path)
         };
-        given.map(PathBuf::from).or_else(usual)
+        given.map(PathBuf::from).or_else(default)
     }
 
     fn identity(&self) -> Result<Option<Arc<Identity>>, ConfigError> {
@@ -228,10 +228,10 @@ impl HealthcheckArgs {
     }
 }
 
-/// What tokens are signed with, and for whom.
+/// What tokens are signed with, and which service they are for.
 #[derive(Args)]
 pub struct SecretArgs {
-    /// This service's name: tokens must have it as their target
+    /// This service's name, which tokens must have as their target
     #[arg(long, env = "DATABOX_LOCAL_NAME", default_value = "export-service", value_parser = Trimmed(StringValueParser::new()))]
     name: String,
     /// Secret that macaroons are signed with; the variable keeps it out of the process list
@@ -240,7 +240,7 @@ pub struct SecretArgs {
 }
 
 impl SecretArgs {
-    /// The key, if a secret was given.
+    /// The key derived from the secret, if one was given.
     fn key(&self) -> Result<Option<Key>, ConfigError> {
         match self.secret.as_deref() {
             Some("") => Err(ConfigError(
@@ -254,8 +254,8 @@ impl SecretArgs {
 /// Where data may go.
 #[derive(Args)]
 pub struct DestinationArgs {
-    /// Private network that exports may go to, over plain HTTP too, like 192.168.1.7/32; repeatable,
-    /// in the variable with commas
+    /// Private network that exports may go to, also over plain HTTP, like 192.168.1.7/32; several with
+    /// commas, or repeat the flag
     #[arg(long, env = "EXPORT_ALLOW_NETWORKS", value_name = "CIDR")]
     allow_network: Vec<String>,
     /// PEM file with more CA certificates to trust, like that of a server at home
@@ -264,10 +264,10 @@ pub struct DestinationArgs {
 }
 
 impl DestinationArgs {
-    /// Which addresses may be sent to by a service on this port.
+    /// Which addresses a service on this port may send to.
     ///
     /// # Errors
-    /// Where a network is none.
+    /// A network that cannot be parsed.
     pub fn rules(&self, own_port: u16) -> Result<Rules, ConfigError> {
         let network = |text: &str| {
             let address = |_| text.parse().map(|ip: IpAddr| ip.into());
@@ -286,7 +286,7 @@ impl DestinationArgs {
     /// Which certificates are trusted.
     ///
     /// # Errors
-    /// Where the CA file cannot be used.
+    /// A CA file that cannot be used.
     pub fn trust(&self) -> Result<Trust, ConfigError> {
         let given = self.ca_file.as_ref().filter(|path| !path.is_empty());
         let Some(path) = given.map(Path::new) else {
@@ -307,7 +307,7 @@ pub struct ServeArgs {
     tls: TlsArgs,
     #[command(flatten)]
     secret: SecretArgs,
-    /// Where a Databox's arbiter listens, which is asked for the secret if none is given
+    /// Where a Databox's arbiter listens; it is asked for the secret if none is given
     #[arg(
         long,
         env = "DATABOX_ARBITER_ENDPOINT",
@@ -316,7 +316,7 @@ pub struct ServeArgs {
         value_name = "ENDPOINT"
     )]
     arbiter: String,
-    /// Folder that exports are kept in until they are delivered and their results have expired
+    /// Folder in which exports are stored until their results have expired
     #[arg(long, env = "EXPORT_DATA_DIR", default_value = "./data", value_parser = Trimmed(PathBufValueParser::new()))]
     data_dir: PathBuf,
     /// Keep exports in memory only: all are lost when the service ends
@@ -325,49 +325,49 @@ pub struct ServeArgs {
     /// Threads that serve requests, 1 to 256
     #[arg(long, env = "EXPORT_THREADS", default_value_t = 8, value_parser = Trimmed(str::parse::<usize>))]
     threads: usize,
-    /// Connections at a time
+    /// Most connections at a time
     #[arg(long, env = "EXPORT_MAX_CONNECTIONS", default_value_t = 512, value_parser = Trimmed(str::parse::<usize>))]
     max_connections: usize,
-    /// Connections at a time of one client address; all apps behind a port mapping have the same
+    /// Most connections at a time from one client address; all apps behind a port mapping share one
     #[arg(long, env = "EXPORT_MAX_CONNECTIONS_PER_PEER", default_value_t = 256, value_parser = Trimmed(str::parse::<usize>))]
     max_connections_per_peer: usize,
-    /// How long a result can be read after it is there, like 90s, 15m, 24h or 7d
+    /// How long a result can be read after the export is finished, like 90s, 15m, 24h or 7d
     #[arg(long, env = "EXPORT_RETENTION", default_value = "24h", value_parser = Trimmed(humantime::parse_duration))]
     retention: Duration,
     /// Largest request body in bytes
     #[arg(long, env = "EXPORT_MAX_BODY", default_value_t = 1024 * 1024, value_parser = Trimmed(str::parse::<usize>))]
     max_body: usize,
-    /// Unfinished exports that one queue may have: those of one token identifier to one destination
+    /// Most unfinished exports in one queue: those of one token identifier to one destination
     #[arg(long, env = "EXPORT_MAX_PENDING", default_value_t = 10_000, value_parser = Trimmed(str::parse::<usize>))]
     max_pending: usize,
-    /// Bytes that all exports and results together may take on disk
+    /// Most bytes that all exports and results together may take on disk
     #[arg(long, env = "EXPORT_MAX_STORE", default_value_t = 256 * 1024 * 1024, value_parser = Trimmed(value_parser!(u64)))]
     max_store: u64,
     #[command(flatten)]
     destinations: DestinationArgs,
-    /// Statuses that count as failed attempts, like 429,503
+    /// Response statuses that count as failed attempts, like 429,503
     #[arg(long, env = "EXPORT_RETRY_ON", value_name = "STATUS,…")]
     retry_on: Vec<String>,
-    /// How long an export is tried again while its queue fails; time off, and time in which others of
-    /// its queue are delivered, does not count
+    /// How long an export is retried while its queue delivers nothing; time in which the service is off
+    /// does not count
     #[arg(long, env = "EXPORT_GIVE_UP_AFTER", default_value = "24h", value_parser = Trimmed(humantime::parse_duration))]
     give_up_after: Duration,
-    /// How long one attempt may take, the response's body included
+    /// How long one attempt may take, including the response's body
     #[arg(long, env = "EXPORT_ATTEMPT_TIMEOUT", default_value = "30s", value_parser = Trimmed(humantime::parse_duration))]
     attempt_timeout: Duration,
-    /// Attempts at a time, so that one that hangs holds up no other; 1 for one after another
+    /// Most attempts at a time, so that one that hangs does not hold up the others; 1 for one after another
     #[arg(long, env = "EXPORT_MAX_CONCURRENT_ATTEMPTS", default_value_t = 64, value_parser = Trimmed(str::parse::<usize>))]
     max_concurrent_attempts: usize,
-    /// What it was called: one less
+    /// The former setting for --max-concurrent-attempts, less one
     #[arg(long, env = "EXPORT_MAX_RELIEVED", hide = true, value_parser = Trimmed(str::parse::<usize>))]
     max_relieved: Option<usize>,
-    /// Secret to sign exports with, whsec_ and base64, as Standard Webhooks has it
+    /// Secret to sign exports with: whsec_ and base64, as in Standard Webhooks
     #[arg(long, env = "EXPORT_SIGNING_SECRET", hide_env_values = true)]
     signing_secret: Option<String>,
-    /// Bytes kept of a destination's response; the rest is cut off
+    /// Largest response body that is kept, in bytes; the rest is cut off
     #[arg(long, env = "EXPORT_MAX_RESPONSE", default_value_t = 1024 * 1024, value_parser = Trimmed(str::parse::<usize>))]
     max_response: usize,
-    /// How log lines look
+    /// Format of log lines
     #[arg(long, env = "EXPORT_LOG_FORMAT", default_value = "text", value_parser = Trimmed(value_parser!(Format)))]
     log_format: Format,
     /// Log more: -v for each poll, -vv for each step
@@ -383,7 +383,7 @@ pub struct ServeArgs {
 pub struct TokenArgs {
     #[command(flatten)]
     secret: SecretArgs,
-    /// URL that the token lets data go to
+    /// URL that the token allows exports to
     #[arg(long)]
     pub destination: String,
     /// Path that the token is good for; a trailing * matches any rest
@@ -392,10 +392,10 @@ pub struct TokenArgs {
     /// HTTP method that the token is good for
     #[arg(long, default_value = "POST")]
     pub method: String,
-    /// Identifier of the token's holder; the arbiter of a Databox leaves it empty
+    /// Identifier of the token's holder; a Databox's arbiter leaves it empty
     #[arg(long, default_value = "")]
     pub id: String,
-    /// How long the token is good for, like 1h; without it, for ever
+    /// How long the token is good for, like 1h; without it, forever
     #[arg(long, value_parser = humantime::parse_duration)]
     pub expires: Option<Duration>,
 }
@@ -404,7 +404,7 @@ impl TokenArgs {
     /// The name and the root key to mint for.
     ///
     /// # Errors
-    /// Where there is no secret.
+    /// No secret, or an empty one.
     pub fn signer(&self) -> Result<(&str, Key), ConfigError> {
         let key = self.secret.key()?.ok_or_else(|| {
             ConfigError(
@@ -445,8 +445,8 @@ pub struct CheckArgs {
 }
 
 impl ServeArgs {
-    /// Checks everything that can be checked before the service starts, and reads the files that
-    /// settings name.
+    /// Checks everything that can be checked before the service starts, and reads the files that the
+    /// settings name. Blocks on those files.
     ///
     /// # Errors
     /// The first setting that cannot work.
@@ -463,7 +463,7 @@ impl ServeArgs {
         within("--max-pending", self.max_pending, 1, usize::MAX)?;
         if self.max_store < LEAST_STORE {
             return Err(ConfigError(format!(
-                "--max-store is {}: it must be {LEAST_STORE} at least",
+                "--max-store is {}: it must be at least {LEAST_STORE}",
                 self.max_store
             )));
         }
@@ -583,7 +583,7 @@ impl ServeArgs {
         })
     }
 
-    /// How the arbiter is asked, where no secret was given.
+    /// How to ask the arbiter, if no secret was given.
     fn arbiter(&self) -> Result<arbiter::Settings, ConfigError> {
         let token = self.secret_file(ARBITER_TOKEN)?;
         let text = self.secret_file(ZMQ_PUBLIC_KEY)?;
@@ -592,7 +592,7 @@ impl ServeArgs {
             .and_then(|text| curve::key_of_z85(text.trim()))
             .ok_or_else(|| {
                 ConfigError(format!(
-                    "{} is no key in Z85, which has 40 characters: put the arbiter's there, or \
+                    "{} is not a Z85 key, which has 40 characters: put the arbiter's there, or \
                      give the macaroon secret itself with --secret or EXPORT_SECRET",
                     self.tls.secrets_dir.join(ZMQ_PUBLIC_KEY).display()
                 ))
@@ -604,23 +604,23 @@ impl ServeArgs {
             ))
         })?;
         arbiter::Settings::new(endpoint, server_key, &token, &self.secret.name).ok_or_else(|| {
-            ConfigError("--name is too long: the arbiter knows no name of over 65535 bytes".into())
+            ConfigError("--name is too long: the arbiter takes no name of over 65535 bytes".into())
         })
     }
 
-    /// What a file of the secrets folder holds.
+    /// The content of a file in the secrets folder, without one line end.
     fn secret_file(&self, name: &str) -> Result<Vec<u8>, ConfigError> {
         let path = self.tls.secrets_dir.join(name);
         let mut content = Vec::new();
         let read = File::open(&path)
             .and_then(|file| file.take(LONGEST_FILE + 1).read_to_end(&mut content))
             .and_then(|length| {
-                // One line end is the editor's; anything else may be the token's.
+                // One line end comes from an editor; anything else may belong to the token.
                 content.pop_if(|last| *last == b'\n');
                 match length as u64 {
                     _ if content.is_empty() => Err(io::Error::other("it is empty")),
                     0..=LONGEST_FILE => Ok(content),
-                    _ => Err(io::Error::other("it is too long for one")),
+                    _ => Err(io::Error::other("it is too long")),
                 }
             });
         read.map_err(|error| {
@@ -683,13 +683,13 @@ mod tests {
     }
 
     #[test]
-    fn the_secret_shows_in_no_debug_output() {
+    fn debug_output_does_not_show_the_secret() {
         let config = checked(&[]).unwrap();
         assert!(!format!("{config:?}").contains("s3cret"));
     }
 
     #[test]
-    fn lists_are_read_with_commas_and_blanks_of_any_kind_and_nothing_between_them() {
+    fn lists_are_separated_by_commas_and_any_blanks_and_empty_entries_are_skipped() {
         let networks = ["192.168.1.0/24", "10.0.0.5/32", "fd00::/8"];
         for list in [
             "192.168.1.0/24,10.0.0.5,fd00::/8",
@@ -724,7 +724,7 @@ mod tests {
     }
 
     #[test]
-    fn the_entry_of_a_list_that_is_wrong_is_shown_as_it_was_given() {
+    fn a_wrong_entry_of_a_list_is_shown_as_it_was_given() {
         for (flag, list, shown) in [
             (
                 "--allow-network",
@@ -753,7 +753,7 @@ mod tests {
     }
 
     #[test]
-    fn blanks_around_a_value_are_not_part_of_it_but_for_secrets() {
+    fn blanks_around_a_value_are_ignored_except_in_secrets() {
         let config = checked(&[
             "--port=\t8081 ",
             "--bind= 127.0.0.1\n",
@@ -784,7 +784,7 @@ mod tests {
     }
 
     #[test]
-    fn verbosity_moves_the_level_both_ways() {
+    fn verbose_and_quiet_move_the_log_level_both_ways() {
         let level = |arguments: &[&str]| checked(arguments).unwrap().log_level;
         assert_eq!(level(&[]), LevelFilter::Info);
         assert_eq!(level(&["-vv"]), LevelFilter::Trace);
