@@ -96,7 +96,7 @@ fn curled(url: &str) -> (i32, u64, Vec<u8>) {
 }
 
 #[test]
-fn what_curl_reads_is_read_and_where_it_complains_the_status_is_kept() {
+fn what_curl_reads_is_read_and_when_curl_complains_the_status_is_kept() {
     let folded = "HTTP/1.1 200 OK\r\nX: a\r\n b\r\n\tc\r\nContent-Length: 2\r\n\r\nok";
     let many = format!(
         "HTTP/1.1 200 OK\r\n{}Content-Length: 2\r\n\r\nok",
@@ -211,7 +211,7 @@ fn what_curl_reads_is_read_and_where_it_complains_the_status_is_kept() {
 }
 
 #[test]
-fn a_head_that_cannot_be_read_to_its_end_is_a_response_all_the_same() {
+fn a_head_that_cannot_be_read_to_its_end_is_still_a_response() {
     let endless = format!("HTTP/1.1 201 Yes\r\nX: {}", "y".repeat(2_000_000));
     let headers = format!("HTTP/1.1 201 Yes\r\n{}", "X: y\r\n".repeat(200_000));
     let service = Service::start(&["--attempt-timeout", "4s"]);
@@ -237,7 +237,7 @@ fn a_head_that_cannot_be_read_to_its_end_is_a_response_all_the_same() {
 }
 
 #[test]
-fn a_destination_that_has_nothing_to_say_yet_is_tried_again() {
+fn a_destination_that_sends_no_final_status_is_retried() {
     let service = Service::start(&["--give-up-after", "200ms"]);
     for (answer, kind) in [
         ("", "closed"),
@@ -285,7 +285,7 @@ fn saying_over_tls(identity: &Identity, answer: &[u8], goodbye: bool) -> String 
 }
 
 #[test]
-fn over_tls_an_end_without_goodbye_may_have_been_cut_off_by_anybody() {
+fn over_tls_a_body_without_length_that_ends_without_close_notify_is_truncated() {
     let identity = Identity::new("ec");
     let service = Service::start(&["--ca-file", identity.ca().to_str().unwrap()]);
     let endless = &b"HTTP/1.1 200 OK\r\n\r\nok"[..];
@@ -304,7 +304,7 @@ fn over_tls_an_end_without_goodbye_may_have_been_cut_off_by_anybody() {
 }
 
 #[test]
-fn an_answer_of_a_megabyte_comes_whole() {
+fn an_answer_of_a_megabyte_arrives_whole() {
     let body = format!("[{}]", vec!["\"reading\""; 104_000].join(","));
     assert!(body.len() > 1_000_000 && body.len() <= 1024 * 1024);
     let answer = body.clone();
@@ -317,7 +317,7 @@ fn an_answer_of_a_megabyte_comes_whole() {
 }
 
 #[test]
-fn large_answers_of_many_destinations_at_once_share_a_bounded_memory() {
+fn large_answers_from_many_destinations_share_bounded_memory() {
     const LARGE: usize = 1024 * 1024;
     // Each sends all of its body but the last bytes, and then waits for all others to be asked.
     let asked = Arc::new(std::sync::Barrier::new(40));

@@ -145,7 +145,7 @@ fn put_off(service: &Service, words: &[&str], in_general: &str) {
 }
 
 #[test]
-fn the_secret_is_fetched_at_the_first_try_and_an_apps_token_is_good() {
+fn the_secret_is_fetched_at_the_first_try_and_an_apps_token_is_accepted() {
     let destination = Destination::start(|_| ok());
     let mut arbiter = Arbiter::start();
     assert_eq!(arbiter.mint(&destination.url), None, "it was not asked yet");
@@ -223,7 +223,7 @@ fn an_app_exports_over_tls_with_nothing_but_what_a_databox_gives_it() {
 }
 
 #[test]
-fn the_kept_secret_is_its_users_alone_and_says_for_whom_it_is_without_saying_who() {
+fn the_cached_secret_is_private_and_its_file_holds_neither_token_nor_key() {
     let arbiter = Arbiter::start();
     let service = arbiter.service();
     service.event("secret is there", |_| true);
@@ -257,7 +257,7 @@ fn a_storm_of_forged_tokens_causes_no_request_to_the_arbiter() {
 }
 
 #[test]
-fn after_a_restart_of_the_service_tokens_are_good_and_the_arbiter_is_not_asked() {
+fn after_a_restart_of_the_service_tokens_stay_valid_and_the_arbiter_is_not_asked() {
     let mut arbiter = Arbiter::start();
     let mut service = arbiter.service();
     service.event("secret is there", |_| true);
@@ -286,7 +286,7 @@ fn after_a_restart_of_the_service_tokens_are_good_and_the_arbiter_is_not_asked()
 }
 
 #[test]
-fn after_a_restart_of_the_arbiter_it_is_asked_again_and_until_then_the_old_secret_stays() {
+fn a_restarted_arbiter_is_asked_again_and_the_old_secret_stays_valid_until_then() {
     let mut arbiter = Arbiter::start();
     let service = arbiter.service();
     service.event("secret is there", |_| true);
@@ -316,7 +316,7 @@ fn after_a_restart_of_the_arbiter_it_is_asked_again_and_until_then_the_old_secre
 }
 
 #[test]
-fn a_service_that_was_restarted_while_the_arbiter_was_away_asks_again() {
+fn a_service_restarted_while_the_arbiter_was_down_asks_again() {
     let mut arbiter = Arbiter::start();
     let service = arbiter.service();
     service.event("secret is there", |_| true);
@@ -365,7 +365,7 @@ fn an_arbiter_that_was_restarted_while_the_service_was_off_is_asked_at_once() {
 }
 
 #[test]
-fn a_connection_lost_to_an_arbiter_that_was_not_restarted_costs_no_token() {
+fn losing_the_connection_to_an_arbiter_that_was_not_restarted_voids_no_token() {
     let mut arbiter = Arbiter::start();
     let service = arbiter.service();
     service.event("connected to the arbiter", |_| true);
@@ -393,7 +393,7 @@ fn a_connection_lost_to_an_arbiter_that_was_not_restarted_costs_no_token() {
 }
 
 #[test]
-fn an_arbiter_out_of_reach_while_the_service_is_restarted_costs_no_token() {
+fn an_arbiter_unreachable_while_the_service_restarts_voids_no_token() {
     let mut arbiter = Arbiter::start();
     let service = arbiter.service();
     service.event("connected to the arbiter", |_| true);
@@ -438,7 +438,7 @@ fn an_arbiter_that_does_not_know_the_service_is_asked_every_second_or_two() {
 }
 
 #[test]
-fn trouble_after_the_arbiter_did_not_know_the_service_is_waited_out_from_the_start() {
+fn failures_after_the_arbiter_did_not_know_the_service_begin_a_new_backoff() {
     let mut arbiter = Arbiter::start();
     arbiter.behave("unavailable");
     let service = arbiter.service();
@@ -459,7 +459,7 @@ fn trouble_after_the_arbiter_did_not_know_the_service_is_waited_out_from_the_sta
 }
 
 #[test]
-fn an_arbiter_that_lost_the_registration_is_asked_although_it_is_the_same() {
+fn an_arbiter_that_lost_the_registration_is_asked_although_it_was_not_restarted() {
     let mut arbiter = Arbiter::start();
     let mut service = arbiter.service();
     service.event("connected to the arbiter", |_| true);
@@ -533,7 +533,7 @@ fn an_arbiter_that_names_no_instance_is_asked_after_each_loss_and_each_boot() {
 }
 
 #[test]
-fn what_an_earlier_release_has_written_down_is_taken_over() {
+fn a_secret_cached_by_an_earlier_release_is_used() {
     let mut arbiter = Arbiter::start();
     let mut service = arbiter.service();
     service.event("connected to the arbiter", |_| true);
@@ -602,7 +602,7 @@ fn a_secret_for_another_token_or_key_is_not_used() {
 }
 
 #[test]
-fn an_ephemeral_service_keeps_no_secret_on_disk() {
+fn an_ephemeral_service_writes_no_secret_to_disk() {
     let mut arbiter = Arbiter::start();
     let arguments = [&arbiter.arguments()[..], &["--ephemeral"]].concat();
     let service = Service::start_without_secret(&arguments);
@@ -614,7 +614,7 @@ fn an_ephemeral_service_keeps_no_secret_on_disk() {
 }
 
 #[test]
-fn a_kept_secret_that_cannot_be_read_is_warned_of_and_asked_for() {
+fn an_unreadable_cached_secret_is_logged_and_fetched_again() {
     let mut arbiter = Arbiter::start();
     let service = arbiter.service();
     service.event("secret is there", |_| true);
@@ -626,7 +626,7 @@ fn a_kept_secret_that_cannot_be_read_is_warned_of_and_asked_for() {
 }
 
 #[test]
-fn while_there_is_no_secret_each_kind_of_trouble_has_its_name_and_the_end_of_it_is_seen() {
+fn while_there_is_no_secret_each_kind_of_failure_is_named_and_its_end_is_noticed() {
     let mut arbiter = Arbiter::start();
     arbiter.stop();
     let service = arbiter.service();
@@ -669,7 +669,7 @@ fn while_there_is_no_secret_each_kind_of_trouble_has_its_name_and_the_end_of_it_
 }
 
 #[test]
-fn an_arbiter_that_cannot_answer_is_tried_again_until_it_can() {
+fn an_arbiter_that_cannot_answer_is_asked_until_it_can() {
     let mut arbiter = Arbiter::start();
     arbiter.behave("unavailable");
     let service = arbiter.service();
@@ -681,7 +681,7 @@ fn an_arbiter_that_cannot_answer_is_tried_again_until_it_can() {
 }
 
 #[test]
-fn trouble_that_goes_on_is_warned_of_once() {
+fn a_lasting_failure_is_warned_about_once() {
     let mut arbiter = Arbiter::start();
     arbiter.stop();
     let service = arbiter.service();
@@ -694,7 +694,7 @@ fn trouble_that_goes_on_is_warned_of_once() {
 }
 
 #[test]
-fn an_arbiter_that_hangs_is_noticed_at_each_step() {
+fn a_hanging_arbiter_is_noticed_at_each_step() {
     // At once, since each takes its time.
     thread::scope(|threads| {
         threads.spawn(|| {
@@ -765,7 +765,7 @@ fn an_arbiter_that_hangs_is_noticed_at_each_step() {
 }
 
 #[test]
-fn the_files_may_end_in_a_newline_or_not_and_the_token_is_used_as_it_stands() {
+fn files_may_end_with_a_newline_and_the_token_is_otherwise_used_unchanged() {
     let mut arbiter = Arbiter::start();
     let read = |name| fs::read_to_string(arbiter.file(name)).unwrap();
     let (token, key) = (read("ARBITER_TOKEN"), read("ZMQ_PUBLIC_KEY"));
@@ -785,7 +785,7 @@ fn the_files_may_end_in_a_newline_or_not_and_the_token_is_used_as_it_stands() {
 }
 
 #[test]
-fn a_file_that_is_missing_or_wrong_is_named_with_what_works_without_it() {
+fn a_missing_or_wrong_file_is_named_with_what_works_without_it() {
     let folder = tempfile::tempdir().unwrap();
     let file = |name: &str| folder.path().join(name);
     let refused = |more: &[&str], words: &[&str]| {
@@ -883,7 +883,7 @@ fn converse(arbiter: &Arbiter, mut tamper: impl FnMut(bool, Step, &mut Vec<u8>))
 }
 
 #[test]
-fn libzmq_accepts_what_is_right_and_refuses_each_changed_part_of_what_we_send() {
+fn libzmq_accepts_what_we_send_and_refuses_it_with_any_part_changed() {
     let arbiter = Arbiter::start();
     let mut lengths = Vec::new();
     let end = converse(&arbiter, |sent, step, bytes| {
@@ -917,7 +917,7 @@ fn libzmq_accepts_what_is_right_and_refuses_each_changed_part_of_what_we_send() 
 }
 
 #[test]
-fn each_changed_part_of_what_libzmq_sends_is_refused() {
+fn what_libzmq_sends_is_refused_with_any_part_changed() {
     let arbiter = Arbiter::start();
     for wanted in [Step::Hello, Step::Initiate, Step::Request] {
         // Counted from the end, where the sealed part is.

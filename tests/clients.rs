@@ -112,19 +112,19 @@ fn text(output: &Output) -> String {
 }
 
 #[test]
-fn pythons_http_client_is_answered_without_stalls() {
+fn answers_to_pythons_http_client_do_not_stall() {
     Served::start(None).polled_by(&mut python(), "poll.py");
     Served::start(Some(Identity::new("rsa"))).polled_by(&mut python(), "poll.py");
 }
 
 #[test]
-fn nodes_https_is_answered_without_stalls() {
+fn answers_to_nodes_https_client_do_not_stall() {
     Served::start(None).polled_by(&mut Command::new("node"), "poll.js");
     Served::start(Some(Identity::new("pkcs8"))).polled_by(&mut Command::new("node"), "poll.js");
 }
 
 #[test]
-fn curl_is_answered_without_stalls() {
+fn answers_to_curl_do_not_stall() {
     for identity in [None, Some(Identity::new("ec"))] {
         let served = Served::start(identity);
         let curl = |arguments: &[&str]| {
@@ -257,7 +257,7 @@ const STATUS: &str = "GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n";
 const LAST_STATUS: &str = "GET /status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
 
 #[test]
-fn tls_1_2_and_1_3_are_spoken_with_all_kinds_of_keys_and_nothing_older() {
+fn tls_1_2_and_1_3_work_with_all_kinds_of_keys_and_older_versions_do_not() {
     for key in ["rsa", "pkcs8", "ec"] {
         let identity = Identity::new(key);
         let service = Service::start_secure(&identity, &[]);
@@ -280,7 +280,7 @@ fn tls_1_2_and_1_3_are_spoken_with_all_kinds_of_keys_and_nothing_older() {
 }
 
 #[test]
-fn a_databoxs_own_file_in_the_secrets_folder_makes_it_https() {
+fn a_databox_pem_in_the_secrets_folder_turns_on_https() {
     let identity = Identity::new("rsa");
     let folder = identity.folder().to_str().unwrap();
     let service = Service::start(&["--secrets-dir", folder]);
@@ -313,7 +313,7 @@ fn a_databoxs_own_file_in_the_secrets_folder_makes_it_https() {
 }
 
 #[test]
-fn a_client_that_speaks_plain_http_to_tls_is_told_so_and_the_other_way_round() {
+fn a_client_that_speaks_http_to_an_https_port_or_the_reverse_is_told_so() {
     let identity = Identity::new("ec");
     let service = Service::start_secure(&identity, &[]);
     let answer = service.request("GET", "/status", &[], b"");
@@ -372,7 +372,7 @@ fn a_certificate_file_that_cannot_work_is_refused_at_start_with_the_reason() {
 }
 
 #[test]
-fn a_new_certificate_is_taken_at_sighup_and_open_connections_stay() {
+fn sighup_loads_a_new_certificate_and_keeps_open_connections() {
     let identity = Identity::new("ec");
     let service = Service::start_secure(&identity, &[]);
     let (mut stdin, mut answers) = identity.client(&service);
@@ -405,7 +405,7 @@ fn a_new_certificate_is_taken_at_sighup_and_open_connections_stay() {
 }
 
 #[test]
-fn a_service_whose_inner_socket_was_removed_serves_on() {
+fn a_service_whose_inner_socket_was_removed_keeps_serving() {
     let mut service = Service::start(&[]);
     fs::remove_file(service.folder().join("gate/http.sock")).unwrap();
     let streams: Vec<TcpStream> = (0..50)

@@ -38,7 +38,7 @@ fn poll(service: &Service, url: &str, id: &str) -> Value {
 }
 
 #[test]
-fn a_destination_that_is_down_gets_its_exports_in_order_once_it_is_up() {
+fn a_destination_that_was_down_gets_its_exports_in_order_once_it_is_up() {
     let (url, address) = nowhere();
     let service = Service::start(&[]);
     let ids: Vec<_> = (0..20)
@@ -135,7 +135,7 @@ fn an_export_is_given_up_in_time_with_the_reason_and_all_its_attempts() {
 }
 
 #[test]
-fn restarts_go_on_with_the_time_that_exports_have_been_tried_for() {
+fn restarts_do_not_reset_how_long_exports_have_been_tried() {
     let (url, _) = nowhere();
     let mut service = Service::start(&["--give-up-after", "10s"]);
     let id = service.submit(&url, &payload(1));
@@ -151,7 +151,7 @@ fn restarts_go_on_with_the_time_that_exports_have_been_tried_for() {
 }
 
 #[test]
-fn what_waits_behind_others_that_are_delivered_is_not_given_up() {
+fn an_export_behind_others_that_are_delivered_is_not_given_up() {
     let destination = Destination::start(|_| {
         thread::sleep(Duration::from_millis(300));
         ok()
@@ -171,7 +171,7 @@ fn what_waits_behind_others_that_are_delivered_is_not_given_up() {
 }
 
 #[test]
-fn a_payload_that_is_always_refused_holds_up_no_other_and_ends_in_time() {
+fn a_payload_that_is_always_refused_delays_no_other_and_is_given_up() {
     let destination = Destination::start(|arrival| match arrival.text() {
         r#"{"bad":1}"# => Reaction::Answer(500, b"no".to_vec()),
         _ => ok(),
@@ -195,7 +195,7 @@ fn a_payload_that_is_always_refused_holds_up_no_other_and_ends_in_time() {
 }
 
 #[test]
-fn a_status_that_speaks_of_the_destination_keeps_the_order() {
+fn a_status_that_is_about_the_whole_destination_keeps_the_order() {
     let answers = AtomicUsize::new(0);
     let destination = Destination::start(move |_| match answers.fetch_add(1, Ordering::Relaxed) {
         0 => Reaction::Answer(503, Vec::new()),
@@ -216,7 +216,7 @@ fn a_status_that_speaks_of_the_destination_keeps_the_order() {
 }
 
 #[test]
-fn a_name_that_stands_for_a_forbidden_address_for_a_while_costs_no_export() {
+fn a_name_that_resolves_to_a_forbidden_address_for_a_while_loses_no_export() {
     let folder = tempfile::tempdir().unwrap();
     let hosts = folder.path().join("hosts");
     std::fs::write(&hosts, "192.168.1.1 box.example\n").unwrap();
@@ -252,7 +252,7 @@ fn a_name_that_stands_for_a_forbidden_address_for_a_while_costs_no_export() {
 }
 
 #[test]
-fn an_answer_that_is_not_http_is_tried_again_behind_the_others() {
+fn an_export_whose_answer_is_not_http_is_retried_behind_the_others() {
     let answers = AtomicUsize::new(0);
     let gate = Gate::default();
     let passing = gate.clone();
@@ -281,7 +281,7 @@ fn an_answer_that_is_not_http_is_tried_again_behind_the_others() {
 }
 
 #[test]
-fn where_no_network_is_allowed_plain_http_ends_at_once_whatever_the_name_stands_for() {
+fn if_no_network_is_allowed_plain_http_fails_at_once_whatever_the_name_resolves_to() {
     let service = Service::start_bare(&[]);
     for host in ["localhost", "no-such-host.invalid", "10.0.0.1"] {
         let url = format!("http://{host}/in");
@@ -305,7 +305,7 @@ fn where_no_network_is_allowed_plain_http_ends_at_once_whatever_the_name_stands_
 }
 
 #[test]
-fn a_lost_payload_ends_no_backoff_of_its_queue() {
+fn a_lost_payload_does_not_end_the_backoff_of_its_queue() {
     let (url, _) = nowhere();
     let service = Service::start(&[]);
     let ids: Vec<_> = (0..3)
@@ -336,7 +336,7 @@ fn a_lost_payload_ends_no_backoff_of_its_queue() {
 }
 
 #[test]
-fn a_restart_does_not_fire_what_waits() {
+fn a_restart_does_not_end_a_backoff() {
     let (url, _) = nowhere();
     let service = Service::start(&[]);
     let id = service.submit(&url, &payload(1));
@@ -359,7 +359,7 @@ fn a_restart_does_not_fire_what_waits() {
 }
 
 #[test]
-fn after_two_days_off_all_that_waits_is_delivered() {
+fn after_two_days_off_everything_that_waits_is_delivered() {
     let (url, address) = nowhere();
     let service = Service::start(&[]);
     let ids: Vec<_> = (0..20)
@@ -435,7 +435,7 @@ fn an_export_that_breaks_its_connection_goes_behind_the_others_of_its_queue() {
 }
 
 #[test]
-fn statuses_to_retry_are_tried_again_after_the_wait_they_ask_for() {
+fn a_status_to_retry_is_retried_after_the_wait_it_asks_for() {
     let answers = AtomicUsize::new(0);
     let destination = Destination::start(move |_| match answers.fetch_add(1, Ordering::Relaxed) {
         0 => Reaction::Raw(
@@ -487,7 +487,7 @@ fn statuses_to_retry_are_tried_again_after_the_wait_they_ask_for() {
 }
 
 #[test]
-fn a_hanging_destination_with_a_long_backlog_holds_up_no_other_app() {
+fn a_hanging_destination_with_a_long_backlog_delays_no_other_app() {
     let hanging = hanging();
     let healthy = Destination::start(|_| ok());
     let service = Service::start(&["--attempt-timeout", "30s"]);
@@ -512,7 +512,7 @@ fn a_hanging_destination_with_a_long_backlog_holds_up_no_other_app() {
 }
 
 #[test]
-fn thirty_hanging_apps_do_not_hold_up_the_thirty_first_and_cost_one_thread_each_at_most() {
+fn thirty_hanging_apps_do_not_delay_the_next_and_take_at_most_one_thread_each() {
     let healthy = Destination::start(|_| ok());
     let service = Service::start(&["--attempt-timeout", "20s", "--give-up-after", "10s"]);
     assert_eq!(service.threads("worker"), 1);
@@ -554,7 +554,7 @@ fn thirty_hanging_apps_do_not_hold_up_the_thirty_first_and_cost_one_thread_each_
 }
 
 #[test]
-fn with_as_many_attempts_as_there_may_be_the_first_thread_that_comes_back_goes_on() {
+fn at_the_limit_of_attempts_the_first_thread_that_is_free_takes_the_next() {
     let hanging: Vec<_> = (0..2).map(|_| hanging()).collect();
     let slow = Destination::start(|_| {
         thread::sleep(Duration::from_millis(500));
@@ -582,7 +582,7 @@ fn with_as_many_attempts_as_there_may_be_the_first_thread_that_comes_back_goes_o
 }
 
 #[test]
-fn with_one_attempt_at_a_time_each_hanging_queue_costs_one() {
+fn with_one_attempt_at_a_time_each_hanging_queue_costs_one_timeout() {
     let hanging: Vec<_> = (0..2).map(|_| hanging()).collect();
     let healthy = Destination::start(|_| ok());
     // By the setting's earlier name, which was one less.
@@ -616,7 +616,7 @@ fn with_one_attempt_at_a_time_each_hanging_queue_costs_one() {
 }
 
 #[test]
-fn distant_destinations_are_served_side_by_side_and_each_in_order() {
+fn distant_destinations_are_served_concurrently_and_each_in_order() {
     let destinations: Vec<_> = (0..20)
         .map(|_| {
             Destination::start(|_| {
@@ -771,7 +771,7 @@ fn hostile_answers_cost_no_memory_and_the_next_export_works() {
 }
 
 #[test]
-fn an_answer_that_comes_before_the_whole_request_was_read_is_an_answer() {
+fn an_answer_sent_before_the_whole_request_was_read_counts() {
     use std::io::Read;
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/in", listener.local_addr().unwrap());
@@ -875,7 +875,7 @@ fn private_addresses_are_refused_in_every_spelling_and_nothing_is_sent() {
 }
 
 #[test]
-fn without_a_thread_for_a_look_up_an_export_waits_and_the_service_goes_on() {
+fn if_no_thread_can_be_started_for_a_look_up_the_export_waits_and_the_service_goes_on() {
     let Some(mut service) = Service::start_with_threads(60) else {
         return;
     };
@@ -954,7 +954,7 @@ impl LookUp for Rebinding {
 }
 
 #[test]
-fn a_name_that_changes_its_address_is_judged_anew_and_what_was_judged_is_dialled() {
+fn a_name_that_changes_its_address_is_checked_again_and_only_checked_addresses_are_dialled() {
     // 127.0.0.2 stands for a public address here, and 127.0.0.1 for one at home.
     let listener = TcpListener::bind("127.0.0.2:0").unwrap();
     let public = listener.local_addr().unwrap();
@@ -996,7 +996,7 @@ fn a_name_that_changes_its_address_is_judged_anew_and_what_was_judged_is_dialled
 }
 
 #[test]
-fn signed_exports_verify_with_the_standards_own_library() {
+fn signed_exports_verify_with_the_library_of_standard_webhooks() {
     let secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSwMARK";
     let attempts = AtomicUsize::new(0);
     let seen = std::sync::Arc::new(Mutex::new(Vec::new()));
@@ -1087,7 +1087,7 @@ fn a_queue_with_too_many_unfinished_exports_gets_429_and_others_go_on() {
 }
 
 #[test]
-fn a_full_store_gets_503_and_stores_nothing_of_it() {
+fn a_submission_to_a_full_store_gets_503_and_is_not_stored() {
     let (destination, gate) = Destination::held();
     let service = Service::start(&["--max-store", "1000000"]);
     let url = &destination.url;
@@ -1159,7 +1159,7 @@ fn results_do_not_fill_the_store_beyond_its_limit() {
 }
 
 #[test]
-fn a_full_disk_gets_503_loses_nothing_and_recovers_when_there_is_space() {
+fn on_a_full_disk_submissions_get_503_nothing_is_lost_and_space_ends_it() {
     let (destination, gate) = Destination::held();
     let url = &destination.url;
     let Some(mut service) = Service::start_on_small_disk(8 * 1024 * 1024) else {

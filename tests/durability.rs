@@ -185,7 +185,7 @@ fn a_payload_is_erased_from_disk_once_its_export_is_finished() {
 }
 
 #[test]
-fn an_export_whose_payload_somebody_removed_ends_and_holds_up_no_other() {
+fn an_export_whose_payload_was_removed_ends_and_delays_no_other() {
     let (destination, gate) = Destination::held();
     let url = &destination.url;
     let mut service = Service::start(&[]);

@@ -61,7 +61,7 @@ const BAD: [(&str, &str); 5] = [
 ];
 
 #[test]
-fn what_has_a_bad_certificate_gets_nothing_and_is_tried_again() {
+fn a_destination_with_a_bad_certificate_is_sent_nothing_and_is_retried() {
     let mut servers = Servers::start();
     let service = Service::start(&["--ca-file", servers.ca().to_str().unwrap()]);
     for (kind, words) in BAD {
@@ -84,7 +84,7 @@ fn what_has_a_bad_certificate_gets_nothing_and_is_tried_again() {
 }
 
 #[test]
-fn a_certificate_that_stays_bad_is_the_reason_when_an_export_is_given_up() {
+fn an_export_given_up_over_a_bad_certificate_says_so() {
     let servers = Servers::start();
     let ca = servers.ca();
     let arguments = [
@@ -106,7 +106,7 @@ fn a_certificate_that_stays_bad_is_the_reason_when_an_export_is_given_up() {
 }
 
 #[test]
-fn a_server_at_home_is_trusted_with_its_ca_and_not_without() {
+fn a_server_at_home_is_trusted_only_with_its_ca() {
     let mut servers = Servers::start();
     let url = servers.url("good");
     let service = Service::start(&["--ca-file", servers.ca().to_str().unwrap()]);
@@ -128,7 +128,7 @@ fn a_server_at_home_is_trusted_with_its_ca_and_not_without() {
 }
 
 #[test]
-fn a_handshake_that_hangs_is_timed_and_tried_again() {
+fn a_hanging_handshake_times_out_and_is_retried() {
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("https://{}/in", silent.local_addr().unwrap());
     let service = Service::start(&["--attempt-timeout", "1s", "--give-up-after", "500ms"]);
@@ -172,7 +172,7 @@ fn a_ca_file_that_cannot_be_used_is_refused_at_the_start() {
 }
 
 #[test]
-fn check_goes_the_whole_way_and_sends_nothing() {
+fn check_takes_every_step_and_sends_nothing() {
     let mut servers = Servers::start();
     let ca = servers.ca();
     let check = |url: &str, more: &[&str]| {

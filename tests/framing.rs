@@ -46,7 +46,7 @@ fn seen(mut request: Request) -> (String, String, String) {
 }
 
 #[test]
-fn well_formed_requests_are_taken_as_they_are() {
+fn well_formed_requests_are_read_as_they_are() {
     for (text, expected) in [
         (
             "GET /a?b=c HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -109,7 +109,7 @@ fn well_formed_requests_are_taken_as_they_are() {
 }
 
 #[test]
-fn whatever_can_be_read_in_two_ways_is_refused() {
+fn requests_that_can_be_read_in_two_ways_are_refused() {
     let with = |headers: &str| format!("POST /a HTTP/1.1\r\nHost: x\r\n{headers}\r\n\r\n");
     let chunks = |chunks: &str| with("Transfer-Encoding: chunked") + chunks;
     let line = |line: &str| format!("{line}\r\nHost: x\r\n\r\n");
@@ -251,7 +251,7 @@ fn the_client_says_whether_its_connection_is_kept() {
 }
 
 #[test]
-fn leave_to_send_is_given_once_and_only_to_a_client_that_waits_for_it() {
+fn a_100_continue_is_sent_once_and_only_to_a_client_that_waits_for_it() {
     let head = |version: &str| {
         format!(
             "POST / HTTP/{version}\r\nHost: x\r\nExpect: 100-Continue\r\nContent-Length: 3\r\n\r\n"
@@ -284,7 +284,7 @@ fn an_announced_length_takes_no_memory_before_it_is_sent() {
 }
 
 #[test]
-fn a_chunked_body_takes_memory_for_what_has_come_and_grows_in_few_steps() {
+fn a_chunked_body_takes_memory_for_what_has_arrived_and_grows_in_few_steps() {
     let max_body = 1_000_000;
     let mut framer = Framer::new(max_body);
     let mut sent: &[u8] = &[

@@ -112,7 +112,7 @@ fn a_header_line_without_end_is_cut_off() {
 }
 
 #[test]
-fn without_descriptors_it_goes_on_with_what_it_has_and_recovers() {
+fn without_free_descriptors_the_service_goes_on_and_recovers() {
     withstands(&[], |service| {
         let prlimit = |files: &str| {
             let done = Command::new("prlimit")
@@ -141,7 +141,7 @@ fn without_descriptors_it_goes_on_with_what_it_has_and_recovers() {
 }
 
 #[test]
-fn without_threads_it_goes_on_with_what_it_has_and_recovers() {
+fn without_free_threads_the_service_goes_on_and_recovers() {
     let Some(mut service) = Service::start_with_threads(60) else {
         return;
     };
@@ -173,7 +173,7 @@ fn without_threads_it_goes_on_with_what_it_has_and_recovers() {
 }
 
 #[test]
-fn connections_that_come_all_at_once_are_all_served() {
+fn connections_that_arrive_all_at_once_are_all_served() {
     withstands(&[], |service| {
         for _ in 0..10 {
             let crowd: Vec<_> = (0..64).map(|_| connect(service)).collect();
@@ -227,7 +227,7 @@ for number in range(20000):
 }
 
 #[test]
-fn pipelined_requests_are_answered_one_after_the_other_and_hold_up_nobody() {
+fn pipelined_requests_are_answered_in_order_and_delay_nobody() {
     withstands(&[], |service| {
         let destination = Destination::start(|_| ok());
         let url = &destination.url;
@@ -256,7 +256,7 @@ fn pipelined_requests_are_answered_one_after_the_other_and_hold_up_nobody() {
 }
 
 #[test]
-fn no_request_is_smuggled_in_anothers_body() {
+fn no_request_can_be_smuggled_in_the_body_of_another() {
     withstands(&[], |service| {
         for headers in [
             "Content-Length: -5",
@@ -303,7 +303,7 @@ fn computed(service: &Service) -> u64 {
 }
 
 #[test]
-fn tls_clients_that_are_silent_or_say_only_goodbye_cost_nothing() {
+fn tls_clients_that_send_nothing_or_only_close_notify_cost_nothing() {
     let identity = Identity::new("ec");
     let mut service = Service::start_secure(&identity, &[]);
     let url = format!("https://localhost:{}/status", service.address.port());
@@ -470,7 +470,7 @@ fn keeps_nobody_out(
 }
 
 #[test]
-fn a_crowd_of_slow_clients_keeps_nobody_out() {
+fn a_crowd_of_slow_clients_shuts_nobody_out() {
     let own = Identity::new("ec");
     for identity in [None, Some(&own)] {
         let service = match identity {
@@ -504,7 +504,7 @@ fn a_crowd_of_slow_clients_keeps_nobody_out() {
 }
 
 #[test]
-fn a_crowd_that_comes_back_at_once_keeps_nobody_out_of_a_busy_machine() {
+fn a_crowd_that_reconnects_at_once_shuts_nobody_out_on_a_busy_machine() {
     let own = Identity::new("ec");
     let clients: [(_, &[u8]); 2] = [(None, b"GET"), (Some(&own), b"\x16\x03\x01")];
     for (identity, beginning) in clients {
@@ -529,7 +529,7 @@ fn a_crowd_that_comes_back_at_once_keeps_nobody_out_of_a_busy_machine() {
 }
 
 #[test]
-fn one_more_than_there_may_be_is_told_so_when_all_others_are_being_served() {
+fn a_connection_over_the_limit_gets_503_while_all_others_are_being_served() {
     let (destination, gate) = Destination::held();
     let service = Service::start(&["--max-connections-per-peer", "2", "--max-connections", "3"]);
     let url = &destination.url;
@@ -592,7 +592,7 @@ fn dripped(service: &Service, beginning: &[u8]) -> (Duration, String) {
 }
 
 #[test]
-fn deadlines_are_moments_and_a_byte_now_and_then_prolongs_none() {
+fn a_byte_now_and_then_extends_no_deadline() {
     let service = Service::start(&[]);
     thread::scope(|scope| {
         let body = "POST /export HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n";
@@ -644,7 +644,7 @@ fn deadlines_are_moments_and_a_byte_now_and_then_prolongs_none() {
 }
 
 #[test]
-fn many_large_requests_at_a_time_wait_for_each_other_and_all_arrive() {
+fn many_large_requests_at_once_wait_for_each_other_and_all_arrive() {
     let destination = Destination::start(|_| ok());
     let service = Service::start(&[]);
     let url = &destination.url;
@@ -720,7 +720,7 @@ fn chunked_requests_that_have_sent_little_do_not_use_up_the_memory_of_large_ones
 }
 
 #[test]
-fn chunked_bodies_that_grow_at_the_same_time_wait_for_each_other_and_all_arrive() {
+fn chunked_bodies_that_grow_at_once_wait_for_each_other_and_all_arrive() {
     let destination = Destination::start(|_| ok());
     // Each takes an eighth of the memory in the end, and a quarter of its client's half.
     let service = Service::start(&["--max-body", "4000000"]);
@@ -751,7 +751,7 @@ fn chunked_bodies_that_grow_at_the_same_time_wait_for_each_other_and_all_arrive(
 }
 
 #[test]
-fn a_request_that_has_to_make_room_is_told_so_and_the_log_says_why() {
+fn an_evicted_request_gets_503_and_the_log_says_why() {
     let service = Service::start(&["--max-connections-per-peer", "2"]);
     let beginnings = [
         "GET /status HTTP/1.1\r\nHo",
@@ -786,7 +786,7 @@ fn a_request_that_has_to_make_room_is_told_so_and_the_log_says_why() {
 }
 
 #[test]
-fn over_tls_too_a_request_that_has_to_make_room_is_told_so() {
+fn an_evicted_request_gets_503_over_tls_too() {
     let identity = Identity::new("ec");
     let service = Service::start_secure(&identity, &["--max-connections-per-peer", "2"]);
     let (mut request, mut answers) = identity.client(&service);
@@ -808,7 +808,7 @@ fn over_tls_too_a_request_that_has_to_make_room_is_told_so() {
 }
 
 #[test]
-fn clients_that_never_stop_sending_nothing_make_room_too() {
+fn clients_that_send_empty_lines_endlessly_are_evicted_too() {
     let service = Service::start(&["--max-connections-per-peer", "80"]);
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -862,7 +862,7 @@ fn what_a_refused_request_has_sent_takes_no_memory_while_its_client_lingers() {
 }
 
 #[test]
-fn a_client_that_announces_much_and_sends_nothing_does_not_hold_up_anothers_large_request() {
+fn a_client_that_announces_much_and_sends_nothing_does_not_delay_anothers_large_request() {
     let service = Service::start(&[]);
     let over = AtomicBool::new(false);
     let head = b"POST /export HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n";

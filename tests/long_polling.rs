@@ -17,7 +17,7 @@ fn long_poll(service: &Service, url: &str, id: &str, timeout: &str) -> TcpStream
 }
 
 #[test]
-fn one_request_can_submit_and_bring_the_result() {
+fn one_request_can_submit_and_return_the_result() {
     let destination = Destination::start(|_| ok());
     let service = Service::start(&[]);
     let body = json!({"id": null, "uri": destination.url, "data": payload(1)});
@@ -26,7 +26,7 @@ fn one_request_can_submit_and_bring_the_result() {
 }
 
 #[test]
-fn a_long_poll_answers_with_the_state_of_then_when_its_time_is_over() {
+fn a_long_poll_that_times_out_answers_with_the_state_at_that_moment() {
     let (destination, gate) = Destination::held();
     let service = Service::start(&[]);
     let url = &destination.url;
@@ -61,7 +61,7 @@ fn submit_and_wait(service: &Service, url: &str, key: &str) -> serde_json::Value
 }
 
 #[test]
-fn a_new_export_to_a_queue_that_is_held_up_is_answered_at_once_and_says_why() {
+fn a_new_export_to_a_failing_queue_is_answered_at_once_with_the_reason() {
     let (url, address) = &nowhere();
     let service = Service::start(&[]);
     let first = service.submit(url, &payload(1));
@@ -119,7 +119,7 @@ fn a_queue_whose_exports_were_all_given_up_still_says_why_it_waits() {
 }
 
 #[test]
-fn a_new_export_whose_turn_comes_soon_is_waited_for_though_its_queue_has_failed() {
+fn a_new_export_whose_turn_comes_soon_is_waited_for_although_its_queue_has_failed() {
     let (url, address) = &nowhere();
     let service = Service::start(&["--give-up-after", "700ms"]);
     let first = service.submit(url, &payload(1));
@@ -149,7 +149,7 @@ fn every_long_poll_on_an_export_gets_the_answer() {
 }
 
 #[test]
-fn a_client_that_leaves_a_long_poll_frees_everything_long_before_its_time_is_over() {
+fn a_client_that_leaves_a_long_poll_frees_everything_long_before_its_timeout() {
     let (destination, gate) = Destination::held();
     let service = Service::start(&["--attempt-timeout", "10m"]);
     let url = &destination.url;

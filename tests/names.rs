@@ -178,7 +178,7 @@ impl TlsServers {
 // A wrong answer for seconds.
 
 #[test]
-fn exports_to_a_name_with_a_wrong_address_for_a_while_all_arrive_in_order() {
+fn exports_to_a_name_whose_address_is_wrong_for_a_while_all_arrive_in_order() {
     alone(|_| {
         let names = NameServer::start(NAME_SERVER, stands_for(&[HERE]));
         let service = service(&[]);
@@ -198,7 +198,7 @@ fn exports_to_a_name_with_a_wrong_address_for_a_while_all_arrive_in_order() {
 }
 
 #[test]
-fn a_name_with_a_wrong_address_for_a_while_is_tried_no_faster_than_any_that_fails() {
+fn a_name_whose_address_is_wrong_for_a_while_has_the_usual_backoff() {
     alone(|_| {
         let _names = NameServer::start(NAME_SERVER, stands_for(&["192.168.1.1"]));
         let service = service(&[]);
@@ -211,7 +211,7 @@ fn a_name_with_a_wrong_address_for_a_while_is_tried_no_faster_than_any_that_fail
 }
 
 #[test]
-fn one_forbidden_address_among_good_ones_keeps_everything_back_until_it_is_gone() {
+fn one_forbidden_address_among_good_ones_holds_everything_back_until_it_is_gone() {
     alone(|_| {
         let names = NameServer::start(NAME_SERVER, stands_for(&[HERE, "192.168.1.1"]));
         let destination = destination(HERE);
@@ -244,7 +244,7 @@ fn one_forbidden_address_among_good_ones_keeps_everything_back_until_it_is_gone(
 }
 
 #[test]
-fn a_name_that_always_stands_for_a_forbidden_address_is_given_up_in_time() {
+fn an_export_to_a_name_that_always_resolves_to_a_forbidden_address_is_given_up() {
     alone(|_| {
         let _names = NameServer::start(NAME_SERVER, stands_for(&["192.168.1.1"]));
         let service = service(&["--give-up-after", "3s"]);
@@ -262,7 +262,7 @@ fn a_name_that_always_stands_for_a_forbidden_address_is_given_up_in_time() {
 }
 
 #[test]
-fn plain_http_to_a_name_that_is_public_for_a_while_arrives_once_it_is_at_home() {
+fn plain_http_to_a_name_that_is_public_for_a_while_arrives_once_it_is_private() {
     alone(|_| {
         // Nobody's in particular, but not of an allowed network: a captive portal's, say.
         let names = NameServer::start(NAME_SERVER, stands_for(&["9.9.9.9"]));
@@ -278,7 +278,7 @@ fn plain_http_to_a_name_that_is_public_for_a_while_arrives_once_it_is_at_home() 
 }
 
 #[test]
-fn certificates_that_do_not_fit_for_a_while_lose_nothing() {
+fn certificates_that_do_not_match_for_a_while_lose_nothing() {
     alone(|_| {
         let _names = NameServer::start(NAME_SERVER, stands_for(&[HERE]));
         let servers = TlsServers::start();
@@ -377,7 +377,7 @@ fn a_name_that_cannot_be_looked_up_for_a_while_loses_nothing() {
 }
 
 #[test]
-fn nonsense_from_a_name_server_is_another_failed_attempt_and_nothing_else() {
+fn nonsense_from_a_name_server_is_just_another_failed_attempt() {
     alone(|_| {
         let names = NameServer::start(NAME_SERVER, |question: &Question| {
             // An alias whose name points to itself, for ever.
@@ -445,7 +445,7 @@ fn a_silent_first_name_server_leaves_time_for_the_second() {
 }
 
 #[test]
-fn a_first_name_server_that_is_off_leaves_time_for_the_second() {
+fn a_first_name_server_that_is_down_leaves_time_for_the_second() {
     alone(|network| {
         network.silent_link();
         let _answering = after(network, &["10.66.0.53"]);
@@ -466,7 +466,7 @@ fn two_silent_name_servers_leave_time_for_the_third() {
 }
 
 #[test]
-fn a_first_name_server_that_fails_leaves_the_second() {
+fn if_the_first_name_server_answers_with_an_error_the_second_is_asked() {
     alone(|network| {
         let _failing =
             NameServer::start("127.0.0.51", |question: &Question| question.error(SERVFAIL));
@@ -476,7 +476,7 @@ fn a_first_name_server_that_fails_leaves_the_second() {
 }
 
 #[test]
-fn a_first_name_server_that_nobody_is_leaves_the_second() {
+fn if_nothing_listens_at_the_first_name_server_the_second_is_asked() {
     alone(|network| {
         // The system refuses by ICMP: port unreachable.
         let _answering = after(network, &["127.0.0.51"]);
@@ -500,7 +500,7 @@ fn a_name_server_that_loses_the_first_packets_is_asked_again() {
 }
 
 #[test]
-fn a_look_up_that_takes_longer_than_an_attempt_is_of_use_to_the_next() {
+fn a_look_up_that_outlasts_its_attempt_serves_the_next() {
     alone(|network| {
         let _silent = NameServer::start("127.0.0.51", silent);
         let _answering = after(network, &["127.0.0.51"]);
@@ -511,7 +511,7 @@ fn a_look_up_that_takes_longer_than_an_attempt_is_of_use_to_the_next() {
 }
 
 #[test]
-fn name_servers_without_an_answer_do_not_hold_up_exports_to_other_names() {
+fn name_servers_without_an_answer_do_not_delay_exports_to_other_names() {
     alone(|_| {
         let _names = NameServer::start(NAME_SERVER, |question: &Question| {
             if question.name == "home.test" {
@@ -565,7 +565,7 @@ fn without_aaaa(
 }
 
 #[test]
-fn an_unanswered_aaaa_does_not_lose_the_a() {
+fn an_unanswered_aaaa_query_does_not_lose_the_a_record() {
     alone(|_| {
         let _names = NameServer::start(NAME_SERVER, without_aaaa(silent));
         let _destination = destination(HERE);
@@ -574,7 +574,7 @@ fn an_unanswered_aaaa_does_not_lose_the_a() {
 }
 
 #[test]
-fn an_aaaa_that_no_name_server_answers_does_not_lose_the_a() {
+fn an_aaaa_query_that_no_name_server_answers_does_not_lose_the_a_record() {
     alone(|network| {
         let _first = NameServer::start("127.0.0.51", without_aaaa(silent));
         network.resolv_conf("nameserver 127.0.0.51\nnameserver 127.0.0.53\n");
@@ -585,7 +585,7 @@ fn an_aaaa_that_no_name_server_answers_does_not_lose_the_a() {
 }
 
 #[test]
-fn an_aaaa_that_ends_in_an_error_does_not_lose_the_a() {
+fn an_aaaa_query_that_ends_in_an_error_does_not_lose_the_a_record() {
     // RFC 4074 tells of such name servers.
     alone(|_| {
         let names = NameServer::start(NAME_SERVER, silent);
@@ -598,7 +598,7 @@ fn an_aaaa_that_ends_in_an_error_does_not_lose_the_a() {
 }
 
 #[test]
-fn an_unanswered_a_does_not_lose_the_aaaa() {
+fn an_unanswered_a_query_does_not_lose_the_aaaa_record() {
     alone(|network| {
         network.run("ip -6 address add fd09::1/128 dev lo nodad");
         let _names = NameServer::start(NAME_SERVER, |question: &Question| match question.kind {
@@ -627,31 +627,31 @@ fn arrives_though_it_is_heard_of_late(network: &Network, late: Kind, dead: &str,
 }
 
 #[test]
-fn an_a_that_comes_late_is_of_use_when_the_ipv6_address_never_answers() {
+fn a_late_a_record_is_used_if_the_ipv6_address_never_answers() {
     alone(|network| arrives_though_it_is_heard_of_late(network, Kind::A, "fd66::9", HERE));
 }
 
 #[test]
-fn an_a_that_comes_late_is_of_use_when_the_ipv6_address_refuses() {
+fn a_late_a_record_is_used_if_the_ipv6_address_refuses() {
     alone(|network| arrives_though_it_is_heard_of_late(network, Kind::A, "::1", HERE));
 }
 
 #[test]
-fn an_aaaa_that_comes_late_is_of_use_when_the_ipv4_address_never_answers() {
+fn a_late_aaaa_record_is_used_if_the_ipv4_address_never_answers() {
     alone(|network| {
         arrives_though_it_is_heard_of_late(network, Kind::Aaaa, "10.66.0.9", "fd09::1")
     });
 }
 
 #[test]
-fn an_aaaa_that_comes_late_is_of_use_when_the_ipv4_address_refuses() {
+fn a_late_aaaa_record_is_used_if_the_ipv4_address_refuses() {
     alone(|network| {
         arrives_though_it_is_heard_of_late(network, Kind::Aaaa, "127.0.2.2", "fd09::1")
     });
 }
 
 #[test]
-fn an_address_that_comes_late_is_judged_before_it_is_dialled() {
+fn a_late_address_is_checked_before_it_is_dialled() {
     alone(|network| {
         network.silent_link();
         // Where the forbidden one leads, if it is dialled after all.
@@ -708,7 +708,7 @@ fn an_ipv6_address_that_a_router_refuses_does_not_lose_the_ipv4() {
 }
 
 #[test]
-fn addresses_that_fail_in_every_way_there_is_do_not_lose_the_good_one() {
+fn addresses_that_fail_in_any_way_do_not_lose_the_good_one() {
     alone(|network| {
         network.run(
             "ip -6 route add unreachable fd01::/16
@@ -734,7 +734,7 @@ fn ipv6_addresses_on_a_box_without_ipv6_do_not_lose_the_ipv4() {
 }
 
 #[test]
-fn an_ipv6_address_that_never_answers_costs_a_moment_not_an_attempt() {
+fn an_ipv6_address_that_never_answers_costs_a_moment_and_no_attempt() {
     alone(|network| {
         network.silent_link();
         let names = NameServer::start(NAME_SERVER, stands_for(&["fd66::9", HERE]));
@@ -785,7 +785,7 @@ fn twenty_addresses_that_refuse_leave_the_one_that_does_not() {
 }
 
 #[test]
-fn a_destination_whose_addresses_are_all_dead_is_told_apart_from_one_without_any() {
+fn a_destination_whose_addresses_are_all_dead_differs_from_one_without_any() {
     alone(|network| {
         network.silent_link();
         let _names = NameServer::start(NAME_SERVER, stands_for(&["fd66::9", "10.66.0.9"]));
@@ -796,7 +796,7 @@ fn a_destination_whose_addresses_are_all_dead_is_told_apart_from_one_without_any
 }
 
 #[test]
-fn a_tls_handshake_may_take_long_where_the_attempt_may() {
+fn a_tls_handshake_may_take_as_long_as_its_attempt() {
     alone(|_| {
         let _names = NameServer::start(NAME_SERVER, stands_for(&[HERE]));
         let servers = TlsServers::start();
@@ -842,7 +842,7 @@ fn a_name_that_moves_is_followed_though_its_old_address_still_answers() {
 }
 
 #[test]
-fn a_name_that_moves_to_a_forbidden_address_gets_nothing_more() {
+fn a_name_that_moves_to_a_forbidden_address_is_sent_nothing_more() {
     alone(|_| {
         let names = NameServer::start(NAME_SERVER, stands_for(&[HERE]));
         let destination = destination(HERE);
@@ -959,7 +959,7 @@ fn many_queues_to_one_name_share_its_look_up() {
 // The service itself.
 
 #[test]
-fn another_machine_is_not_this_service_where_any_address_can_be_bound_to() {
+fn another_machine_is_not_this_service_even_if_any_address_can_be_bound() {
     alone(|network| {
         network.run(
             "echo 1 >/proc/sys/net/ipv4/ip_nonlocal_bind
@@ -1016,7 +1016,7 @@ fn is_never_sent_to(service: &Service, own: &[&str]) {
 }
 
 #[test]
-fn no_address_of_the_service_itself_is_sent_to_whatever_is_allowed() {
+fn the_services_own_addresses_are_never_destinations_whatever_is_allowed() {
     alone(|network| {
         let service = service(&["--allow-network", "0.0.0.0/0,::/0"]);
         // They need not be there at the start, nor each by itself.
@@ -1077,7 +1077,7 @@ fn the_arbiter_is_found_behind_a_silent_name_server() {
 }
 
 #[test]
-fn the_arbiter_is_found_though_its_aaaa_is_not_answered() {
+fn the_arbiter_is_found_although_its_aaaa_query_is_not_answered() {
     alone(|_| {
         let _names = NameServer::start(NAME_SERVER, without_aaaa(silent));
         learns_its_secret();
@@ -1170,7 +1170,7 @@ fn names_are_found_in_the_hosts_file_with_no_name_server_at_all() {
 }
 
 #[test]
-fn without_a_list_of_name_servers_this_machine_is_asked() {
+fn without_a_list_of_name_servers_the_local_machine_is_asked() {
     // resolv.conf(5), for glibc and musl alike.
     alone(|network| {
         network.remove_resolv_conf();
@@ -1213,7 +1213,7 @@ fn a_host_may_be_written_in_capitals_and_with_a_dot_at_its_end() {
 }
 
 #[test]
-fn a_certificate_fits_a_host_with_a_dot_at_its_end() {
+fn a_certificate_matches_a_host_with_a_dot_at_its_end() {
     alone(|_| {
         let _names = NameServer::start(NAME_SERVER, stands_for(&[HERE]));
         let servers = TlsServers::start();

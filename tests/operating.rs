@@ -127,7 +127,7 @@ fn settings_that_cannot_work_are_refused_before_anything_starts() {
 }
 
 #[test]
-fn a_variable_that_is_set_to_nothing_is_not_set() {
+fn an_empty_variable_counts_as_not_set() {
     let empty = [
         "EXPORT_ALLOW_NETWORKS",
         "EXPORT_RETRY_ON",
@@ -152,7 +152,7 @@ fn a_variable_that_is_set_to_nothing_is_not_set() {
 }
 
 #[test]
-fn variables_as_env_files_and_folded_yaml_have_them_are_read() {
+fn blanks_and_line_ends_that_env_files_and_yaml_leave_in_variables_are_ignored() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let port = format!(" {} ", taken.local_addr().unwrap().port());
@@ -183,7 +183,7 @@ fn variables_as_env_files_and_folded_yaml_have_them_are_read() {
 }
 
 #[test]
-fn a_port_that_is_taken_is_named_with_what_to_do() {
+fn a_port_in_use_is_named_with_what_to_do() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     let arguments = ["--ephemeral", "--bind", "127.0.0.1", "--port", &port];
@@ -258,7 +258,7 @@ fn readme_has_every_setting_with_its_variable_and_default() {
 }
 
 #[test]
-fn the_health_check_tells_a_running_service_from_none() {
+fn the_health_check_succeeds_only_if_the_service_runs() {
     let service = Service::start(&[]);
     let port = service.address.port().to_string();
     assert_eq!(
@@ -336,7 +336,7 @@ fn each_request_and_delivery_has_one_log_line_with_its_figures() {
 }
 
 #[test]
-fn a_log_that_nobody_reads_holds_up_no_submission_no_delivery_and_no_stop() {
+fn a_log_that_nobody_reads_delays_no_submission_no_delivery_and_no_stop() {
     let destination = Destination::start(|_| ok());
     let (mut service, reading) = Service::start_with_unread_log(&[]);
     for number in 0..1000 {
@@ -351,7 +351,7 @@ fn a_log_that_nobody_reads_holds_up_no_submission_no_delivery_and_no_stop() {
 }
 
 #[test]
-fn a_message_that_nobody_reads_does_not_keep_it_from_ending() {
+fn an_error_message_that_nobody_reads_does_not_prevent_the_exit() {
     for argument in ["--threads=0", "--no-such-flag"] {
         // A pipe that is full already, with its reader standing still.
         let script = format!(
@@ -369,7 +369,7 @@ fn a_message_that_nobody_reads_does_not_keep_it_from_ending() {
 }
 
 #[test]
-fn a_log_that_is_read_again_tells_how_many_lines_were_lost_and_goes_on() {
+fn a_log_that_is_read_again_says_how_many_lines_were_lost_and_goes_on() {
     let destination = Destination::start(|_| ok());
     let (mut service, reading) = Service::start_with_unread_log(&[]);
     for number in 0..1000 {
@@ -468,7 +468,7 @@ fn export_at(at: &str, ca: Option<&Path>, token: &str, url: &str, data: &[u8]) -
 }
 
 #[test]
-fn the_shell_client_prints_the_answer_and_tells_success_by_its_exit_code() {
+fn the_shell_client_prints_the_answer_and_shows_success_by_its_exit_code() {
     let echo = Destination::start(|arrival| match arrival.text() {
         "[404]" => Reaction::Answer(404, b"not \"here\"\n".to_vec()),
         "[255]" => Reaction::Answer(200, vec![0xff, 0, 0xfe]),

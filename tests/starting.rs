@@ -105,7 +105,7 @@ fn damaged_files(folder: &Path) -> usize {
 }
 
 #[test]
-fn a_damaged_payload_costs_its_export_and_no_other() {
+fn a_damaged_payload_loses_only_its_own_export() {
     let (destination, gate) = Destination::held();
     let url = &destination.url;
     let (service, ids) = left_waiting(&destination, 20, 10_000);
@@ -135,7 +135,7 @@ fn a_damaged_payload_costs_its_export_and_no_other() {
 }
 
 #[test]
-fn a_damaged_result_is_told_as_lost_and_costs_no_other() {
+fn a_damaged_result_is_reported_as_lost_and_loses_no_other() {
     let destination = Destination::start(|_| support::Reaction::Answer(200, vec![b'x'; 20_000]));
     let url = &destination.url;
     let mut service = Service::start(&[]);
@@ -161,7 +161,7 @@ fn a_damaged_result_is_told_as_lost_and_costs_no_other() {
 }
 
 #[test]
-fn a_damaged_page_of_the_table_costs_what_is_on_it_and_no_more() {
+fn a_damaged_page_of_the_table_loses_only_what_is_on_it() {
     for which in 0..3 {
         let (destination, gate) = Destination::held();
         let (service, ids) = left_waiting(&destination, 150, 1);
@@ -186,7 +186,7 @@ fn a_damaged_page_of_the_table_costs_what_is_on_it_and_no_more() {
 }
 
 #[test]
-fn a_damaged_index_costs_nothing() {
+fn a_damaged_index_loses_nothing() {
     // The first is at byte 8192.
     for index in [
         "sqlite_autoindex_exports_1",
@@ -222,7 +222,7 @@ fn a_damaged_index_costs_nothing() {
 }
 
 #[test]
-fn the_first_byte_of_the_third_page_costs_no_more_than_one_export() {
+fn damage_to_the_first_byte_of_the_third_page_loses_at_most_one_export() {
     let (destination, gate) = Destination::held();
     let (service, ids) = left_waiting(&destination, 60, 1);
     damage(&service.folder(), "exports", "leaf", |bytes, _| {
@@ -242,7 +242,7 @@ fn the_first_byte_of_the_third_page_costs_no_more_than_one_export() {
 }
 
 #[test]
-fn a_log_that_can_be_read_in_part_only_is_warned_of() {
+fn a_write_ahead_log_that_is_only_partly_readable_is_warned_about() {
     let (_service, folder, ..) = waiting(5);
     let log = folder.join("exports.db-wal");
     let whole = fs::read(&log).unwrap();
@@ -264,7 +264,7 @@ fn a_log_that_can_be_read_in_part_only_is_warned_of() {
 }
 
 #[test]
-fn a_reader_who_stands_still_is_warned_of_and_cannot_fill_the_disk() {
+fn a_reader_that_stalls_is_warned_about_and_cannot_fill_the_disk() {
     let destination = Destination::start(|_| support::ok());
     let service = Service::start(&["--max-store", "4000000"]);
     let url = &destination.url;
@@ -305,7 +305,7 @@ fn a_reader_who_stands_still_is_warned_of_and_cannot_fill_the_disk() {
 }
 
 #[test]
-fn a_disk_that_stalls_is_waited_for_and_holds_up_nobody_who_needs_none() {
+fn a_stalled_disk_is_waited_for_and_delays_no_request_that_does_not_need_it() {
     let (url, _) = nowhere();
     let service = Service::start(&[]);
     // Longer than a request waits for its turn at any place.
@@ -415,7 +415,7 @@ fn a_new_folder_is_not_served_from_unless_each_sync_succeeds() {
 }
 
 #[test]
-fn what_a_kill_left_behind_is_synced_before_anything_of_it_is_shown() {
+fn what_a_kill_left_behind_is_synced_before_any_of_it_is_shown() {
     let (_service, left, ..) = waiting(3);
     let copy = || {
         let held = tempfile::tempdir().unwrap();
@@ -531,7 +531,7 @@ fn nothing_is_accepted_into_a_store_that_was_replaced() {
 }
 
 #[test]
-fn a_folder_that_cannot_be_written_is_refused_with_the_file_that_is_in_the_way() {
+fn a_folder_that_cannot_be_written_is_refused_and_the_obstructing_file_named() {
     let (_service, folder, ..) = waiting(1);
     let file = folder.join("exports.db");
     let shm = folder.join("exports.db-shm");

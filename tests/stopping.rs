@@ -14,7 +14,7 @@ use serde_json::json;
 use support::{Destination, PATIENCE, Reaction, Response, Service, not_run, ok, payload, token};
 
 #[test]
-fn a_signal_answers_parked_polls_and_lets_the_attempt_under_way_end() {
+fn after_a_signal_parked_polls_are_answered_and_the_attempt_under_way_can_end() {
     for signal in ["TERM", "INT"] {
         let (destination, gate) = Destination::held();
         let mut service = Service::start(&[]);
@@ -49,7 +49,7 @@ fn a_signal_answers_parked_polls_and_lets_the_attempt_under_way_end() {
 }
 
 #[test]
-fn a_request_that_is_not_whole_when_it_stops_is_told_so_and_when_to_come_back() {
+fn a_request_that_is_incomplete_at_the_stop_gets_503_with_retry_after() {
     let mut service = Service::start(&[]);
     let whole = Service::written("GET", "/status", &[("Connection", "keep-alive")], b"");
     let submission = Service::written("POST", "/export", &[], &[b' '; 100_000]);
@@ -74,7 +74,7 @@ fn a_request_that_is_not_whole_when_it_stops_is_told_so_and_when_to_come_back() 
 }
 
 #[test]
-fn a_crowd_that_comes_as_it_stops_does_not_make_it_fail() {
+fn a_crowd_that_connects_during_the_stop_does_not_make_it_fail() {
     for _ in 0..5 {
         let mut service = Service::start(&[]);
         thread::scope(|scope| {
@@ -106,7 +106,7 @@ fn answer(reader: &mut BufReader<TcpStream>) -> Option<Response> {
 }
 
 #[test]
-fn a_stop_under_load_answers_what_was_begun_and_keeps_what_was_accepted() {
+fn a_stop_under_load_answers_started_requests_and_keeps_what_was_accepted() {
     let destination = Destination::start(|_| ok());
     let mut service = Service::start(&[]);
     let url = &destination.url;
@@ -186,7 +186,7 @@ fn a_stop_under_load_answers_what_was_begun_and_keeps_what_was_accepted() {
 }
 
 #[test]
-fn a_stop_ends_before_docker_kills_whatever_hangs() {
+fn a_stop_ends_before_docker_kills_no_matter_what_hangs() {
     let (destination, gate) = Destination::held();
     let mut service = Service::start(&[]);
     let url = &destination.url;
@@ -250,7 +250,7 @@ fn a_stop_ends_before_docker_kills_whatever_hangs() {
 }
 
 #[test]
-fn an_attempt_that_hangs_does_not_hold_up_the_end_and_is_made_again() {
+fn a_hanging_attempt_does_not_delay_the_stop_and_is_repeated() {
     let (destination, gate) = Destination::held();
     let mut service = Service::start(&[]);
     let id = service.submit(&destination.url, &payload(1));
@@ -263,7 +263,7 @@ fn an_attempt_that_hangs_does_not_hold_up_the_end_and_is_made_again() {
 }
 
 #[test]
-fn a_second_signal_ends_it_at_once_and_loses_nothing() {
+fn a_second_signal_ends_the_service_at_once_and_loses_nothing() {
     let (destination, gate) = Destination::held();
     let mut service = Service::start(&[]);
     let id = service.submit(&destination.url, &payload(1));
@@ -306,7 +306,7 @@ fn panics_in_two_threads() {
 }
 
 #[test]
-fn a_panic_in_a_thread_of_ours_ends_the_process_and_quotes_nothing() {
+fn a_panic_in_a_thread_of_ours_ends_the_process_and_reveals_nothing() {
     let output = Command::new(std::env::current_exe().unwrap())
         .args([
             "--ignored",

@@ -86,7 +86,7 @@ fn curl_with_its_form_content_type_and_basic_auth_can_submit() {
 }
 
 #[test]
-fn the_state_goes_from_pending_over_processing_to_finished() {
+fn the_state_goes_from_pending_through_processing_to_finished() {
     let (destination, gate) = Destination::held();
     let service = Service::start(&[]);
     let url = &destination.url;
@@ -154,7 +154,7 @@ fn any_status_is_an_answer_and_redirects_are_not_followed() {
 }
 
 #[test]
-fn bodies_that_are_long_or_not_text_are_cut_and_encoded() {
+fn long_bodies_are_cut_and_bodies_that_are_not_text_are_encoded() {
     let destination = Destination::start(|arrival| match arrival.text() {
         "[1]" => Reaction::Answer(200, "é".repeat(40_000).into_bytes()),
         "[2]" => Reaction::Answer(200, vec![0xff, 0xfe]),
@@ -214,7 +214,7 @@ fn a_kept_connection_that_the_destination_closes_on_the_next_request_is_no_failu
 }
 
 #[test]
-fn exports_leave_one_after_another_in_the_order_of_their_acceptance() {
+fn exports_are_sent_one_by_one_in_the_order_of_acceptance() {
     let destination = Destination::start(|_| ok());
     let service = Service::start(&[]);
     let ids: Vec<_> = (0..30)
@@ -372,7 +372,7 @@ fn a_body_that_says_it_is_encoded_gets_415_which_says_what_to_do() {
 }
 
 #[test]
-fn a_byte_order_mark_is_named_wherever_it_stands() {
+fn a_byte_order_mark_is_named_wherever_it_is() {
     let service = Service::start(&[]);
     let url = "https://a.example/in";
     let body = json!({"uri": url, "data": {}}).to_string();
@@ -587,7 +587,7 @@ fn submissions_with_one_key_at_the_same_time_become_one_export() {
 }
 
 #[test]
-fn a_client_that_weighs_encodings_with_nan_harms_nobody() {
+fn a_client_that_weights_encodings_with_nan_harms_nobody() {
     let service = Service::start(&[]);
     let weights: Vec<_> = (0..50)
         .map(|n| {

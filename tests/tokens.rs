@@ -81,7 +81,7 @@ fn tokens_minted_by_pymacaroons_export_in_every_format_and_header() {
 }
 
 #[test]
-fn forged_cut_expired_and_incomplete_tokens_all_get_401() {
+fn forged_truncated_expired_and_incomplete_tokens_all_get_401() {
     let destination = Destination::start(|_| ok());
     let url = &destination.url;
     let service = Service::start(&[]);
@@ -201,7 +201,7 @@ fn forged_cut_expired_and_incomplete_tokens_all_get_401() {
 }
 
 #[test]
-fn tokens_of_the_program_verify_in_pymacaroons() {
+fn tokens_minted_by_the_program_verify_in_pymacaroons() {
     let mut peer = Macaroons::start();
     let url = "https://a.example/in?key=1";
     for arguments in [
@@ -243,7 +243,7 @@ fn tokens_of_the_program_verify_in_pymacaroons() {
 }
 
 #[test]
-fn a_token_of_the_program_exports() {
+fn a_token_minted_by_the_program_allows_exports() {
     let destination = Destination::start(|_| ok());
     let service = Service::start(&[]);
     let output = command()
@@ -267,7 +267,7 @@ fn a_token_of_the_program_exports() {
 }
 
 #[test]
-fn a_service_of_another_name_takes_only_tokens_for_that_name() {
+fn a_service_accepts_only_tokens_for_its_own_name() {
     let service = Service::start(&["--name", "my-export"]);
     let url = "https://a.example/in";
     let minted = |name: &str| {

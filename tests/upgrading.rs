@@ -493,7 +493,7 @@ fn folder() -> Arc<TempDir> {
 }
 
 #[test]
-fn a_folder_of_an_earlier_release_is_taken_over_with_all_that_is_in_it() {
+fn a_folder_of_an_earlier_release_is_taken_over_with_everything_in_it() {
     for version in [1, 2] {
         let left = Left::new(version);
         let folder = folder();
@@ -587,7 +587,7 @@ fn are_there(more: &[Row], folder: &Arc<TempDir>) {
 }
 
 #[test]
-fn a_takeover_of_more_than_fits_into_memory_that_is_killed_is_completed_by_the_next_start() {
+fn a_killed_takeover_of_more_than_fits_into_memory_is_completed_by_the_next_start() {
     let more = std::cell::RefCell::new(Vec::new());
     let new = || {
         let (left, some) = Left::with_more(2, 10_000, 300);
@@ -675,7 +675,7 @@ fn bytes_in(folder: &Path) -> u64 {
 }
 
 #[test]
-fn a_folder_on_a_disk_that_is_nearly_full_is_taken_over_or_left_as_it_can_be_used_elsewhere() {
+fn a_folder_on_a_nearly_full_disk_is_taken_over_or_left_usable_elsewhere() {
     for version in [1, 2] {
         let mut room = 0;
         loop {
@@ -724,7 +724,7 @@ fn a_folder_on_a_disk_that_is_nearly_full_is_taken_over_or_left_as_it_can_be_use
 }
 
 #[test]
-fn what_an_export_has_been_tried_for_counts_on_after_a_takeover() {
+fn a_takeover_does_not_reset_how_long_exports_have_been_tried() {
     let old = Old::new(2);
     let (dead, _) = nowhere();
     let breaking = Destination::start(|_| Reaction::Raw(Vec::new()));
@@ -785,7 +785,7 @@ fn what_an_export_has_been_tried_for_counts_on_after_a_takeover() {
 }
 
 #[test]
-fn a_queue_that_has_no_exports_left_holds_up_no_new_one() {
+fn an_empty_queues_backoff_does_not_delay_a_new_export_after_a_takeover() {
     let old = Old::new(2);
     let destination = Destination::start(|_| ok());
     let last = old.finished(
@@ -804,7 +804,7 @@ fn a_queue_that_has_no_exports_left_holds_up_no_new_one() {
 }
 
 #[test]
-fn a_row_that_makes_no_sense_costs_its_export_and_no_other() {
+fn an_invalid_row_loses_only_its_own_export() {
     // With the status of its result, where it must have one.
     let cases = [
         ("last_error = 'no JSON', attempts = 1", Some(200)),
@@ -860,7 +860,7 @@ fn a_row_that_makes_no_sense_costs_its_export_and_no_other() {
 }
 
 #[test]
-fn twenty_thousand_exports_for_a_dead_destination_hold_up_no_other() {
+fn twenty_thousand_exports_for_a_dead_destination_delay_no_other() {
     let count = 20_000;
     let old = Old::new(2);
     let (dead, address) = nowhere();
