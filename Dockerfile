@@ -3,18 +3,18 @@
 ARG RUST_IMAGE=rust:1.95-alpine
 
 FROM ${RUST_IMAGE} AS build
-# Where Alpine's own Rust has to serve, since there is no image with another.
+# Alpine's own Rust, for platforms without an official Rust image.
 RUN command -v cargo || apk add --no-cache cargo gcc musl-dev
 WORKDIR /build
 ENV RUSTFLAGS="-C target-feature=+crt-static"
-# The dependencies in a layer of their own, built with an empty program: they take the longest
+# The dependencies in a separate layer, built with an empty program: they take the longest
 # and change the least.
 COPY Cargo.toml Cargo.lock ./
 RUN mkdir src && echo 'fn main() {}' > src/main.rs && touch src/lib.rs \
     && cargo build --release --locked \
     && rm -r src
 COPY src src
-# Newer than the empty program, whatever times the copy has kept.
+# Newer than the empty program, whatever times COPY preserves.
 RUN touch src/main.rs src/lib.rs && cargo build --release --locked && mkdir /data
 
 FROM scratch

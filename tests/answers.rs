@@ -1,5 +1,5 @@
-//! Answers as the world sends them: contract section 1, "Any HTTP response is final", with curl as the
-//! judge of what can be read.
+//! Odd answers from destinations: contract section 1, "Any HTTP response is final". What curl can read is
+//! readable.
 
 mod support;
 
@@ -16,14 +16,14 @@ use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use serde_json::{Value, json};
 use support::{Destination, Identity, Service, ok, payload};
 
-/// How a destination ends the connection after what it has to say.
+/// How a destination ends the connection after its answer.
 #[derive(Clone, Copy, Debug)]
 enum End {
-    /// In order.
+    /// With a FIN.
     Fin,
     /// With a reset.
     Reset,
-    /// Not at all: it waits for the client to go.
+    /// Not at all: it waits for the client to close.
     Stay,
 }
 
@@ -37,7 +37,7 @@ fn saying(answer: &[u8], end: End) -> String {
             let (mut stream, answer) = (stream.unwrap(), answer.clone());
             thread::spawn(move || {
                 read_request(&mut stream);
-                // The client may have heard enough.
+                // The client may have closed already.
                 let _ = stream.write_all(&answer);
                 match end {
                     End::Fin => {}
@@ -45,7 +45,7 @@ fn saying(answer: &[u8], end: End) -> String {
                         let _ = stream.read(&mut [0]);
                     }
                     End::Reset => {
-                        // What was sent must have arrived, or it is lost with the reset.
+                        // The reset would discard what has not arrived yet.
                         while rustix::io::ioctl_fionread(&stream).is_err() {}
                         thread::sleep(Duration::from_millis(200));
                         let at_once = Some(Duration::ZERO);
@@ -84,7 +84,7 @@ fn exported(service: &Service, url: &str) -> Value {
     service.result(url, &id)
 }
 
-/// What curl makes of an answer to a POST: its exit code, the status and the body.
+/// How curl reads an answer to a POST: its exit code, the status and the body.
 fn curled(url: &str) -> (i32, u64, Vec<u8>) {
     let done = Command::new("curl")
         .args(["--silent", "--max-time", "5", "--data", "{}"])
@@ -169,7 +169,7 @@ fn what_curl_reads_is_read_and_when_curl_complains_the_status_is_kept() {
             "HTTP/1.1 200 OK\r\nConnection: keep-alive\r\n\r\nok",
             End::Fin,
         ),
-        // From here on curl complains.
+        // Curl reports an error for these.
         ("HTTP/1.1 200 OK\r\n\r\nok", End::Reset),
         ("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nok", End::Fin),
         ("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nok", End::Reset),
@@ -252,8 +252,8 @@ fn a_destination_that_sends_no_final_status_is_retried() {
     }
 }
 
-/// An HTTPS destination that says this, and at its end goodbye or not.
-fn saying_over_tls(identity: &Identity, answer: &[u8], goodbye: bool) -> String {
+/// An HTTPS destination that sends this answer, with or without close_notify at its end.
+fn saying_over_tls(identity: &Identity, answer: &[u8], close_notify: bool) -> String {
     let pem = std::fs::read(identity.pem()).unwrap();
     let chain = CertificateDer::pem_slice_iter(&pem).map(Result::unwrap);
     let key = PrivateKeyDer::from_pem_slice(&pem).unwrap();
@@ -275,7 +275,7 @@ fn saying_over_tls(identity: &Identity, answer: &[u8], goodbye: bool) -> String 
                 StreamOwned::new(connection, stream.unwrap());
             read_request(&mut stream);
             stream.write_all(&answer).unwrap();
-            if goodbye {
+            if close_notify {
                 stream.conn.send_close_notify();
             }
             stream.flush().unwrap();
@@ -290,13 +290,13 @@ fn over_tls_a_body_without_length_that_ends_without_close_notify_is_truncated() 
     let service = Service::start(&["--ca-file", identity.ca().to_str().unwrap()]);
     let endless = &b"HTTP/1.1 200 OK\r\n\r\nok"[..];
     let counted = &b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"[..];
-    for (answer, goodbye, truncated) in [
+    for (answer, close_notify, truncated) in [
         (endless, true, false),
         (endless, false, true),
         (counted, true, false),
         (counted, false, false),
     ] {
-        let result = exported(&service, &saying_over_tls(&identity, answer, goodbye));
+        let result = exported(&service, &saying_over_tls(&identity, answer, close_notify));
         let read = (&result["status_code"], &result["body"]);
         assert_eq!(read, (&json!(200), &json!("ok")), "{result}");
         assert_eq!(result["truncated"] == true, truncated, "{result}");
@@ -319,7 +319,7 @@ fn an_answer_of_a_megabyte_arrives_whole() {
 #[test]
 fn large_answers_from_many_destinations_share_bounded_memory() {
     const LARGE: usize = 1024 * 1024;
-    // Each sends all of its body but the last bytes, and then waits for all others to be asked.
+    // Each sends all but the last bytes of its body, then waits until all others have been asked.
     let asked = Arc::new(std::sync::Barrier::new(40));
     let service = Service::start(&["--attempt-timeout", "60s"]);
     let urls: Vec<_> = (0..40)

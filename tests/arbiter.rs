@@ -1,5 +1,5 @@
-//! The link to the arbiter, against libzmq: getting the secret, keeping it, asking again, and what
-//! is said of arbiters that misbehave.
+//! The link to the arbiter, with libzmq as the other side: fetching the secret, caching it, asking again,
+//! and what the service reports of arbiters that misbehave.
 
 mod support;
 
@@ -21,10 +21,10 @@ use support::{Destination, Identity, PATIENCE, Peer, Response, Service};
 use support::{ok, payload, python, root, token};
 use tempfile::TempDir;
 
-/// The Z85 key of RFC 32's example, which is no arbiter's.
+/// The Z85 key of RFC 32's example, which belongs to no arbiter here.
 const STRANGER: &str = "HelloWorldHelloWorldHelloWorldHelloWorld";
 
-/// An arbiter on libzmq; see tests/peers/arbiter.py.
+/// An arbiter that uses libzmq; see tests/peers/arbiter.py.
 struct Arbiter {
     peer: Peer,
     folder: TempDir,
@@ -43,7 +43,7 @@ impl Arbiter {
         }
     }
 
-    /// A service that asks this arbiter.
+    /// Starts a service that asks this arbiter.
     fn service(&self) -> Service {
         Service::start_without_secret(&self.arguments())
     }
@@ -57,7 +57,7 @@ impl Arbiter {
         self.folder.path().join(name)
     }
 
-    /// How often the secret was asked for.
+    /// How often the secret was requested.
     fn asked(&mut self) -> u64 {
         self.peer.ask(&json!({"do": "count"}))["secrets"]
             .as_u64()
@@ -81,7 +81,7 @@ impl Arbiter {
         self.start_as("well");
     }
 
-    /// Cannot be reached from now on, but goes on.
+    /// Makes it unreachable, although it runs on.
     fn cut(&mut self) {
         self.peer.ask(&json!({"do": "cut"}));
     }
@@ -90,7 +90,7 @@ impl Arbiter {
         self.peer.ask(&json!({"do": "mend"}));
     }
 
-    /// Loses the service's registration and gets it again.
+    /// Makes it lose the service's registration and get it again.
     fn forget(&mut self) {
         self.peer.ask(&json!({"do": "forget"}));
     }
@@ -113,12 +113,12 @@ fn submit(service: &Service, token: &str, url: &str) -> Response {
     service.post("/export", token, &json!({"uri": url, "data": payload(1)}))
 }
 
-/// What the service has written down.
+/// The content of the service's cache file.
 fn cached(service: &Service) -> Value {
     serde_json::from_slice(&fs::read(service.folder().join("secret")).unwrap()).unwrap()
 }
 
-/// Changes what it has written down; not while it runs.
+/// Changes the cache file. The service must not be running.
 fn change_cached(folder: &Path, change: impl FnOnce(&mut serde_json::Map<String, Value>)) {
     let file = folder.join("secret");
     let mut cached: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
@@ -126,7 +126,8 @@ fn change_cached(folder: &Path, change: impl FnOnce(&mut serde_json::Map<String,
     fs::write(&file, cached.to_string()).unwrap();
 }
 
-/// Waits until the service says what is wrong in these words, and finds it putting requests off.
+/// Waits until the service logs these words as the reason, and checks that it refuses requests for the time
+/// being.
 fn put_off(service: &Service, words: &[&str], in_general: &str) {
     let line = service.event("no link to the arbiter", |line| {
         let reason = line["reason"].as_str().unwrap();
@@ -164,7 +165,7 @@ fn the_secret_is_fetched_at_the_first_try_and_an_apps_token_is_accepted() {
         service.figure("VmRSS")
     );
 
-    // As an app gets it: from the arbiter, over Zest.
+    // An app gets its token like this: from the arbiter, over Zest.
     let minted = python()
         .arg(root().join("tests/peers/arbiter.py"))
         .arg("token")
@@ -193,7 +194,7 @@ fn an_app_exports_over_tls_with_nothing_but_what_a_databox_gives_it() {
     let service = arbiter.service();
     service.event("secret is there", |_| true);
     let token = arbiter.mint(&destination.url).unwrap();
-    // The arbiter's shape: v1, padded, with an empty identifier and location.
+    // Like those of the arbiter: v1, padded, with an empty identifier and location.
     let plain = URL_SAFE.decode(&token).unwrap();
     assert!(plain.starts_with(b"000elocation \n0010identifier \n"));
     let caveats = ["path = ", "method = ", "target = ", "destination = "];
@@ -322,7 +323,7 @@ fn a_service_restarted_while_the_arbiter_was_down_asks_again() {
     service.event("secret is there", |_| true);
     let url = "https://a.example/";
     let old = arbiter.mint(url).unwrap();
-    // Away when the service goes, as in a reboot of everything but the machine.
+    // Down when the service stops, as when all programs restart but the machine does not.
     arbiter.stop();
     service.event("no link to the arbiter", |_| true);
     let service = service.kill_and_restart();
@@ -331,7 +332,7 @@ fn a_service_restarted_while_the_arbiter_was_down_asks_again() {
     service.event("secret is there", |line| line["from"] == "arbiter");
     assert_eq!(arbiter.asked(), 2);
 
-    // Away only while the service starts.
+    // Down only while the service starts.
     let service = {
         service.signal("STOP");
         arbiter.stop();
@@ -382,7 +383,7 @@ fn losing_the_connection_to_an_arbiter_that_was_not_restarted_voids_no_token() {
         assert_eq!(submitted(&service, &token, url), 200);
     }
 
-    // That it was restarted afterwards is not missed.
+    // A later restart of the arbiter is noticed.
     arbiter.restart();
     service.event("secret is there", |line| {
         line["reason"] == "the arbiter was restarted"
@@ -475,7 +476,7 @@ fn an_arbiter_that_lost_the_registration_is_asked_although_it_was_not_restarted(
         });
         assert_eq!(submitted(&service, &old, url), 200);
         if restarted {
-            // It is not there when the service finds out that it is registered again.
+            // It is down when the service would learn that it is registered again.
             service = service.kill_and_restart_after(|| arbiter.forget());
         } else {
             arbiter.forget();
@@ -518,7 +519,7 @@ fn an_arbiter_that_names_no_instance_is_asked_after_each_loss_and_each_boot() {
     service = service.kill_and_restart_after(|| {
         change_cached(&folder, |cached| cached["boot"] = "another".into());
     });
-    // Although the arbiter was up first.
+    // The arbiter was up first, and is asked all the same.
     let there = service.event("secret is there", |line| line["from"] == "arbiter");
     assert_eq!(there["reason"], "the machine was started");
     assert_eq!(arbiter.asked(), 3);
@@ -553,18 +554,22 @@ fn a_secret_cached_by_an_earlier_release_is_used() {
     assert_eq!(submitted(&service, &token, url), 200);
     service.event("connected to the arbiter", |_| true);
     assert_eq!(arbiter.asked(), 1);
-    assert_eq!(cached(&service), written, "from now on it is known");
+    assert_eq!(
+        cached(&service),
+        written,
+        "the instance is known from now on"
+    );
     service = service.kill_and_restart_after(|| arbiter.restart());
     service.event("secret is there", |line| line["from"] == "arbiter");
     service.event("connected to the arbiter", |_| true);
     assert_eq!(arbiter.asked(), 2);
 
-    // What was in doubt for that release is in doubt still.
+    // What was stale for that release is still stale.
     service = service.kill_and_restart_after(|| earlier(true));
     service.event("secret is there", |line| line["from"] == "arbiter");
     service.event("connected to the arbiter", |_| true);
     assert_eq!(arbiter.asked(), 3);
-    assert!(cached(&service)["boot"].is_string(), "no more doubt");
+    assert!(cached(&service)["boot"].is_string(), "no longer stale");
 }
 
 #[test]
@@ -695,7 +700,7 @@ fn a_lasting_failure_is_warned_about_once() {
 
 #[test]
 fn a_hanging_arbiter_is_noticed_at_each_step() {
-    // At once, since each takes its time.
+    // All at the same time, since each takes long.
     thread::scope(|threads| {
         threads.spawn(|| {
             let mut arbiter = Arbiter::start();
@@ -715,7 +720,7 @@ fn a_hanging_arbiter_is_noticed_at_each_step() {
             let mut arbiter = Arbiter::start();
             arbiter.behave("late");
             let service = arbiter.service();
-            // Ten seconds late, and the first answer counts: the next would void it.
+            // The answer is ten seconds late and must be used: another request would void it.
             service.event("secret is there", |_| true);
             assert_eq!(arbiter.asked(), 1);
         });
@@ -734,7 +739,7 @@ fn a_hanging_arbiter_is_noticed_at_each_step() {
         threads.spawn(|| {
             let mut arbiter = Arbiter::start();
             let service = arbiter.service();
-            // One that never answered a PING would not be missed.
+            // The loss of one that never answered a PING would go unnoticed.
             service.event("the arbiter has answered a PING", |_| true);
             let signal = |name: &str| {
                 let pid = arbiter.peer.pid().to_string();
@@ -753,7 +758,7 @@ fn a_hanging_arbiter_is_noticed_at_each_step() {
                     .unwrap()
                     .contains("no answer to the PING in time")
             });
-            // It was only stalled: what it made is still good.
+            // It was only stalled: its secret is still valid.
             signal("-CONT");
             service.events("connected to the arbiter", 2);
             assert_eq!(arbiter.asked(), 1);
@@ -837,14 +842,14 @@ fn a_missing_or_wrong_file_is_named_with_what_works_without_it() {
 enum End {
     /// It answered a request.
     Answered(u8),
-    /// It closed the connection when our side was at this step.
+    /// It closed the connection while our side was at this step.
     Closed(Step),
-    /// Our side found something wrong at this step.
+    /// Our side refused something at this step.
     Refused(Step, Cause),
 }
 
-/// Asks for the secret by the pure client alone, with everything that is sent or received first
-/// shown to `tamper`, with the step and which of the two it is.
+/// Asks for the secret with the client alone, without I/O of its own. `tamper` may change everything that
+/// is sent or received; it is told the step and the direction.
 fn converse(arbiter: &Arbiter, mut tamper: impl FnMut(bool, Step, &mut Vec<u8>)) -> End {
     let text = fs::read_to_string(arbiter.file("ZMQ_PUBLIC_KEY")).unwrap();
     let token = fs::read(arbiter.file("ARBITER_TOKEN")).unwrap();
@@ -920,7 +925,7 @@ fn libzmq_accepts_what_we_send_and_refuses_it_with_any_part_changed() {
 fn what_libzmq_sends_is_refused_with_any_part_changed() {
     let arbiter = Arbiter::start();
     for wanted in [Step::Hello, Step::Initiate, Step::Request] {
-        // Counted from the end, where the sealed part is.
+        // Counted from the end, where the encrypted part is.
         for back in (1..=50).step_by(7) {
             let end = converse(&arbiter, |sent, step, bytes| {
                 if !sent && step == wanted {
@@ -933,7 +938,7 @@ fn what_libzmq_sends_is_refused_with_any_part_changed() {
     }
     let end = converse(&arbiter, |sent, step, bytes| {
         if !sent && step == Step::Request {
-            // The first of the answer's two frames once more.
+            // The first of the answer's two frames is repeated.
             let length = usize::from(bytes[1]) + 2;
             let again = bytes[..length].to_vec();
             bytes.splice(length..length, again);

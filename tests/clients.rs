@@ -1,4 +1,4 @@
-//! Real clients, over HTTP and TLS: that they are served, soon, whatever the size of the answer.
+//! Real clients, over HTTP and TLS: they are answered soon, whatever the size of the answer.
 
 mod support;
 
@@ -13,12 +13,12 @@ use support::{python, root, token};
 
 /// The sizes of destinations' answers that clients poll for, in bytes.
 const SIZES: [usize; 5] = [0, 700, 1024, 30_000, 100_000];
-/// What every client here is told to send to.
+/// The destination of every client here.
 const TIMES: usize = 20;
-/// What a delayed acknowledgement costs each answer at least, in milliseconds, on an idle machine too.
+/// The least delay from a delayed acknowledgement, in milliseconds, even on an idle machine.
 const STALL: f64 = 36.0;
 
-/// A service with an export for each size, each Finished with an answer of that size.
+/// A service with a Finished export for each size, whose answer has that size.
 struct Served {
     service: Service,
     identity: Option<Identity>,
@@ -36,7 +36,7 @@ impl Served {
             Reaction::Answer(200, vec![b'x'; usize::try_from(size).unwrap()])
         });
         let arguments = ["--max-response", "200000"];
-        // Set up over HTTP: only who asks afterwards is of interest here.
+        // Set up over HTTP, since only the later polls matter here.
         let service = Service::start(&arguments);
         let url = &destination.url;
         let ids = SIZES.map(|size| (size, service.submit(url, &json!([size]))));
@@ -70,8 +70,8 @@ impl Served {
         format!("{scheme}://localhost:{}{path}", self.service.address.port())
     }
 
-    /// Has a script poll for each size several times, with its connection kept and not, and look at
-    /// each answer. It prints a line of JSON: the milliseconds that each answer took, by kind.
+    /// Runs a script that polls for each size several times, with and without keep-alive, and checks each
+    /// answer. It prints a line of JSON: the milliseconds that each answer took, by kind.
     fn polled_by(&self, program: &mut Command, script: &str) {
         let task = json!({
             "url": self.url("/export"),
@@ -96,7 +96,7 @@ impl Served {
             let times = sorted(kind);
             let (quick, slowest) = (times[TIMES / 4], times[TIMES - 1]);
             eprintln!("{script} {kind}: {quick:.2} ms, {slowest:.2} ms at most");
-            // An empty answer is never held up.
+            // An empty answer is never delayed.
             let (_, connection) = kind.split_once(' ').unwrap();
             let empty = sorted(&format!("{} {connection}", SIZES[0]))[TIMES / 4];
             assert!(quick < empty + STALL, "{kind}: {times:?}, empty {empty}");
@@ -104,7 +104,7 @@ impl Served {
     }
 }
 
-/// What a program printed, once it has ended well.
+/// The output of a program. Panics if it fails.
 fn text(output: &Output) -> String {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{errors}");
@@ -143,7 +143,7 @@ fn answers_to_curl_do_not_stall() {
         };
         let url = served.url("/export");
         for version in ["--http1.0", "--http1.1", "--http2"] {
-            // The first is empty, and never held up.
+            // The first is empty, and never delayed.
             let mut empty = None;
             for (size, id) in &served.ids {
                 let body = json!({ "id": id }).to_string();
@@ -197,7 +197,7 @@ fn answers_to_curl_do_not_stall() {
                 );
             }
         }
-        // A body that curl asks leave for, one in chunks, and a HEAD request.
+        // A body with Expect: 100-continue, one in chunks, and a HEAD request.
         let large = format!(
             "{{\"id\":\"{}\",\"data\":\"{}\"}}",
             served.ids[0].1,
@@ -216,7 +216,7 @@ fn answers_to_curl_do_not_stall() {
             head.starts_with("HTTP/1.1 200 ") && head.ends_with("\r\n\r\n"),
             "{head}"
         );
-        // More than may be sent, of a length that is known and not.
+        // Too large a body, with a known and an unknown length.
         fs::write(&file, large.repeat(3)).unwrap();
         for header in ["A: b", "Expect: 100-continue", "Transfer-Encoding: chunked"] {
             let answer = curl(&["--header", header, "--data-binary", &from, &url]);
@@ -225,7 +225,7 @@ fn answers_to_curl_do_not_stall() {
     }
 }
 
-/// Has openssl's client send some text and print all that comes back.
+/// Sends some text with openssl's client and returns everything that comes back.
 fn s_client(service: &Service, identity: &Identity, arguments: &[&str], sent: &str) -> Output {
     let mut child = Command::new("openssl")
         .args([
@@ -303,7 +303,7 @@ fn a_databox_pem_in_the_secrets_folder_turns_on_https() {
         .output()
         .unwrap();
     assert!(text(&answer).contains("\"Finished\""));
-    // Its own health check speaks TLS too, and knows where the certificate is.
+    // The health check speaks TLS too, and knows where the certificate is.
     let healthy = command()
         .args(["healthcheck", "--port", &service.address.port().to_string()])
         .env("EXPORT_SECRETS_DIR", folder)
@@ -388,7 +388,7 @@ fn sighup_loads_a_new_certificate_and_keeps_open_connections() {
     ask();
     assert!(text(&s_client(&service, &identity, &[], LAST_STATUS)).ends_with("active"));
 
-    // One that cannot be used changes nothing.
+    // An unusable certificate changes nothing.
     fs::write(identity.pem(), "nothing").unwrap();
     service.signal("HUP");
     service.event("the old certificate stays", |_| true);

@@ -22,7 +22,7 @@ use support::{
     token, token_of,
 };
 
-/// A destination that takes connections and requests and never answers.
+/// A destination that accepts connections and requests and never answers.
 fn hanging() -> Destination {
     Destination::start(|_| {
         loop {
@@ -76,7 +76,7 @@ fn a_pending_export_says_why_it_waits_and_for_how_long() {
     );
     let wait = waiting["next_attempt_in"].as_f64().unwrap();
     assert!(wait <= 2.4, "{wait}");
-    // The one behind it was not tried, and has the same reason to wait.
+    // The one behind it was not tried, and waits for the same reason.
     let behind = poll(&service, &url, &second);
     assert_eq!(
         (&behind["attempts"], &behind["last_error"]),
@@ -118,7 +118,7 @@ fn an_export_is_given_up_in_time_with_the_reason_and_all_its_attempts() {
     let first = service.submit(&url, &payload(1));
     service.reports(2);
     let service = service.kill_and_restart();
-    // Neither at once nor from the beginning: the wait goes on, and so does the count.
+    // It is not retried at once or from the start: both the wait and the count go on.
     let again = service.event("failed", |_| true);
     assert_eq!(again["attempt"], 3);
     let second = service.submit(&url, &payload(2));
@@ -129,7 +129,7 @@ fn an_export_is_given_up_in_time_with_the_reason_and_all_its_attempts() {
         result["error"]["attempts"].as_u64().unwrap() >= 3,
         "{result}"
     );
-    // Accepted later, it is given up later, without ever having had its turn or after one.
+    // An export accepted later is given up later, whether it had an attempt or not.
     let result = service.result(&url, &second);
     assert_eq!(result["error"]["kind"], "connect");
 }
@@ -146,7 +146,7 @@ fn restarts_do_not_reset_how_long_exports_have_been_tried() {
     }
     let result = service.result(&url, &id);
     assert_eq!(result["error"]["kind"], "connect");
-    // A fifth one would come at 15 s.
+    // A fifth attempt would come at 15 s.
     assert_eq!(result["error"]["attempts"], 4, "{result}");
 }
 
@@ -161,7 +161,7 @@ fn an_export_behind_others_that_are_delivered_is_not_given_up() {
     let ids: Vec<_> = (0..12)
         .map(|number| service.submit(url, &payload(number)))
         .collect();
-    // Nor is it in a run that begins when all of that time is over.
+    // It is not given up in a run that begins after all of that time either.
     service.event("delivered", |line| line["id"] == ids[5].as_str());
     let service = service.kill_and_restart();
     for id in &ids {
@@ -223,7 +223,7 @@ fn a_name_that_resolves_to_a_forbidden_address_for_a_while_loses_no_export() {
     let service = Service::start_with_hosts(&hosts, &[]);
     let destination = Destination::start(|_| ok());
     for scheme in ["http", "https"] {
-        // For https it stays wrong; what the name stood for is remembered for some seconds.
+        // For https it stays wrong, since the look-up is remembered for some seconds.
         let port = destination.url.split([':', '/']).nth(4).unwrap();
         let url = format!("{scheme}://box.example:{port}/in");
         let ids: Vec<_> = (0..20)
@@ -291,7 +291,7 @@ fn if_no_network_is_allowed_plain_http_fails_at_once_whatever_the_name_resolves_
         let message = result["error"]["message"].as_str().unwrap();
         assert!(message.contains("--allow-network"), "{message}");
     }
-    // Over TLS another address of the same name would do.
+    // Over TLS another address of the same name could work.
     let url = "https://localhost/in";
     let id = service.submit(url, &payload(1));
     service.event("failed", |line| {
@@ -324,7 +324,7 @@ fn a_lost_payload_does_not_end_the_backoff_of_its_queue() {
     assert_eq!(result["error"]["kind"], "lost", "{result}");
     let failed = service.event("failed", |line| line["id"] == ids[1].as_str());
     assert_eq!(failed["attempt"], 1);
-    // The fourth wait in a row: 8 s, where after a success it would be 1 s.
+    // The fourth wait in a row is 8 s; after a success it would be 1 s.
     let waiting = loop {
         let waiting = poll(&service, &url, &ids[1]);
         if waiting["state"] == "Pending" && waiting["attempts"] == 1 {
@@ -369,7 +369,7 @@ fn after_two_days_off_everything_that_waits_is_delivered() {
     let database = service.folder().join("exports.db");
     let mut destination = None;
     let service = service.kill_and_restart_after(|| {
-        // As if all of that had been 48 hours ago, and the destination were back by now.
+        // As if all of that was 48 hours ago and the destination is back.
         let changed = rusqlite::Connection::open(&database)
             .unwrap()
             .execute(
@@ -479,7 +479,7 @@ fn a_status_to_retry_is_retried_after_the_wait_it_asks_for() {
         (&200.into(), &3.into())
     );
 
-    // Where nothing says otherwise, a 503 is an answer like any other.
+    // By default a 503 is an answer like any other.
     let destination = Destination::start(|_| Reaction::Answer(503, b"no".to_vec()));
     let service = Service::start(&[]);
     let id = service.submit(&destination.url, &payload(1));
@@ -531,7 +531,7 @@ fn thirty_hanging_apps_do_not_delay_the_next_and_take_at_most_one_thread_each() 
         service.threads("worker"),
         service.figure("VmRSS"),
     );
-    // One after another would be ten minutes, but a busy machine may take its time.
+    // One by one would take ten minutes. The limit allows for a busy machine.
     assert!(started.elapsed() < Duration::from_secs(15));
     assert!(service.threads("worker") <= 32);
     for (one, id) in hanging.iter().zip(&ids) {
@@ -541,7 +541,7 @@ fn thirty_hanging_apps_do_not_delay_the_next_and_take_at_most_one_thread_each() 
             (&json!(504), &json!("timeout"))
         );
     }
-    // The one that stands by leaves after ten seconds.
+    // The follower ends after ten seconds.
     let deadline = Instant::now() + PATIENCE;
     while service.threads("worker") > 1 {
         assert!(
@@ -562,8 +562,8 @@ fn at_the_limit_of_attempts_the_first_thread_that_is_free_takes_the_next() {
     });
     let healthy = Destination::start(|_| ok());
     let service = Service::start(&["--attempt-timeout", "20s", "--max-concurrent-attempts", "3"]);
-    // Two hang, and the slow one is under way: nobody decides what comes next, until the slow one's
-    // thread comes back.
+    // Two hang, and the slow one is under way: no thread can take the next attempt until the slow one's is
+    // free.
     service.submit(&hanging[0].url, &payload(1));
     hanging[0].arrival();
     let first = service.submit(&slow.url, &payload(2));
@@ -585,7 +585,7 @@ fn at_the_limit_of_attempts_the_first_thread_that_is_free_takes_the_next() {
 fn with_one_attempt_at_a_time_each_hanging_queue_costs_one_timeout() {
     let hanging: Vec<_> = (0..2).map(|_| hanging()).collect();
     let healthy = Destination::start(|_| ok());
-    // By the setting's earlier name, which was one less.
+    // With the setting's former name, whose value was one less.
     let service = Service::start(&["--attempt-timeout", "1s", "--max-relieved", "0"]);
     for one in &hanging {
         service.submit(&one.url, &payload(1));
@@ -602,7 +602,7 @@ fn with_one_attempt_at_a_time_each_hanging_queue_costs_one_timeout() {
         "one after another"
     );
     assert_eq!(service.threads("worker"), 1);
-    // The log is written by a thread of its own, in order.
+    // The log is written by its own thread, in order.
     service.event("delivered", |_| true);
     let attempts = service
         .log()
@@ -652,7 +652,7 @@ fn distant_destinations_are_served_concurrently_and_each_in_order() {
         "500 exports of 200 ms each to 20 destinations: {:?}",
         started.elapsed()
     );
-    // One after another would be a hundred seconds.
+    // One by one would take a hundred seconds.
     assert!(started.elapsed() < Duration::from_secs(40));
 }
 
@@ -795,7 +795,7 @@ fn an_answer_sent_before_the_whole_request_was_read_counts() {
     }
 }
 
-/// A destination that closes each connection at once, or when it has read something.
+/// A destination that closes each connection at once, or after it has read something.
 fn closing(after_reading: bool) -> String {
     use std::io::Read;
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -814,7 +814,7 @@ fn closing(after_reading: bool) -> String {
 fn private_addresses_are_refused_in_every_spelling_and_nothing_is_sent() {
     let inside = Destination::start(|_| ok());
     let port = inside.url.split([':', '/']).nth(4).unwrap().to_owned();
-    // The usual arguments allow this machine; later ones add to them.
+    // The default arguments allow this machine; later ones add to them.
     let service = Service::start_bare(&["--give-up-after", "200ms"]);
     for host in [
         "127.0.0.1",
@@ -849,7 +849,7 @@ fn private_addresses_are_refused_in_every_spelling_and_nothing_is_sent() {
             assert_eq!(result["error"]["kind"], "forbidden_address", "{url}");
         }
     }
-    // What these stand for is up to the system's look-up; where they lead here, nothing is sent.
+    // The system's look-up decides what these resolve to; if to this machine, nothing is sent.
     for host in ["LOCALHOST", "localhost.", "127.0.0.1.", "xn--lcalhost-1ya"] {
         let url = format!("http://{host}:{port}/in");
         let id = service.submit(&url, &payload(1));
@@ -881,7 +881,7 @@ fn if_no_thread_can_be_started_for_a_look_up_the_export_waits_and_the_service_go
     };
     let destination = Destination::start(|_| ok());
     let url = destination.url.replace("127.0.0.1", "localhost");
-    // A connection that has its threads already.
+    // This connection has its threads already.
     let mut stream = service.connect_from([127, 0, 0, 1]);
     let keep = ("Connection", "keep-alive");
     stream
@@ -916,7 +916,7 @@ fn the_service_is_no_destination_even_in_an_allowed_network() {
     for host in ["127.0.0.1", "localhost", "127.0.0.2"] {
         let url = format!("http://{host}:{}/status", service.address.port());
         let id = service.submit(&url, &payload(1));
-        // What a name stands for may change, so that one goes on.
+        // An address behind a name may change, so that export is retried.
         let error = if host == "localhost" {
             service.event("failed", |line| line["id"] == id.as_str());
             loop {
@@ -955,7 +955,7 @@ impl LookUp for Rebinding {
 
 #[test]
 fn a_name_that_changes_its_address_is_checked_again_and_only_checked_addresses_are_dialled() {
-    // 127.0.0.2 stands for a public address here, and 127.0.0.1 for one at home.
+    // Here 127.0.0.2 plays a public address, and 127.0.0.1 a private one.
     let listener = TcpListener::bind("127.0.0.2:0").unwrap();
     let public = listener.local_addr().unwrap();
     drop(listener);
@@ -1071,7 +1071,7 @@ fn a_queue_with_too_many_unfinished_exports_gets_429_and_others_go_on() {
     let message = refused.json()["error"]["message"].clone();
     assert!(message.as_str().unwrap().contains("to this destination"));
     assert_eq!(submit("you", "1").status, 200);
-    // The tokens of a real arbiter have one identifier for all apps.
+    // A real arbiter gives all apps the same identifier.
     for key in ["4", "5", "6", "7"] {
         assert_eq!(submit_to("me", &other.url, key).status, 200);
         other.arrival();
@@ -1132,7 +1132,7 @@ fn a_submission_to_a_full_store_gets_503_and_is_not_stored() {
 
 #[test]
 fn results_do_not_fill_the_store_beyond_its_limit() {
-    // Bytes that take six times as much as JSON.
+    // Bytes that take six times their size as JSON.
     let destination = Destination::start(|_| Reaction::Answer(200, vec![1; 60_000]));
     let service = Service::start(&["--max-store", "1000000", "--max-body", "2000"]);
     let url = &destination.url;
@@ -1184,10 +1184,10 @@ fn on_a_full_disk_submissions_get_503_nothing_is_lost_and_space_ends_it() {
     );
     assert!(refused.header("retry-after").is_some());
     assert!(!accepted.is_empty());
-    // What waits for the disk now is the result of one, when the others have to wait for it.
+    // Now the result of one export waits for the disk, and the others have to wait for it.
     gate.open();
     service.event("delivered", |_| true);
-    // The ballast is what somebody else had on the disk.
+    // The ballast plays another program's file on the disk.
     service.remove_ballast();
     let deadline = Instant::now() + PATIENCE;
     loop {

@@ -15,7 +15,7 @@ use rusqlite::Connection;
 use serde_json::json;
 use support::{Destination, Ends, MARK, PATIENCE, SECRET, Service, command, ok, payload, token};
 
-/// Tries to start a service on a folder and waits for it to give up.
+/// Tries to start a service on a folder and waits until it fails.
 fn refused(folder: &Path) -> (Option<i32>, String) {
     let Output { status, stderr, .. } = command()
         .args(["--port", "0", "--bind", "127.0.0.1", "--data-dir"])
@@ -57,7 +57,7 @@ fn two_hundred_exports_survive_five_kills() {
             while count() < 35 * kill {
                 thread::yield_now();
             }
-            // Killed while the submitters are at it; they wait for the lock, then go on.
+            // Killed while clients submit; they wait for the lock, then go on.
             running.lock().unwrap().as_ref().unwrap().signal("KILL");
             let mut running = running.lock().unwrap();
             *running = running.take().map(Service::kill_and_restart);
@@ -148,7 +148,7 @@ fn a_restart_does_not_read_all_payloads_into_memory() {
 fn on_disk(service: &Service, text: &str) -> bool {
     let entries = fs::read_dir(service.folder()).unwrap();
     let paths = entries.map(|entry| entry.unwrap().path());
-    // The folder in it holds a socket, which has no content.
+    // Its subfolder holds a socket, which has no content.
     paths.filter(|path| path.is_file()).any(|file| {
         let bytes = fs::read(file).unwrap();
         bytes
@@ -164,7 +164,7 @@ fn a_payload_is_erased_from_disk_once_its_export_is_finished() {
     let url = &destination.url;
     let id = service.submit(url, &json!({ "text": MARK, "first": "MARK-first" }));
     service.result(url, &id);
-    // Somebody looks at the store meanwhile, and more exports keep coming.
+    // Meanwhile another program reads the store, and more exports arrive.
     let reader = Connection::open(service.folder().join("exports.db")).unwrap();
     reader
         .execute_batch("BEGIN; SELECT count(*) FROM exports")

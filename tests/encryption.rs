@@ -1,4 +1,5 @@
-//! TLS to destinations: which certificates are good, and that nothing is sent past a bad one.
+//! TLS to destinations: which certificates are accepted, and that a destination with a bad one is sent
+//! nothing.
 
 mod support;
 
@@ -42,7 +43,7 @@ impl Servers {
     }
 }
 
-/// What is said of each bad certificate.
+/// The message for each bad certificate.
 const BAD: [(&str, &str); 5] = [
     ("expired", "expired on 2026-01-31"),
     (

@@ -1,4 +1,4 @@
-//! What the gate takes for one request, and that tiny_http sees the same one (RFC 9112).
+//! What the gate reads as one request, and that tiny_http reads the same (RFC 9112).
 
 use std::io::{Read, Write};
 use std::net::SocketAddr;
@@ -10,7 +10,7 @@ use proptest::prelude::*;
 
 const MAX_BODY: usize = 4096;
 
-/// All requests in these bytes, which arrive in pieces of such sizes, and why there are no more.
+/// All requests in these bytes, which arrive in pieces of these sizes, and why there are no more.
 fn requests(
     bytes: &[u8],
     mut pieces: impl Iterator<Item = usize>,
@@ -23,7 +23,7 @@ fn requests(
             Ok(None) => {
                 let piece = pieces.next().unwrap().clamp(1, rest.len());
                 let (mut now, later) = rest.split_at(piece);
-                // A large piece is read in several goes.
+                // A large piece is read in several steps.
                 while !now.is_empty() {
                     framer.read_from(&mut now).unwrap();
                 }
@@ -91,7 +91,7 @@ fn well_formed_requests_are_read_as_they_are() {
             "POST /a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /b HTTP/1.0\r\n\r\n",
             vec![("POST", "/a", ""), ("GET", "/b", "")],
         ),
-        // Upgrades are not made, and the request is answered as it is (RFC 9110, section 7.8).
+        // There are no upgrades: the request is answered without (RFC 9110, section 7.8).
         (
             "GET /a HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n\r\n",
             vec![("GET", "/a", "")],
@@ -332,8 +332,8 @@ impl Inside {
         }
     }
 
-    /// What tiny_http makes of a request as it is passed on. Another one follows, so that a
-    /// byte too many or too few is seen.
+    /// How tiny_http reads a request as it is passed on. Another one follows, so that a byte too many or
+    /// too few is noticed.
     fn sees(&mut self, mut request: Request) -> (String, String, Vec<u8>) {
         let client = SocketAddr::from(([127, 0, 0, 1], 1));
         let head = request.normalised_head(client, 7);
@@ -379,7 +379,7 @@ fn assert_tiny_http_sees_the_same(inside: &mut Inside, bytes: &[u8]) -> usize {
     count
 }
 
-/// Requests that are nearly well-formed: pieces of good and bad ones, put together.
+/// Requests that are nearly well-formed: valid and invalid pieces, put together.
 fn messy() -> impl Strategy<Value = Vec<u8>> {
     let piece = prop_oneof![
         Just("POST /export?a=%20 HTTP/1.1\r\n"),

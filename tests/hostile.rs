@@ -1,4 +1,4 @@
-//! Clients that mean harm: what tiny_http alone would fall to, one by one, and crowds of them.
+//! Malicious clients: attacks that tiny_http alone would not survive, and crowds.
 
 mod support;
 
@@ -14,11 +14,11 @@ use support::{
     Destination, Ends, Identity, PATIENCE, Reaction, Response, Service, ok, payload, python, token,
 };
 
-/// What the service may take at most, in kB, whatever is done to it.
+/// The most memory that the service may take, in kB, under any attack.
 const MEMORY: u64 = 60_000;
 
-/// Lets a client attack while others go about their business, and sees that they can, then and
-/// afterwards, and that the service is still the same process and has not grown.
+/// Attacks the service while normal clients use it. Checks that they can, then and afterwards, and that the
+/// service is still the same process and has not grown.
 fn withstands(arguments: &[&str], attack: impl FnOnce(&Service)) {
     let mut service = Service::start(arguments);
     let destination = Destination::start(|_| ok());
@@ -56,7 +56,7 @@ fn connect(service: &Service) -> TcpStream {
     service.connect_from([127, 0, 0, 1])
 }
 
-/// Writes what the service takes until it has closed the connection.
+/// Writes as long as the service reads, until it closes the connection.
 fn pour(stream: &mut TcpStream, bytes: &[u8], times: usize) {
     for _ in 0..times {
         if stream.write_all(bytes).is_err() {
@@ -65,10 +65,10 @@ fn pour(stream: &mut TcpStream, bytes: &[u8], times: usize) {
     }
 }
 
-/// Everything that the service still says before it closes the connection.
+/// Everything that the service sends before it closes the connection.
 fn rest(stream: &mut TcpStream) -> String {
     let mut text = Vec::new();
-    // It may be reset when more was sent than was read.
+    // It is reset if more was sent than was read.
     let _ = stream.read_to_end(&mut text);
     String::from_utf8(text).unwrap()
 }
@@ -97,7 +97,7 @@ fn a_header_line_without_end_is_cut_off() {
             stream.write_all(b"GET / HTTP/1.1\r\nA: ").unwrap();
             pour(&mut stream, &[b'a'; 64 * 1024], 1000);
             let _ = stream.shutdown(Shutdown::Write);
-            // What was on its way may have reset the connection before the answer was read.
+            // Data in flight may have reset the connection before the answer was read.
             let answer = rest(&mut stream);
             assert!(
                 answer.is_empty() || answer.starts_with("HTTP/1.1 431 "),
@@ -132,7 +132,7 @@ fn without_free_descriptors_the_service_goes_on_and_recovers() {
             "cannot accept connections: trying again, and closing some if it lasts",
             |_| true,
         );
-        // A client that comes now is served in its turn, since others have to make room.
+        // A client that connects now is served in its turn, since others are evicted.
         assert_eq!(service.request("GET", "/status", &[], b"").body, "active");
         drop(crowd);
         prlimit("4096:4096");
@@ -145,14 +145,14 @@ fn without_free_threads_the_service_goes_on_and_recovers() {
     let Some(mut service) = Service::start_with_threads(60) else {
         return;
     };
-    // None of them sends anything; one after the other is closed for the next.
+    // None of them sends anything; each is closed to make room for the next.
     let crowd: Vec<_> = (0..200).map(|_| connect(&service)).collect();
     service.event(
         "cannot accept connections: trying again, and closing some if it lasts",
         |_| true,
     );
     assert_eq!(service.request("GET", "/status", &[], b"").body, "active");
-    // Requests need a thread more each, so some of these are told to come again.
+    // Each request needs one more thread, so some of these are told to come again.
     let mut answers = Vec::new();
     thread::scope(|scope| {
         let clients: Vec<_> = (0..100)
@@ -213,7 +213,7 @@ for number in range(20000):
             .status()
             .unwrap();
         assert!(done.success());
-        // Those of this moment's normal client aside, no connection's thread is left.
+        // No connection's thread is left but those of the normal client at this moment.
         let deadline = Instant::now() + PATIENCE;
         while service.threads("connection") > 2 {
             assert!(
@@ -243,7 +243,7 @@ fn pipelined_requests_are_answered_in_order_and_delay_nobody() {
             assert_eq!(Response::next(&mut reader).json()["state"], "Finished");
         }
 
-        // More than anybody would read, by a client that reads nothing.
+        // A long pipeline from a client that reads nothing.
         let flood = b"GET /status HTTP/1.1\r\nHost: x\r\n\r\n".repeat(1000);
         let mut streams: Vec<_> = (0..16).map(|_| connect(service)).collect();
         for stream in &mut streams {
@@ -280,7 +280,7 @@ fn no_request_can_be_smuggled_in_the_body_of_another() {
             assert!(answer.contains("\r\nConnection: close\r\n"), "{answer}");
             assert_eq!(answer.matches("HTTP/1.1").count(), 1, "{headers}: {answer}");
         }
-        // A chunked body that nobody wants to read ends where it ends.
+        // A chunked body that nobody reads still ends at its last chunk.
         let mut stream = connect(service);
         let text = "POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n\
                     24\r\nGET /status HTTP/1.1\r\nHost: x\r\n\r\n...\r\n0\r\n\r\n\
@@ -295,7 +295,7 @@ fn no_request_can_be_smuggled_in_the_body_of_another() {
     });
 }
 
-/// What the service has computed for so far, in hundredths of a second.
+/// The CPU time that the service has used, in hundredths of a second.
 fn computed(service: &Service) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", service.pid())).unwrap();
     let fields: Vec<_> = stat.rsplit(") ").next().unwrap().split(' ').collect();
@@ -347,7 +347,7 @@ fn tls_clients_that_send_nothing_or_only_close_notify_cost_nothing() {
     assert!(peak < MEMORY, "{peak} kB");
 }
 
-/// A connection on which no more than a beginning was sent.
+/// A connection on which only the beginning of a request was sent.
 fn begun(service: &Service, beginning: &[u8]) -> TcpStream {
     let mut stream = connect(service);
     // It may have been closed already.
@@ -355,8 +355,7 @@ fn begun(service: &Service, beginning: &[u8]) -> TcpStream {
     stream
 }
 
-/// Opens connections and sends a byte a second on each, and opens another for each that is closed.
-/// Counts how often.
+/// Opens connections, sends a byte a second on each, and replaces each that is closed. Counts how often.
 fn drip(
     service: &Service,
     count: usize,
@@ -377,8 +376,8 @@ fn drip(
     }
 }
 
-/// Opens connections, sends no more than a beginning on each, and opens another for each that is
-/// closed as soon as it is. Counts how often.
+/// Opens connections, sends only a beginning on each, and replaces each as soon as it is closed. Counts how
+/// often.
 fn return_at_once(
     service: &Service,
     count: usize,
@@ -405,8 +404,8 @@ fn return_at_once(
     }
 }
 
-/// Submits an export from this address and waits for its result, with curl, in one connection and
-/// at the first try. How long that took.
+/// Submits an export from this address with curl and waits for its result, on one connection and at the
+/// first try. Returns how long that took.
 fn exported_from(
     from: &str,
     service: &Service,
@@ -434,12 +433,12 @@ fn exported_from(
     started.elapsed()
 }
 
-/// How many clients a crowd has: several times as many as there may be connections of one address.
+/// How many clients a crowd has: several times the connections that one address may have.
 const CROWD: usize = 1200;
 
-/// Exports from another address than a crowd's and from the crowd's own, in turn, for so long. Each
-/// must succeed before the whole crowd has come back three times: so no crowd goes ahead of a client
-/// for ever, however slow the machine is.
+/// Exports from another address than a crowd's and from the crowd's own, in turn, for this long. Each must
+/// succeed before the whole crowd has come back three times. So no crowd shuts a client out, however slow
+/// the machine is.
 fn keeps_nobody_out(
     service: &Service,
     identity: Option<&Identity>,
@@ -546,8 +545,8 @@ fn a_connection_over_the_limit_gets_503_while_all_others_are_being_served() {
     assert_eq!((refused.status, refused.code()), (503, "busy".into()));
     assert!(refused.header("retry-after").is_some());
 
-    // Another client has the third place, however many want it who send nothing, and however many
-    // of the first one's stand before it.
+    // Another client gets the third place, however many connections that send nothing want it, and however
+    // many of the first client's were there before.
     let started = Instant::now();
     let in_vain: Vec<_> = (0..40).map(|_| connect(&service)).collect();
     let idle: Vec<_> = (0..5)
@@ -568,8 +567,8 @@ fn a_connection_over_the_limit_gets_503_while_all_others_are_being_served() {
     assert_eq!(service.request("GET", "/status", &[], b"").status, 200);
 }
 
-/// Sends what comes and a byte every half second after that, until the service has answered or
-/// closed; how long that took, and the answer.
+/// Sends these bytes, then a byte every half second, until the service has answered or closed. Returns how
+/// long that took, and the answer.
 fn dripped(service: &Service, beginning: &[u8]) -> (Duration, String) {
     let mut stream = connect(service);
     let started = Instant::now();
@@ -615,8 +614,8 @@ fn a_byte_now_and_then_extends_no_deadline() {
             );
         });
         scope.spawn(|| {
-            // Asks and asks and reads nothing; in the end nothing more is taken from it. The answers
-            // are large, since a slow machine would take minutes to fill the buffers with small ones.
+            // Sends requests and reads nothing, until the service reads no more of them. The answers are
+            // large, since a slow machine would take minutes to fill the buffers with small ones.
             let destination = Destination::start(|_| Reaction::Answer(200, vec![b'x'; 60_000]));
             let (url, token) = (&destination.url, token(&destination.url));
             let id = service.submit(url, &payload(1));
@@ -659,7 +658,7 @@ fn many_large_requests_at_once_wait_for_each_other_and_all_arrive() {
                         let answer = service.request("POST", "/export", &headers, large.as_bytes());
                         match answer.status {
                             200 => return,
-                            // The disk does not keep up, and the client is told to come again.
+                            // The disk is too slow, and the client is told to come again.
                             _ => assert_eq!(answer.code(), "overloaded"),
                         }
                     }
@@ -677,7 +676,7 @@ fn many_large_requests_at_once_wait_for_each_other_and_all_arrive() {
     eprintln!("64 requests of 900 kB at a time: {peak} kB at most");
 }
 
-/// A request whose body comes in chunks, its head and so many bytes of the body; and what is left.
+/// A request with a chunked body: its head with this many bytes of the body, and the rest.
 fn chunked(token: &str, body: &str, first: usize) -> (String, String) {
     let (first, second) = body.split_at(first);
     let head = format!(
@@ -706,13 +705,13 @@ fn chunked_requests_that_have_sent_little_do_not_use_up_the_memory_of_large_ones
         assert!(Instant::now() < deadline);
         thread::yield_now();
     }
-    // From the same address, which takes no more than its share.
+    // From the same address, which gets no more than its share.
     let large = of_size(900_000);
     let headers = [("X-Api-Key", token.as_str())];
     let answer = service.request("POST", "/export", &headers, large.as_bytes());
     assert_eq!(answer.status, 200, "{}", answer.body);
     for mut stream in slow {
-        // It may have been told something already.
+        // It may have been answered already.
         let _ = stream.write_all(rest.as_bytes());
         let answer = Response::read(stream);
         assert_eq!(answer.status, 200, "{}", answer.body);
@@ -722,7 +721,7 @@ fn chunked_requests_that_have_sent_little_do_not_use_up_the_memory_of_large_ones
 #[test]
 fn chunked_bodies_that_grow_at_once_wait_for_each_other_and_all_arrive() {
     let destination = Destination::start(|_| ok());
-    // Each takes an eighth of the memory in the end, and a quarter of its client's half.
+    // In the end each takes an eighth of the memory, which is a quarter of its client's half.
     let service = Service::start(&["--max-body", "4000000"]);
     let url = &destination.url;
     let body = json!({"uri": url, "data": {"text": "x".repeat(1_500_000)}}).to_string();
@@ -738,7 +737,7 @@ fn chunked_bodies_that_grow_at_once_wait_for_each_other_and_all_arrive() {
                     let answer = Response::read(stream);
                     match answer.status {
                         200 => return,
-                        // The disk does not keep up, and the client is told to come again.
+                        // The disk is too slow, and the client is told to come again.
                         _ => assert_eq!(answer.code(), "overloaded"),
                     }
                 }
@@ -774,7 +773,7 @@ fn an_evicted_request_gets_503_and_the_log_says_why() {
         assert_eq!((answer.status, answer.code()), (503, "busy".into()));
     }
     service.events("refused", 2);
-    // Bodies that do not come make room for others too.
+    // Bodies that do not arrive make room for others too.
     let service = Service::start(&[]);
     let large = "POST /export HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n{";
     let mut begun: Vec<_> = (0..17).map(|_| connect(&service)).collect();
@@ -790,7 +789,7 @@ fn an_evicted_request_gets_503_over_tls_too() {
     let identity = Identity::new("ec");
     let service = Service::start_secure(&identity, &["--max-connections-per-peer", "2"]);
     let (mut request, mut answers) = identity.client(&service);
-    // The answer to the first says that half of the second is there too.
+    // The answer to the first shows that half of the second has arrived too.
     request
         .write_all(b"GET /status HTTP/1.1\r\nHost: x\r\n\r\nGET /status HTTP/1.1\r\nHo")
         .unwrap();
@@ -879,7 +878,7 @@ fn a_client_that_announces_much_and_sends_nothing_does_not_delay_anothers_large_
     thread::scope(|scope| {
         scope.spawn(|| drip(&service, 200, head, &over, &AtomicUsize::new(0)));
         let _ends = Ends(&over);
-        // They are closed and come back, so perhaps they are never all there at the same time.
+        // They are closed and come back, so they may never all be there at the same time.
         let enough = Instant::now() + Duration::from_secs(3);
         while service.threads("connection") < 200 && Instant::now() < enough {
             thread::yield_now();

@@ -11,7 +11,7 @@ use support::{Destination, Response, Service, nowhere, ok, payload, token};
 fn long_poll(service: &Service, url: &str, id: &str, timeout: &str) -> TcpStream {
     let body = json!({"id": id}).to_string();
     let path = format!("/lp/export?timeout={timeout}");
-    // As client libraries do, keeping the connection.
+    // With keep-alive, as client libraries do.
     let headers = [("X-Api-Key", &*token(url)), ("Connection", "keep-alive")];
     service.send("POST", &path, &headers, body.as_bytes())
 }
@@ -53,7 +53,7 @@ fn submit_and_wait(service: &Service, url: &str, key: &str) -> serde_json::Value
     let headers = [("X-Api-Key", &*token(url)), ("Idempotency-Key", key)];
     let path = "/lp/export?timeout=60";
     let stream = service.send("POST", path, &headers, body.as_bytes());
-    // Half of what it would last.
+    // Half of its timeout.
     stream
         .set_read_timeout(Some(support::PATIENCE / 2))
         .unwrap();
@@ -102,7 +102,7 @@ fn a_queue_whose_exports_were_all_given_up_still_says_why_it_waits() {
     // Attempts at 0 and 1 s; the next one would be at 3 s.
     let result = service.result(url, &first);
     assert_eq!(result["error"]["kind"], "connect");
-    // What comes now is tried then, not sooner.
+    // What is submitted now is tried then, not sooner.
     let body = json!({"uri": url, "data": payload(2)});
     let answer = service.post("/lp/export?timeout=0.1", &token(url), &body);
     let answer = answer.json();
@@ -111,7 +111,7 @@ fn a_queue_whose_exports_were_all_given_up_still_says_why_it_waits() {
         (&json!("Pending"), &json!("connect")),
         "{answer}"
     );
-    // It is first in its queue, and its turn comes before the long poll's end.
+    // It is first in its queue, and is tried before the long poll's timeout.
     let _destination = Destination::start_at(*address, |_| ok());
     let id = answer["id"].as_str().unwrap();
     let result = service.result(url, id);

@@ -23,15 +23,15 @@ use support::{
 };
 use tempfile::TempDir;
 
-/// Where the name server is that a network begins with.
+/// The address of the name server that a network begins with.
 const NAME_SERVER: &str = "127.0.0.53";
-/// Two addresses of this machine's where destinations are.
+/// Two addresses of this machine, for destinations.
 const HERE: &str = "127.0.1.1";
 const THERE: &str = "127.0.1.2";
 /// The destination's port; each test's network has it to itself.
 const PORT: u16 = 8000;
 const URL: &str = "http://home.test:8000/in";
-/// All that tests send to, beside the loopback networks, which all services here allow.
+/// All networks that tests send to, besides loopback, which all services here allow.
 const NETWORKS: [&str; 2] = ["--allow-network", "10.0.0.0/8,fd00::/8"];
 
 fn at(address: &str) -> SocketAddr {
@@ -58,8 +58,8 @@ fn poll(service: &Service, url: &str, id: &str) -> Value {
         .json()
 }
 
-/// Waits until an attempt fails in one of these ways, and makes sure that every one of these
-/// exports, which are a whole queue, still waits and says so.
+/// Waits until an attempt fails in one of these ways, and checks that each of these exports, which form a
+/// whole queue, still waits and shows that failure.
 fn waits_for(service: &Service, url: &str, ids: &[String], kinds: &[&str]) {
     let is_wanted = |kind: &Value| kinds.iter().any(|&wanted| kind == wanted);
     service.event("failed", |line| is_wanted(&line["kind"]));
@@ -95,7 +95,7 @@ fn failures(service: &Service) -> Vec<String> {
     lines
 }
 
-/// Sends one export, which arrives with the first attempt, and has `check` agree.
+/// Sends one export, which arrives with the first attempt, and checks that `check` agrees.
 fn arrives_at_once(url: &str) {
     thread::scope(|scope| {
         let checked = scope.spawn(|| check(url, &[]));
@@ -108,7 +108,7 @@ fn arrives_at_once(url: &str) {
     });
 }
 
-/// What `check` says of a URL.
+/// The report of `check` for a URL.
 fn check(url: &str, arguments: &[&str]) -> Value {
     let done = command()
         .args(["check", "--json", url, "--allow-network", "127.0.0.0/8,::1"])
@@ -121,7 +121,7 @@ fn check(url: &str, arguments: &[&str]) -> Value {
     report
 }
 
-/// Has every connection to an address lead to where `to` says, after the wait that it says.
+/// Redirects every connection to an address to where `to` says, after the wait that it says.
 fn relay(address: SocketAddr, to: impl Fn() -> (Duration, SocketAddr) + Send + Sync + 'static) {
     let listener = TcpListener::bind(address).unwrap();
     let to = Arc::new(to);
@@ -175,7 +175,7 @@ impl TlsServers {
     }
 }
 
-// A wrong answer for seconds.
+// Wrong answers that last for seconds.
 
 #[test]
 fn exports_to_a_name_whose_address_is_wrong_for_a_while_all_arrive_in_order() {
@@ -184,7 +184,7 @@ fn exports_to_a_name_whose_address_is_wrong_for_a_while_all_arrive_in_order() {
         let service = service(&[]);
         let ids = submit_all(&service, URL, 20);
         waits_for(&service, URL, &ids, &["connect"]);
-        // What a router without a line says.
+        // The answer of a router without a line.
         names.now(stands_for(&["192.168.1.1"]));
         waits_for(&service, URL, &ids, &["forbidden_address"]);
         let report = check(URL, &[]);
@@ -204,7 +204,7 @@ fn a_name_whose_address_is_wrong_for_a_while_has_the_usual_backoff() {
         let service = service(&[]);
         let ids = submit_all(&service, URL, 20);
         service.event("failed", |line| line["attempt"] == 4);
-        // All four of one export, unless a wait was forgotten.
+        // Four attempts of one export, unless a backoff was lost.
         assert_eq!(failures(&service).len(), 4, "{:#?}", failures(&service));
         waits_for(&service, URL, &ids, &["forbidden_address"]);
     });
@@ -218,7 +218,7 @@ fn one_forbidden_address_among_good_ones_holds_everything_back_until_it_is_gone(
         let service = service(&[]);
         let ids = submit_all(&service, URL, 3);
         waits_for(&service, URL, &ids, &["forbidden_address"]);
-        // However far back it stands, and however it is written.
+        // Whatever its position, and however it is written.
         let mut many: Vec<_> = (1..=24).map(|last| format!("127.0.1.{last}")).collect();
         many.push("192.168.1.1".to_owned());
         let many: Vec<_> = many.iter().map(String::as_str).collect();
@@ -254,7 +254,7 @@ fn an_export_to_a_name_that_always_resolves_to_a_forbidden_address_is_given_up()
             assert_eq!(result["status"], "403 Forbidden", "{result}");
             assert_eq!(result["error"]["kind"], "forbidden_address", "{result}");
         }
-        // The first of them was tried again and again.
+        // The first of them was tried several times.
         let result = service.result(URL, &ids[0]);
         let attempts = result["error"]["attempts"].as_u64().unwrap();
         assert!(attempts > 1, "{result}");
@@ -264,7 +264,7 @@ fn an_export_to_a_name_that_always_resolves_to_a_forbidden_address_is_given_up()
 #[test]
 fn plain_http_to_a_name_that_is_public_for_a_while_arrives_once_it_is_private() {
     alone(|_| {
-        // Nobody's in particular, but not of an allowed network: a captive portal's, say.
+        // Any address outside the allowed networks: that of a captive portal, say.
         let names = NameServer::start(NAME_SERVER, stands_for(&["9.9.9.9"]));
         let destination = destination(HERE);
         let service = service(&[]);
@@ -306,7 +306,7 @@ fn an_https_port_that_speaks_plain_http_for_a_while_loses_nothing() {
     alone(|_| {
         let _names = NameServer::start(NAME_SERVER, stands_for(&[HERE]));
         let servers = TlsServers::start();
-        // A captive portal, which answers whatever is said to it.
+        // A captive portal, which answers everything.
         let portal = TcpListener::bind("127.0.0.1:0").unwrap();
         let now = Arc::new(Mutex::new(portal.local_addr().unwrap()));
         thread::spawn(move || {
@@ -356,7 +356,7 @@ fn answers_that_are_not_http_for_a_while_lose_nothing() {
 #[test]
 fn a_name_that_cannot_be_looked_up_for_a_while_loses_nothing() {
     alone(|_| {
-        // At first nobody is there to ask.
+        // At first there is no name server.
         let service = service(&[]);
         let ids = submit_all(&service, URL, 5);
         waits_for(&service, URL, &ids, &["dns", "timeout"]);
@@ -380,7 +380,7 @@ fn a_name_that_cannot_be_looked_up_for_a_while_loses_nothing() {
 fn nonsense_from_a_name_server_is_just_another_failed_attempt() {
     alone(|_| {
         let names = NameServer::start(NAME_SERVER, |question: &Question| {
-            // An alias whose name points to itself, for ever.
+            // An alias whose name points to itself, in a loop.
             let mut looping = question.aliases(&["x.test"], &[]).remove(0);
             let name = looping.len() - 8;
             let [high, low] = u16::try_from(name).unwrap().to_be_bytes();
@@ -392,7 +392,7 @@ fn nonsense_from_a_name_server_is_just_another_failed_attempt() {
         let ids = submit_all(&service, URL, 3);
         service.event("failed", |line| line["attempt"] == 1);
         names.now(|question| {
-            // Cut off in the middle of an address, and shorter than a header.
+            // One is cut off in the middle of an address, one is shorter than a header.
             let mut cut = question.addresses(&[HERE, "fd00::1"]).remove(0);
             cut.truncate(cut.len() - 3);
             vec![cut.clone(), cut[..7].to_vec()]
@@ -409,7 +409,7 @@ fn nonsense_from_a_name_server_is_just_another_failed_attempt() {
 fn a_reply_to_another_question_is_not_taken_for_an_answer() {
     alone(|_| {
         let _names = NameServer::start(NAME_SERVER, |question: &Question| {
-            // Somebody who cannot see the question guesses its number, and is first.
+            // An attacker who cannot see the question guesses its number, and is first.
             let mut guessed = question.addresses(&[THERE]).remove(0);
             guessed[0] ^= 0x55;
             [vec![guessed], question.addresses(&[HERE])].concat()
@@ -423,7 +423,7 @@ fn a_reply_to_another_question_is_not_taken_for_an_answer() {
 
 // Name servers that do not answer.
 
-/// A network whose first name servers are those, and whose last knows the destination.
+/// A network with these name servers first, and last one that knows the destination.
 fn after(network: &Network, before: &[&str]) -> (NameServer, Destination) {
     let mut servers = before.to_vec();
     servers.push(NAME_SERVER);
@@ -554,7 +554,7 @@ fn a_list_of_name_servers_that_changes_is_read_again() {
 
 // Answers for one family.
 
-/// The script of a name server that reacts so to AAAA, and knows one address else.
+/// The script of a name server that reacts like this to AAAA, and otherwise knows one address.
 fn without_aaaa(
     reaction: impl Fn(&Question) -> Packets + Send + Sync + 'static,
 ) -> impl Fn(&Question) -> Packets + Send + Sync + 'static {
@@ -586,7 +586,7 @@ fn an_aaaa_query_that_no_name_server_answers_does_not_lose_the_a_record() {
 
 #[test]
 fn an_aaaa_query_that_ends_in_an_error_does_not_lose_the_a_record() {
-    // RFC 4074 tells of such name servers.
+    // RFC 4074 describes such name servers.
     alone(|_| {
         let names = NameServer::start(NAME_SERVER, silent);
         let _destination = destination(HERE);
@@ -610,8 +610,8 @@ fn an_unanswered_a_query_does_not_lose_the_aaaa_record() {
     });
 }
 
-/// Exports arrive with the first attempt where one family's only address is dead, and the other's
-/// is heard of a second later.
+/// Exports arrive with the first attempt if one family's only address is dead, and the other's arrives a
+/// second later.
 fn arrives_though_it_is_heard_of_late(network: &Network, late: Kind, dead: &str, good: &str) {
     network.silent_link();
     network.run("ip -6 address add fd09::1/128 dev lo nodad");
@@ -654,7 +654,7 @@ fn a_late_aaaa_record_is_used_if_the_ipv4_address_refuses() {
 fn a_late_address_is_checked_before_it_is_dialled() {
     alone(|network| {
         network.silent_link();
-        // Where the forbidden one leads, if it is dialled after all.
+        // Listens at the forbidden address, to notice if it is dialled.
         network.run("ip address add 192.168.1.1/32 dev lo");
         let forbidden = Destination::start_at(at("192.168.1.1"), |_| ok());
         let _names = NameServer::start(NAME_SERVER, |question: &Question| {
@@ -673,8 +673,8 @@ fn a_late_address_is_checked_before_it_is_dialled() {
 
 // Addresses that lead nowhere.
 
-/// Exports to a name with these addresses beside a good one arrive with the first attempt, wherever
-/// the good one stands among them.
+/// Exports to a name with these addresses and a good one arrive with the first attempt, whatever the
+/// position of the good one.
 fn arrives_in_spite_of(dead: &[&str]) {
     let names = NameServer::start(NAME_SERVER, silent);
     let destination = destination(HERE);
@@ -747,7 +747,7 @@ fn an_ipv6_address_that_never_answers_costs_a_moment_and_no_attempt() {
         arrive(&service, URL, &ids);
         assert_eq!(failures(&service), Vec::<String>::new());
         assert_eq!(ids_of(&destination), ids);
-        // RFC 8305 has them take 4 s in all, or less where the outcome is remembered.
+        // By RFC 8305 they take 4 s in all, or less if the outcome is remembered.
         let taken = begun.elapsed();
         assert!(taken < Duration::from_secs(16), "{taken:?}");
         assert_eq!(check(URL, &[])["ok"], true);
@@ -828,7 +828,7 @@ fn a_name_that_moves_is_followed_though_its_old_address_still_answers() {
         names.now(stands_for(&[THERE]));
         let moved = Instant::now();
         while ids_of(&new).is_empty() {
-            // Some seconds; and some more, for a busy machine.
+            // Some seconds, and some more for a busy machine.
             assert!(moved.elapsed() < Duration::from_secs(20), "still the old");
             send(1);
         }
@@ -903,7 +903,7 @@ fn a_busy_queue_to_a_name_costs_neither_a_query_nor_a_thread_for_each_export() {
         let service = service(&[]);
         let ids = submit_all(&service, URL, 200);
         destination.arrival();
-        // Threads have numbers like processes, and those here are this test's own.
+        // Threads are numbered like processes, and this test has its own numbers.
         let newest = || {
             let line = fs::read_to_string("/proc/loadavg").unwrap();
             let number = line.split_whitespace().last().unwrap();
@@ -914,7 +914,7 @@ fn a_busy_queue_to_a_name_costs_neither_a_query_nor_a_thread_for_each_export() {
         for _ in 1..ids.len() {
             destination.arrival();
         }
-        // A handful; more only where the machine is so busy that all of it takes many seconds.
+        // A handful; more only if the machine is so busy that this takes many seconds.
         let threads = newest() - before;
         assert!(threads < 50, "{threads} threads");
         let queries = names.asked().len();
@@ -978,7 +978,8 @@ fn another_machine_is_not_this_service_even_if_any_address_can_be_bound() {
             let report = check(&url, &["--port", &own_port]);
             assert_eq!(report["ok"], true, "{report}");
         }
-        // Itself is still refused; by a name for now, which may stand for another machine later.
+        // Its own address is still refused. By name that is not final, since the name may mean another
+        // machine later.
         is_never_sent_to(&service, &["10.77.0.1", "[fd77::1]"]);
         for address in ["10.77.0.1", "127.0.0.1", "fd77::1"] {
             names.now(stands_for(&[address]));
@@ -991,7 +992,7 @@ fn another_machine_is_not_this_service_even_if_any_address_can_be_bound() {
     });
 }
 
-/// A service, whose port is open at all of these addresses, is no destination there.
+/// A service whose port is open at all of these addresses is not a destination there.
 fn is_never_sent_to(service: &Service, own: &[&str]) {
     let port = service.address.port();
     let always = [
@@ -1019,7 +1020,7 @@ fn is_never_sent_to(service: &Service, own: &[&str]) {
 fn the_services_own_addresses_are_never_destinations_whatever_is_allowed() {
     alone(|network| {
         let service = service(&["--allow-network", "0.0.0.0/0,::/0"]);
-        // They need not be there at the start, nor each by itself.
+        // They need not exist at the start, or be known one by one.
         network.run(
             "ip address add 10.88.0.1/32 dev lo
              ip -6 address add fd88::1/128 dev lo nodad
@@ -1032,7 +1033,7 @@ fn the_services_own_addresses_are_never_destinations_whatever_is_allowed() {
 
 // The arbiter's link.
 
-/// A service learns its secret from an arbiter that it knows by a name.
+/// A service gets its secret from an arbiter that it knows by name.
 fn learns_its_secret() {
     let folder = tempfile::tempdir().unwrap();
     let endpoint = Path::new("tcp://127.0.1.1:4444");
@@ -1196,7 +1197,7 @@ fn a_name_server_may_have_an_ipv6_address_and_the_list_options_and_comments() {
 #[test]
 fn a_host_may_be_written_in_capitals_and_with_a_dot_at_its_end() {
     alone(|network| {
-        // A dot at the end keeps the search list out.
+        // With a dot at the end the search list is not used.
         network.resolv_conf("search lan.test\nnameserver 127.0.0.53\n");
         let _names = NameServer::start(NAME_SERVER, |question: &Question| {
             match question.name.as_str() {

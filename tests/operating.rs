@@ -1,4 +1,4 @@
-//! Running the service: settings, messages, logs, the small tools and the scripts.
+//! Running the service: settings, messages, logs, tools and scripts.
 
 mod support;
 
@@ -146,7 +146,7 @@ fn an_empty_variable_counts_as_not_set() {
         "--secret",
         SECRET,
     ];
-    // All settings are good: it comes as far as the port, which is taken.
+    // All settings are valid: the start gets as far as the port, which is in use.
     let (code, message) = run(&arguments, &environment);
     assert_eq!(code, Some(1), "{message}");
 }
@@ -173,7 +173,7 @@ fn blanks_and_line_ends_that_env_files_and_yaml_leave_in_variables_are_ignored()
         ("EXPORT_TLS_PEM", " "),
         ("EXPORT_CA_FILE", " \n"),
     ];
-    // All settings are good: it comes as far as the port, which is taken.
+    // All settings are valid: the start gets as far as the port, which is in use.
     let (code, message) = run(&[], &environment);
     assert_eq!(code, Some(1), "{message}");
     assert!(
@@ -283,7 +283,7 @@ fn the_first_200_comes_soon_after_the_start() {
     let started = Instant::now();
     let service = Service::start(&[]);
     assert_eq!(service.request("GET", "/status", &[], b"").status, 200);
-    // Its own work, which other work on the machine does not make longer.
+    // Its own CPU time, which other work on the machine does not increase.
     let (took, worked) = (started.elapsed(), service.cpu_time());
     let (threads, resident) = (service.figure("Threads"), service.figure("VmRSS"));
     eprintln!(
@@ -353,7 +353,7 @@ fn a_log_that_nobody_reads_delays_no_submission_no_delivery_and_no_stop() {
 #[test]
 fn an_error_message_that_nobody_reads_does_not_prevent_the_exit() {
     for argument in ["--threads=0", "--no-such-flag"] {
-        // A pipe that is full already, with its reader standing still.
+        // A pipe that is full already and whose reader has stalled.
         let script = format!(
             "head -c 65536 /dev/zero >&2; exec {} {argument}",
             support::program().display()
@@ -401,7 +401,7 @@ fn a_token_in_the_wrong_place_of_a_request_is_not_logged() {
     assert!(!log.contains(&plain[..16]), "{log}");
 }
 
-/// A sink of the program's own, ended when it is dropped.
+/// The program's `sink`, killed when this is dropped.
 struct Sink {
     child: Child,
     url: String,
@@ -542,7 +542,7 @@ fn the_shell_client_waits_longer_than_one_poll_and_reports_an_unreachable_destin
     );
 
     let slow = Destination::start(|_| {
-        // Longer than the client's one poll: it has to ask again.
+        // Longer than one poll of the client, so it has to poll again.
         std::thread::sleep(std::time::Duration::from_secs(11));
         ok()
     });

@@ -1,5 +1,4 @@
-//! A start is sure of what it found, or says why there is none: the store, and README "When it does
-//! not start".
+//! A start either has a sound store or says why it cannot: README "When it does not start".
 
 mod support;
 
@@ -14,8 +13,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use support::{Destination, MARK, Service, command, nowhere, payload, program, token};
 use tempfile::TempDir;
 
-/// Whether the program starts on a folder with this command, and what it says. Otherwise it ends with
-/// exit code 1.
+/// Whether the program starts on a folder with this command, and what it prints. If it does not start, the
+/// exit code must be 1.
 fn try_start(command: Command, folder: &Path) -> (bool, String) {
     let (listens, code, log) = support::try_start(command, folder);
     assert!(listens || code == Some(1), "{code:?}: {log}");
@@ -31,7 +30,7 @@ fn refused(folder: &Path, words: &[&str]) {
     }
 }
 
-/// A folder in which so many exports wait for a destination that is down, left by a kill.
+/// A folder, left by a kill, in which this many exports wait for a destination that is down.
 fn waiting(count: usize) -> (Service, PathBuf, String, Vec<String>) {
     let (url, _) = nowhere();
     let mut service = Service::start(&[]);
@@ -44,11 +43,11 @@ fn waiting(count: usize) -> (Service, PathBuf, String, Vec<String>) {
     (service, folder, url, ids)
 }
 
-/// Damages pages of a store that nobody has open: calls `damage` with each of the pages of this table or
-/// index, by kind, in order.
+/// Damages pages of a store that nobody has open: calls `damage` with each page of this table or index, by
+/// kind, in order.
 fn damage(folder: &Path, name: &str, kind: &str, damage: impl FnOnce(&mut [u8], &[usize])) {
     let file = folder.join("exports.db");
-    // Brings into it what is in the log. The program's own SQLite has no dbstat.
+    // Moves the write-ahead log into the file. The program's own SQLite has no dbstat.
     let sql = format!(
         "SELECT pageno FROM dbstat WHERE name = '{name}' AND pagetype = '{kind}' ORDER BY path"
     );
@@ -68,7 +67,7 @@ fn damage(folder: &Path, name: &str, kind: &str, damage: impl FnOnce(&mut [u8], 
     fs::write(&file, bytes).unwrap();
 }
 
-/// So many exports wait, of which only the first has been tried; then the service is killed.
+/// This many exports wait, and only the first has been tried; then the service is killed.
 fn left_waiting(destination: &Destination, count: usize, bytes: usize) -> (Service, Vec<String>) {
     let mut service = Service::start(&[]);
     let data =
@@ -82,7 +81,7 @@ fn left_waiting(destination: &Destination, count: usize, bytes: usize) -> (Servi
     (service, ids)
 }
 
-/// The results of all, `lost` and others; none for one that nobody knows any more.
+/// The results of all, `lost` and others; `None` for an export that is no longer known.
 fn results(service: &Service, url: &str, ids: &[String]) -> Vec<Option<String>> {
     let result = |id: &String| {
         let poll = service.post("/lp/export", &token(url), &serde_json::json!({"id": id}));
@@ -126,7 +125,7 @@ fn a_damaged_payload_loses_only_its_own_export() {
     assert!(results.iter().all(Option::is_some));
     assert_eq!(damaged_files(&service.folder()), 1);
     assert!(service.log().concat().contains(".recover"));
-    // It is whole again, and stays so.
+    // It is repaired, and stays so.
     let more = service.submit(url, &payload(1));
     assert_eq!(service.result(url, &more)["status_code"], 200);
     let service = service.kill_and_restart();
@@ -211,7 +210,7 @@ fn a_damaged_index_loses_nothing() {
                 .all(|result| *result == Some("\"200 OK\"".into())),
             "{index}: {results:?}"
         );
-        // Also where nothing had to be read there until now.
+        // Even if nothing had to be read there until now.
         let body = serde_json::json!({"uri": destination.url, "data": payload(1)}).to_string();
         let token = token(&destination.url);
         let headers = [("X-Api-Key", token.as_str()), ("Idempotency-Key", "key")];
@@ -308,7 +307,7 @@ fn a_reader_that_stalls_is_warned_about_and_cannot_fill_the_disk() {
 fn a_stalled_disk_is_waited_for_and_delays_no_request_that_does_not_need_it() {
     let (url, _) = nowhere();
     let service = Service::start(&[]);
-    // Longer than a request waits for its turn at any place.
+    // Longer than any step of a request may wait.
     let stall = "inject=fsync,fdatasync:delay_enter=15000000:when=1";
     let mut strace = Command::new("strace")
         .args(["-f", "-p", &service.pid().to_string()])
@@ -333,7 +332,7 @@ fn a_stalled_disk_is_waited_for_and_delays_no_request_that_does_not_need_it() {
                 })
             })
             .collect();
-        // Each thread that syncs has its first call delayed.
+        // The first sync of each thread is delayed.
         for line in &mut lines {
             if line.unwrap().contains("sync(") {
                 break;
@@ -350,8 +349,8 @@ fn a_stalled_disk_is_waited_for_and_delays_no_request_that_does_not_need_it() {
     strace.wait().unwrap();
 }
 
-/// The program under strace, which has the `nth` call of `call` fail. Strace is a grandchild, so that
-/// the child is the program.
+/// The program under strace, which makes the `nth` call of `call` fail. Strace is a grandchild, so that the
+/// child is the program.
 fn failing(call: &str, nth: usize, trace: &Path) -> Command {
     let mut command = Command::new("strace");
     command
@@ -371,7 +370,7 @@ fn synced(line: &str) -> Option<(PathBuf, bool)> {
     Some((path.into(), rest.contains("EIO")))
 }
 
-/// Has each sync of a start fail in turn. Returns what a start syncs, in order.
+/// Makes each sync of a start fail in turn. Returns what a start syncs, in order.
 fn each_sync_that_fails_refuses_the_start(
     call: &str,
     new: impl Fn() -> (TempDir, PathBuf),
@@ -388,7 +387,7 @@ fn each_sync_that_fails_refuses_the_start(
         };
         let path = &syncs[failed].0;
         eprintln!("{call} {nth} of {}: listens {listens}", path.display());
-        // SQLite takes no notice where it is the folder's, so that has to be done again.
+        // SQLite ignores a failed sync of the folder, so that has to be done again.
         let again = syncs[failed + 1..].contains(&(path.clone(), false)) && path.is_dir();
         assert!(!listens || again, "{trace}");
         if !listens {
@@ -459,14 +458,14 @@ fn a_folder_whose_database_is_gone_or_empty_is_not_taken_for_a_new_one() {
             assert_eq!(fs::read(&file).unwrap(), content.as_bytes());
         }
     };
-    // With a log beside it.
+    // With a write-ahead log beside it.
     if fs::metadata(&log).map_or(0, |log| log.len()) == 0 {
         fs::write(&log, [7; 5000]).unwrap();
     }
     let logged = fs::read(&log).unwrap();
     all_ways();
     assert_eq!(fs::read(&log).unwrap(), logged, "the log is as it was");
-    // That alone is a sign too, where an earlier release has left the lock file empty.
+    // The write-ahead log alone is a sign too, if an earlier release has left the lock file empty.
     let lock = folder.join("lock");
     let mark = fs::read(&lock).unwrap();
     fs::write(&lock, "").unwrap();
@@ -476,7 +475,7 @@ fn a_folder_whose_database_is_gone_or_empty_is_not_taken_for_a_new_one() {
     fs::write(&lock, mark).unwrap();
     all_ways();
 
-    // Either of what the message says helps.
+    // Each remedy in the message works.
     fs::write(&file, whole).unwrap();
     assert!(try_start(command(), &folder).0);
     for name in ["lock", "exports.db", "exports.db-wal"] {
@@ -596,7 +595,7 @@ fn other_user() -> Command {
     command
 }
 
-/// Opens a folder to the other user; false where this one cannot become another.
+/// Opens a folder to another user. False if this user cannot become another.
 fn as_other_user(folder: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
     fs::set_permissions(folder, PermissionsExt::from_mode(0o777)).unwrap();

@@ -78,7 +78,7 @@ fn a_crowd_that_connects_during_the_stop_does_not_make_it_fail() {
     for _ in 0..5 {
         let mut service = Service::start(&[]);
         thread::scope(|scope| {
-            // Each needs a way to the inside of its own, which are opened one after the other.
+            // Each needs its own inner connection, and those are opened one by one.
             for _ in 0..100 {
                 scope.spawn(|| {
                     let request = Service::written("GET", "/status", &[], b"");
@@ -95,7 +95,7 @@ fn a_crowd_that_connects_during_the_stop_does_not_make_it_fail() {
     }
 }
 
-/// The next answer; none where the connection ends before its first byte.
+/// The next answer; `None` if the connection ends before its first byte.
 fn answer(reader: &mut BufReader<TcpStream>) -> Option<Response> {
     match reader.fill_buf() {
         Ok([]) => None,
@@ -200,7 +200,7 @@ fn a_stop_ends_before_docker_kills_no_matter_what_hangs() {
     let half = Service::written("POST", "/export", &headers, &[b' '; 100_000]);
     let mut slow = service.connect_from([127, 0, 0, 1]);
     slow.write_all(&half[..50_000]).unwrap();
-    // Its answers, which are large, fill what there is between it and the service, as it reads none.
+    // It reads none of its answers, which are large, so they fill the buffers between it and the service.
     let large = Destination::start(|_| Reaction::Answer(200, vec![b'x'; 60_000]));
     let finished = service.submit(&large.url, &payload(3));
     service.result(&large.url, &finished);
@@ -237,7 +237,7 @@ fn a_stop_ends_before_docker_kills_no_matter_what_hangs() {
     eprintln!("stopped after {took:?}");
     // Docker kills after ten.
     assert!(took < Duration::from_secs(8), "{took:?}");
-    // No process ends before the disk has let go of it.
+    // A process cannot end before its disk operation does.
     let _ = strace.kill();
     strace.wait().unwrap();
     assert_eq!(service.ended().code(), Some(0));
@@ -288,7 +288,7 @@ fn service_is_running(service: &Service) -> bool {
     !status.lines().any(|line| line.starts_with("State:\tZ"))
 }
 
-/// Not a test of its own: the one below runs it in a process that it may end.
+/// Not a test by itself: the one below runs it in a separate process, which it ends.
 #[test]
 #[ignore = "panics on purpose, in a process of its own"]
 fn panics_in_two_threads() {

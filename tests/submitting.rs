@@ -403,7 +403,7 @@ fn a_byte_order_mark_is_named_wherever_it_is() {
             assert!(response.body.contains(word), "{shown}: {}", response.body);
         }
     }
-    // Within a text it is a character like any other.
+    // Inside a string it is a character like any other.
     let body = json!({"uri": url, "data": {"\u{feff}": "\u{feff}"}}).to_string();
     let headers = [("X-Api-Key", token(url))];
     let headers = headers
@@ -433,7 +433,7 @@ fn a_host_that_no_look_up_could_ever_find_is_refused_at_once() {
     }
 }
 
-/// What comes back for a request of these bytes, up to the end of the connection.
+/// Everything that is answered to these bytes, up to the end of the connection.
 fn raw(service: &Service, request: &str) -> String {
     let mut stream = service.connect_from([127, 0, 0, 1]);
     stream.write_all(request.as_bytes()).unwrap();
@@ -556,7 +556,7 @@ fn an_idempotency_key_makes_one_export_of_a_repeated_submission() {
         (conflict.status, conflict.code().as_str()),
         (409, "idempotency_conflict")
     );
-    // Keys belong to the queue: the tokens of a real arbiter have one identifier for all apps.
+    // Keys belong to the queue, since a real arbiter gives all apps the same identifier.
     let elsewhere = submit(&service, "me", &other, 2).json();
     assert_eq!(elsewhere["state"], "Finished");
     assert_eq!(submit(&service, "me", &other, 2).json(), elsewhere);

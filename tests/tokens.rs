@@ -1,4 +1,4 @@
-//! Who may do what: contract section 2, with pymacaroons as the other side.
+//! What tokens allow: contract section 2, with pymacaroons as the other side.
 
 mod support;
 
@@ -8,7 +8,7 @@ use export_service::auth::{Key, Macaroon};
 use serde_json::{Value, json};
 use support::{Destination, Peer, Response, SECRET, Service, command, ok, payload};
 
-/// pymacaroons in a process of its own.
+/// pymacaroons in its own process.
 struct Macaroons(Peer);
 
 impl Macaroons {

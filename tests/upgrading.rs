@@ -1,5 +1,5 @@
-//! A folder that an earlier release has written is taken over with all that is in it: contract
-//! section 1, and the store.
+//! A folder that an earlier release has written is taken over with everything in it: contract section 1,
+//! and the store.
 
 mod support;
 
@@ -22,9 +22,9 @@ use support::{
 };
 use tempfile::TempDir;
 
-/// What the first release made of a new file.
+/// The schema of the first release.
 const VERSION_1: &str = include_str!("upgrading/version_1.sql");
-/// What the second release made of that.
+/// The steps from there to the schema of the second release.
 const VERSION_2: &str = include_str!("upgrading/version_2.sql");
 
 /// For how long the service had been running, in milliseconds, when a file of version 2 was left.
@@ -32,7 +32,7 @@ const RUNNING: i64 = 300_000_000;
 const HOUR: i64 = 3_600_000;
 const DAY: i64 = 24 * HOUR;
 
-/// The file of an earlier release while it is filled, as that release had it open.
+/// The file of an earlier release, open as that release had it, so that a test can fill it.
 struct Old {
     version: u32,
     /// Unix milliseconds.
@@ -76,7 +76,7 @@ impl Old {
         }
     }
 
-    /// An export that was accepted half an hour ago, with these columns beside or instead of the usual.
+    /// An export that was accepted half an hour ago, with these columns besides or instead of the usual.
     fn export(&self, owner: &'static str, url: &str, columns: &[(&str, &dyn ToSql)]) -> Row {
         let next = "SELECT coalesce(max(seq), 0) + 1 FROM exports";
         let seq = self.store.query_row(next, [], |row| row.get(0)).unwrap();
@@ -133,7 +133,7 @@ impl Old {
         self.export(owner, url, &[&usual, columns].concat())
     }
 
-    /// A key for a row's submission.
+    /// An idempotency key for a row's submission.
     fn key(&self, row: &Row, key: &str) {
         let sql = "UPDATE exports SET idempotency_key = ?, fingerprint = ? WHERE seq = ?";
         let fingerprint = Sha256::new()
@@ -146,7 +146,8 @@ impl Old {
             .unwrap();
     }
 
-    /// The queue that this export has been tried in last fails, and waits for so many milliseconds.
+    /// Makes the queue of this export fail, with this export tried last, and wait for this many
+    /// milliseconds.
     fn failing(&self, row: &Row, failures: u32, wait: i64, error: &str) {
         if self.version == 1 {
             let sql = "UPDATE exports SET failures = ?, next_attempt_at = ? WHERE seq = ?";
@@ -161,7 +162,7 @@ impl Old {
         }
     }
 
-    /// Behind the export that was the last one then, after so many others were moved before.
+    /// Moves an export behind the one that was the last, after this many others had been moved.
     fn moved(&self, row: &Row, behind: &Row, before: i64) {
         self.store
             .execute(
@@ -170,7 +171,7 @@ impl Old {
             )
             .unwrap();
         if self.version == 2 {
-            // What was moved by the first release has such times, and no first one.
+            // Exports that the first release moved have such times, and no first one.
             let (at, first) = match before {
                 0 => (-1000, None),
                 1 => (0, None),
@@ -185,7 +186,7 @@ impl Old {
         }
     }
 
-    /// Into this folder, as a kill leaves it: a part is still in the write-ahead log.
+    /// Copies it to this folder, as a kill leaves it: a part is still in the write-ahead log.
     fn leave(&self, folder: &Path) {
         fs::create_dir_all(folder).unwrap();
         for end in ["", "-wal"] {
@@ -201,16 +202,16 @@ fn error(kind: &str, message: &str) -> String {
     json!({"kind": kind, "message": message}).to_string()
 }
 
-/// What a file of an earlier release holds, and how it is to go on.
+/// What a file of an earlier release holds, and what has to become of it.
 struct Left {
     old: Old,
     /// Where a destination will be; nobody listens there yet.
     address: SocketAddr,
-    /// They wait for ten minutes, by their attempts and what they are to show.
+    /// They wait for ten minutes. Each with its attempts, and the error that it must show.
     waiting: Vec<(Row, u32, Value)>,
     finished: Vec<(Row, Value)>,
     expired: Row,
-    /// Status and kind of what ends without an attempt.
+    /// Exports that finish without an attempt, with the status and kind of their result.
     ending: Vec<(Row, u16, &'static str)>,
     keys: Vec<(Row, &'static str)>,
     /// The queues for the destination in the order of delivery, with attempts and errors so far.
@@ -220,7 +221,7 @@ struct Left {
 impl Left {
     fn new(version: u32) -> Self {
         let old = Old::new(version);
-        // Half of it is in the database, the rest in the log.
+        // Half of it is in the database, the rest in the write-ahead log.
         old.store
             .execute_batch("PRAGMA wal_autocheckpoint = 0")
             .unwrap();
@@ -343,17 +344,17 @@ impl Left {
         }
     }
 
-    /// Takes connections as a destination does, and never reads from them, while something is done.
+    /// Accepts connections like a destination, and never reads from them, while something is done.
     fn while_nothing_arrives<T>(&self, done: impl FnOnce() -> T) -> T {
         let listener = TcpListener::bind(self.address).unwrap();
         let result = done();
-        // To close it is not enough: a process that is just being started has it too until it is.
+        // Closing it is not enough: a process that is being started holds a copy until its exec.
         rustix::net::shutdown(&listener, rustix::net::Shutdown::Both).unwrap();
         result
     }
 
-    /// Asserts that a service on the folder has all of it, goes on with it, and sends each export that
-    /// waits once.
+    /// Asserts that a service on the folder has all of it, continues with it, and sends each waiting export
+    /// once.
     fn goes_on(&self, folder: Arc<TempDir>) {
         let gate = Gate::default();
         let passing = gate.clone();
@@ -385,7 +386,7 @@ impl Left {
         }
         assert_eq!(arrivals.len(), all.len(), "each arrives once, and no other");
 
-        // All of that once more from what is on disk now.
+        // The same again with what is on disk now.
         let service = service.kill_and_restart();
         for row in &all {
             assert_eq!(result(&service, row)["status_code"], 200);
@@ -422,7 +423,7 @@ impl Left {
         let (row, ..) = &self.waiting[0];
         assert_eq!(status(service, row, "alice"), 404, "it is another's");
         for queue in &self.queues {
-            // The first is being sent.
+            // The first export is being sent.
             for (row, attempts, error) in &queue[1..] {
                 let shown = poll(service, row);
                 if shown["state"] == "Pending" {
@@ -477,7 +478,7 @@ fn result(service: &Service, row: &Row) -> Value {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let poll = service.post("/lp/export?timeout=10", &token, &json!({"id": row.id}));
-        // While what is damaged is found and mended, the store cannot be read.
+        // While damage is found and repaired, the store cannot be read.
         if poll.status != 503 {
             assert_eq!(poll.status, 200, "{}: {}", row.id, poll.body);
             if poll.json()["state"] == "Finished" {
@@ -502,7 +503,7 @@ fn a_folder_of_an_earlier_release_is_taken_over_with_everything_in_it() {
     }
 }
 
-/// Everything that a start does to files, but for shared memory, which needs no order.
+/// All calls that change files, except shared memory, which needs no order.
 const WRITES: &str =
     "/^(p?write|copy_file_range|sendfile|fsync|fdatasync|ftruncate|fallocate|rename|link|unlink)";
 
@@ -518,8 +519,8 @@ fn killed_at(nth: usize) -> Command {
     command
 }
 
-/// Has a start on the folder killed at each of these calls; each time another folder is made, and looked
-/// at afterwards. Ends with the first start that gets through.
+/// Kills a start at each of these calls, each time on a new folder, and checks the folder afterwards. Ends
+/// with the first start that is not killed.
 fn killed_at_each_write(
     calls: impl Iterator<Item = usize>,
     new: impl Fn() -> Left,
@@ -543,7 +544,7 @@ fn killed_at_each_write(
 
 #[test]
 fn a_takeover_from_the_first_release_that_is_killed_at_a_write_is_completed_by_the_next_start() {
-    // Together with the next test, most calls get their kill: each costs a second.
+    // Together with the next test this kills at most calls; each kill costs a second.
     killed_at_each_write((1..).step_by(3), || Left::new(1), Left::goes_on);
 }
 
@@ -553,7 +554,7 @@ fn a_takeover_from_the_second_release_that_is_killed_at_a_write_is_completed_by_
 }
 
 impl Left {
-    /// With so many results more, of this many bytes each. Returns some of their exports.
+    /// With this many more results of this many bytes each. Returns some of their exports.
     fn with_more(version: u32, count: i64, bytes: i64) -> (Self, Vec<Row>) {
         let left = Self::new(version);
         let url = "https://a.example/more";
@@ -578,7 +579,7 @@ impl Left {
     }
 }
 
-/// That these of [`Left::with_more`] are there.
+/// Asserts that these of [`Left::with_more`] are there.
 fn are_there(more: &[Row], folder: &Arc<TempDir>) {
     let service = Service::start_in(folder.clone(), &[]);
     for row in more {
@@ -594,7 +595,7 @@ fn a_killed_takeover_of_more_than_fits_into_memory_is_completed_by_the_next_star
         more.replace(some);
         left
     };
-    // All of it is looked at after each kill, so not each call gets one.
+    // Everything is checked after each kill, so only some calls are killed at.
     let calls = std::iter::successors(Some(8), |nth| Some(4 * nth));
     killed_at_each_write(calls, new, |left, folder| {
         left.goes_on(folder.clone());
@@ -602,14 +603,14 @@ fn a_killed_takeover_of_more_than_fits_into_memory_is_completed_by_the_next_star
     });
 }
 
-/// A disk of a test's own in a folder; it ends with this.
+/// A small file system on a folder, which is gone when this is dropped.
 struct SmallDisk {
     holder: Child,
     folder: PathBuf,
 }
 
 impl SmallDisk {
-    /// With so many bytes; none where the system lets nobody make such a disk.
+    /// With this many bytes; `None` if the system does not allow that.
     fn new(folder: &Path, bytes: u64) -> Option<Self> {
         fs::create_dir_all(folder).unwrap();
         let mut holder = Command::new("unshare")
@@ -635,13 +636,13 @@ impl SmallDisk {
         })
     }
 
-    /// The folder as it is seen from outside.
+    /// The path of the folder from outside its mount namespace.
     fn outside(&self) -> PathBuf {
         let inside = self.folder.strip_prefix("/").unwrap();
         Path::new(&format!("/proc/{}/root", self.holder.id())).join(inside)
     }
 
-    /// The program with this disk in its place.
+    /// The program, with this disk mounted.
     fn command(&self) -> Command {
         let mut command = Command::new("nsenter");
         command
@@ -682,7 +683,7 @@ fn a_folder_on_a_nearly_full_disk_is_taken_over_or_left_usable_elsewhere() {
             let (left, more) = Left::with_more(version, 2000, 300);
             let (small, large) = (folder(), folder());
             let original = small.path().join("original");
-            // As a release that was stopped leaves it: the log takes no room.
+            // As a release that was stopped leaves it: the write-ahead log takes no room.
             let emptied = "PRAGMA wal_checkpoint(TRUNCATE)";
             left.old.store.execute_batch(emptied).unwrap();
             left.old.leave(&original);
@@ -744,14 +745,14 @@ fn a_takeover_does_not_reset_how_long_exports_have_been_tried() {
     old.store
         .execute("UPDATE queues SET failing_since = ?", [failing_since])
         .unwrap();
-    // One that has failed for just as long, in a queue that has not.
+    // An export that has failed for just as long, in a queue that has not.
     let other = old.export(
         "alice",
         &dead,
         &[&since(&accepted[0])[..], &[("attempts", &7)]].concat(),
     );
     old.failing(&other, 7, 0, &as_it_was);
-    // One that has been refused for a day in a queue that is not failing, and one that came later.
+    // An export that has been refused for a day in a queue that is not failing, and a later one.
     let refused = [
         ("attempts", &30 as &dyn ToSql),
         ("first_moved_at", &accepted[0]),
@@ -805,7 +806,7 @@ fn an_empty_queues_backoff_does_not_delay_a_new_export_after_a_takeover() {
 
 #[test]
 fn an_invalid_row_loses_only_its_own_export() {
-    // With the status of its result, where it must have one.
+    // With the status of its result, if it must have one.
     let cases = [
         ("last_error = 'no JSON', attempts = 1", Some(200)),
         ("last_error = ''", Some(200)),
@@ -886,7 +887,7 @@ fn twenty_thousand_exports_for_a_dead_destination_delay_no_other() {
     };
     // 1 s, 2 s and so on: two minutes would have passed by then.
     assert!(failed() <= 8, "the dead one is not tried for each");
-    // Nor does it hold up what comes while it is dead.
+    // It does not delay what is submitted while it is dead either.
     let id = service.submit(&destination.url, &payload(1));
     assert_eq!(service.result(&destination.url, &id)["status_code"], 200);
     let last = Destination::start_at(address, |_| ok());

@@ -4,9 +4,9 @@
 //! `GET /status`, for a poll and over TLS, and the latency on one connection. To measure another
 //! build of the program, name it in `EXPORT_SERVICE_BIN`.
 //!
-//! Each contestant is a process of its own, and they take turns in short rounds, so that what else
-//! the machine does meets all of them. The clients are threads here and take their share of the
-//! processors: the ratio, the first one's median by this one's, says more than the rates.
+//! Each server is a separate process, and they take turns in short rounds, so that other work on the
+//! machine affects them alike. The clients are threads here and take their share of the processors, so the
+//! ratio of the first server's median to another's says more than the rates.
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -29,7 +29,7 @@ use support::{Destination, Identity, PATIENCE, Response, SECRET, Service, ok, pa
 
 /// Client connections where rates are measured.
 const CROWD: usize = 64;
-/// Rounds that count, for each contestant; there is one more before them, to warm up.
+/// Rounds that count, for each server, after one to warm up.
 const ROUNDS: usize = 5;
 /// How long a round is.
 const ROUND: Duration = Duration::from_secs(1);
@@ -43,7 +43,7 @@ fn main() {
         ["bare", answer] => bare(answer),
         ["raw", answer] => raw(answer, None),
         ["raw", answer, pem] => raw(answer, Some(pem)),
-        // `cargo test --benches` only wants to know that it starts.
+        // `cargo test --benches` only checks that it starts.
         _ if arguments.contains(&"--bench") && !arguments.contains(&"--test") => measure(),
         _ => {}
     }
@@ -108,7 +108,7 @@ fn finished_export(program: &Contestant, url: &str) -> (Vec<u8>, String) {
     (poll, answer.body)
 }
 
-/// A server in a process of its own, killed when this is dropped.
+/// A server in a separate process, killed when this is dropped.
 struct Contestant {
     name: &'static str,
     child: Child,
@@ -117,7 +117,7 @@ struct Contestant {
 }
 
 impl Contestant {
-    /// The real program. What it has to complain about is shown.
+    /// The real program. Its warnings are shown.
     fn program(name: &'static str, arguments: &[&str], trust: Option<Arc<ClientConfig>>) -> Self {
         let mut child = support::command()
             .args(["serve", "--ephemeral", "--port", "0", "--bind", "127.0.0.1"])
@@ -164,8 +164,8 @@ impl Contestant {
         stream
     }
 
-    /// So many connections, opened one after the other, each proven by a round trip: tiny_http
-    /// loses some of those that come all at once.
+    /// This many connections, opened one by one, each with a round trip: tiny_http loses some of those that
+    /// arrive all at once.
     fn crowd(&self, size: usize, request: &[u8], body: &str) -> Crowd {
         let open = |_| {
             let stream = self.connect();
@@ -187,24 +187,24 @@ impl Drop for Contestant {
     }
 }
 
-/// The connections to one contestant, which has this name.
+/// The connections to the server of this name.
 type Crowd = (&'static str, Vec<Connection>);
 
 /// TCP or TLS.
 trait Stream: Read + Write + Send {}
 impl<S: Read + Write + Send> Stream for S {}
 
-/// A keep-alive connection that always asks the same.
+/// A keep-alive connection that repeats one request.
 struct Connection {
     stream: Box<dyn Stream>,
     request: Vec<u8>,
     body: Vec<u8>,
-    /// The last answer; all are of one length.
+    /// The last answer; all have the same length.
     answer: Vec<u8>,
 }
 
 impl Connection {
-    /// Asks for the first time, and learns how long the answers are.
+    /// Sends the first request, and learns the length of the answers.
     fn prove(mut stream: Box<dyn Stream>, request: &[u8], body: &str) -> Self {
         let body = body.as_bytes().to_vec();
         stream.write_all(request).unwrap();
@@ -280,7 +280,7 @@ fn compare<const N: usize>(
     }
 }
 
-/// A rival: tiny_http as a program without a gate would use it.
+/// tiny_http as a program without a gate would use it.
 fn bare(answer: &str) {
     let server = tiny_http::Server::http("127.0.0.1:0").unwrap();
     println!("{}", server.server_addr());
@@ -288,7 +288,7 @@ fn bare(answer: &str) {
         for mut request in server.incoming_requests() {
             let mut body = Vec::new();
             request.as_reader().read_to_end(&mut body).unwrap();
-            // It fails where the client has gone.
+            // It fails if the client has closed.
             let _ = request.respond(tiny_http::Response::from_string(answer));
         }
     };
@@ -299,7 +299,7 @@ fn bare(answer: &str) {
     });
 }
 
-/// A rival: as little as a server can do, with a thread for each connection.
+/// As little as a server can do, with a thread for each connection.
 fn raw(answer: &str, pem: Option<&str>) {
     let identity = pem.map(|pem| tls::Identity::load(pem.into()).unwrap());
     let length = answer.len();
@@ -332,14 +332,14 @@ fn answer_all(mut stream: impl Read + Write, answer: &[u8]) {
         };
         let length = head.split_once("Content-Length: ").map_or("0", |it| it.1);
         if length.parse() == Ok(body.len()) {
-            // Where it fails the client has gone, and the next read says so.
+            // If it fails the client has closed, and the next read says so.
             let _ = stream.write_all(answer);
             request.clear();
         }
     }
 }
 
-/// What clients go by that trust the CA of this certificate.
+/// The TLS configuration of clients that trust the CA of this certificate.
 fn trusting(identity: &Identity) -> Option<Arc<ClientConfig>> {
     let mut roots = RootCertStore::empty();
     let ca = CertificateDer::from_pem_file(identity.ca()).unwrap();

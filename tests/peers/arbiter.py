@@ -1,11 +1,11 @@
 """Plays the arbiter of a Databox, on libzmq with CURVE and ZAP: arbiter.py FOLDER [ENDPOINT]
 
-Writes what a Databox mounts into a container to FOLDER: ARBITER_TOKEN (the service's) and
-ZMQ_PUBLIC_KEY, and APP_TOKEN beside them. Listens at ENDPOINT, or on an address that nobody else uses, and
-prints it as JSON. Serves Zest's GET /store/secret and POST /token as the real one does: a new secret each
-time it is asked, no token for a service that has not asked since the arbiter was started, and nothing for one
-that it does not know. A GET of any path with observe is answered with the key of its notifications' socket, which
-is another one after each start; that socket itself is left out.
+Writes to FOLDER what a Databox mounts into a container: ARBITER_TOKEN (the service's) and ZMQ_PUBLIC_KEY,
+and also APP_TOKEN. Listens at ENDPOINT, or on an address that nobody else uses, and prints it as JSON. Serves
+Zest's GET /store/secret and POST /token like the real one: a new secret each time it is asked, no token for
+a service that has not asked since the arbiter was started, and nothing for a service that it does not know. A
+GET with observe, of any path, is answered with the key of its notification socket, which changes at each
+start. That socket itself does not exist here.
 
 It reads one JSON object per line and answers with one:
 
@@ -16,16 +16,16 @@ It reads one JSON object per line and answers with one:
 {"do": "behave", "as": KIND}           -> from now on: "well"; "late" (answers after 10 s); "mute" (never
                                           answers); "unauthorized" (129, as before the container manager has
                                           told it of the service); "unavailable" (163); "gibberish" (an
-                                          answer that is no Zest); "exclusive" (ZAP admits nobody); "old"
-                                          (knows nothing of observe)
-{"do": "forget"}                       -> as if it had been told that the service is gone, and then of it again
-{"do": "cut"}                          -> cannot be reached, as if a cable was pulled
-{"do": "mend"}                         -> can be reached again, having forgotten nothing
-{"do": "stop"}                         -> as if it was killed
-{"do": "start", "as": KIND}            -> up again, having forgotten everything; or without ZeroMQ: "silent"
-                                          (says nothing), "garbage" (says nonsense), "reset" (RST to everyone)
+                                          answer that is not Zest); "exclusive" (ZAP admits nobody); "old"
+                                          (does not know observe)
+{"do": "forget"}                       -> as if the service had been deregistered and registered again
+{"do": "cut"}                          -> cannot be reached, as if a cable were pulled
+{"do": "mend"}                         -> can be reached again, with nothing forgotten
+{"do": "stop"}                         -> as if it were killed
+{"do": "start", "as": KIND}            -> up again, with everything forgotten; or without ZeroMQ: "silent"
+                                          (sends nothing), "garbage" (sends nonsense), "reset" (RST to everyone)
 
-With nothing to read (</dev/null, in the background) it goes on. To get a token as an app does, over Zest:
+If its input ends (</dev/null, in the background) it runs on. To get a token over Zest, as an app does:
 
 arbiter.py token FOLDER ENDPOINT DESTINATION
 """
@@ -51,7 +51,7 @@ URI_HOST, OBSERVE, URI_PATH, CONTENT_FORMAT, MAX_AGE, PUBLIC_KEY = 3, 6, 11, 12,
 
 
 def take(message, at):
-    """A value with its 16-bit length before it, and where it ends."""
+    """Reads a value that follows its 16-bit length; returns it and where it ends."""
     (length,) = struct.unpack_from(">H", message, at)
     return message[at + 2 : at + 2 + length], at + 2 + length
 
@@ -75,11 +75,11 @@ def compose(code, payload=b"", token=b"", options=()):
 
 class Arbiter:
     def __init__(self, folder, endpoint=None):
-        # On an address of its own, the port is still free after a restart.
+        # Nobody else uses this address, so the port is still free after a restart.
         bytes_ = [127] + [random.randrange(1, 255) for _ in range(3)]
         self.endpoint = endpoint or "tcp://%d.%d.%d.%d:4444" % tuple(bytes_)
         public, self.private = zmq.curve_keypair()
-        # The tests look for this mark in logs.
+        # The tests search the logs for this mark.
         self.tokens = {f"MARK-secret-{secrets.token_urlsafe(24)}".encode(): name for name in ("export-service", "app")}
         folder.mkdir(parents=True, exist_ok=True)
         for token, name in self.tokens.items():
@@ -193,7 +193,7 @@ class Arbiter:
         if self.kind == "unauthorized" and name == "export-service":
             return compose(UNAUTHORIZED)
         if observed:
-            # Before anything is made of the path.
+            # Before the path is looked at.
             if options[OBSERVE] not in (b"", b"data", b"audit") or len(options.get(MAX_AGE, b"")) != 4:
                 return compose(INTERNAL_ERROR)
             key = [(CONTENT_FORMAT, b"\0\0"), (PUBLIC_KEY, self.instance)]

@@ -3,7 +3,7 @@
 {"do": "mint", "secret": S, "identifier": I, "caveats": [...], "version": 1|2, "json": bool,
  "location": L, "third_party": bool, "later": [...]}          -> {"token": T}
 {"do": "verify", "secret": S, "token": T}                     -> {"identifier": I, "caveats": [...]}
-"later" are caveats that an app adds to a token it was given, without knowing the secret.
+"later" are caveats that an app adds to a token that it was given, without the secret.
 """
 
 import json
@@ -49,6 +49,6 @@ for line in sys.stdin:
     ask = json.loads(line)
     try:
         answer = {"mint": mint, "verify": verify}[ask["do"]](ask)
-    except Exception as error:  # the test that asked is told, and fails with this
+    except Exception as error:  # the test gets the message, and fails with it
         answer = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(answer), flush=True)

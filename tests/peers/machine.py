@@ -1,7 +1,7 @@
-"""Another machine: a process that goes into a network namespace of its own, spoken to in lines of JSON
+"""Plays another machine: a process in a separate network namespace, controlled by lines of JSON
 
-It prints a line once it is there, so that its end of a wire can be put into it. Then it reads one JSON
-object per line and answers with one:
+It prints a line once the namespace exists, so that one end of a link can be moved there. Then it reads one
+JSON object per line and answers with one:
 
 {"run": SCRIPT}      -> runs a shell script there
 {"serve": PORT}      -> from now on, answers every POST to that port of all its addresses with 200
@@ -37,7 +37,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    # Of both families: an IPv6 socket that takes IPv4 too.
+    # For both families: an IPv6 socket that accepts IPv4 too.
     address_family = socket.AF_INET6
 
 

@@ -28,7 +28,7 @@ function poll(agent, size, id) {
       });
     });
     request.on("error", reject);
-    // Without a length known before: Node sends it in chunks.
+    // The length is not known in advance, so Node sends it in chunks.
     request.write(JSON.stringify({ id }));
     request.end();
   });

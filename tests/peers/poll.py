@@ -27,7 +27,7 @@ def connect():
 
 def poll(connection, size, id):
     start = time.perf_counter()
-    # Head and body go out in two writes, as http.client does it.
+    # http.client sends head and body in two writes.
     connection.request("POST", url.path, json.dumps({"id": id}), {"X-Api-Key": task["token"]})
     response = connection.getresponse()
     answer = json.loads(response.read())

@@ -1,9 +1,9 @@
 """HTTPS servers with good and bad certificates, on OpenSSL: tls.py FOLDER [NAME...]
 
-Writes the CA that most certificates are from to FOLDER/ca.pem, and prints one line of JSON: the
-port of each server by its name. Each answers every request with 200 and `ok`. For each line that
-it reads, it prints how many bytes of requests each server has received so far. Good certificates are for
-`localhost`, 127.0.0.1 and the further names.
+Writes the CA of most certificates to FOLDER/ca.pem, and prints one line of JSON: the port of each server
+by its name. Each answers every request with 200 and `ok`. For each line that it reads, it prints how many
+bytes of requests each server has received so far. Good certificates are for `localhost`, 127.0.0.1 and
+each NAME.
 """
 
 import datetime
@@ -79,7 +79,7 @@ def serve(kind, listener, context):
 def answer(kind, connection, context):
     try:
         with context.wrap_socket(connection, server_side=True) as secure:
-            # All of it, since closing with something unread resets the connection.
+            # Reads everything, since closing with unread data resets the connection.
             data, end = b"", None
             while end is None or len(data) < end:
                 more = secure.recv(65536)
@@ -93,7 +93,7 @@ def answer(kind, connection, context):
                     end = head + int(length.group(1))
             secure.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
     except OSError:
-        pass  # a client that does not like the certificate leaves
+        pass  # a client that refuses the certificate disconnects
 
 
 ports = {}

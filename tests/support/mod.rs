@@ -27,15 +27,15 @@ use tempfile::TempDir;
 pub const SECRET: &str = "MARK-secret";
 /// Part of every payload here; it must not be in any log.
 pub const MARK: &str = "MARK-payload";
-/// This machine, whichever address the system takes `localhost` for.
+/// This machine, whichever address `localhost` resolves to.
 const LOOPBACK: &str = "127.0.0.0/8,::1/128";
 /// How every v1 token begins; it must not be in any log either.
 const TOKEN: &str = "MDAwZWxvY2F0aW9u";
 
-/// The file that takes half of a small disk.
+/// The name of the file that fills half of a small disk.
 const BALLAST: &str = "ballast";
 
-/// Long enough for anything that is going to happen on a busy machine.
+/// Long enough for anything that has to happen, on a busy machine too.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The program under test; another build of it can be named, like the static one.
@@ -46,8 +46,8 @@ pub fn program() -> PathBuf {
     )
 }
 
-/// Tells other threads that it is over when it is dropped: by a failed assertion too, so that they
-/// are not waited for in vain.
+/// Sets the flag when it is dropped, after a failed assertion too, so that other threads end and are not
+/// waited for forever.
 pub struct Ends<'a>(pub &'a AtomicBool);
 
 impl Drop for Ends<'_> {
@@ -56,8 +56,8 @@ impl Drop for Ends<'_> {
     }
 }
 
-/// Says that this test could not run here. It is seen in the output of a whole run too: only what the
-/// print macros write is captured.
+/// Reports that this test could not run here. Written without the print macros, whose output is captured,
+/// so that a whole run shows it too.
 pub fn not_run(why: &str) {
     let current = thread::current();
     let test = current.name().unwrap_or("a test");
@@ -79,7 +79,7 @@ pub fn exited(child: &mut Child) -> ExitStatus {
     }
 }
 
-/// The program with an environment in which nothing of the tester's own is set.
+/// The program with an empty environment, free of the tester's own variables.
 pub fn command() -> Command {
     let mut command = Command::new(program());
     command.env_clear().stdin(Stdio::null());
@@ -120,17 +120,17 @@ struct Log {
 
 #[derive(Default)]
 struct Lines {
-    /// As they were written.
+    /// The lines as they were written.
     texts: Vec<String>,
-    /// What they say; null where one is no JSON.
+    /// The lines parsed; null if one is not JSON.
     values: Vec<Value>,
-    /// There will be no more.
+    /// No more lines will follow.
     ended: bool,
 }
 
 impl Log {
-    /// Reads to the end, but for as long as `reading` is closed no line behind the first `listening`.
-    /// A line is parsed here and once: whoever reads a log slowly makes the service lose lines.
+    /// Reads to the end, but not past the first `listening` while `reading` is closed. Each line is parsed
+    /// once, here: a slow reader makes the service lose lines.
     fn read(&self, stderr: ChildStderr, reading: &Gate) {
         for text in BufReader::new(stderr).lines() {
             let text = text.unwrap();
@@ -149,7 +149,7 @@ impl Log {
         self.changed.notify_all();
     }
 
-    /// Waits until `found` finds something in the lines that came since it was asked last.
+    /// Waits until `found` finds something in the lines that have come since its last call.
     fn find<T>(&self, what: &str, mut found: impl FnMut(&[Value]) -> Option<T>) -> T {
         let deadline = Instant::now() + PATIENCE;
         let mut lines = self.lines.lock().unwrap();
@@ -172,7 +172,7 @@ impl Log {
 }
 
 impl Service {
-    /// A service with these arguments beside the usual, in a data folder of its own.
+    /// A service with these arguments besides the usual, in a new data folder.
     pub fn start(arguments: &[&str]) -> Self {
         Self::start_in(Arc::new(tempfile::tempdir().unwrap()), arguments)
     }
@@ -184,7 +184,7 @@ impl Service {
         Self::start(&[&tls, arguments].concat())
     }
 
-    /// A service whose log nobody reads, from when it listens until the gate is opened.
+    /// A service whose log is not read from when it listens until the gate is opened.
     pub fn start_with_unread_log(arguments: &[&str]) -> (Self, Gate) {
         let reading = Gate::default();
         let folder = Arc::new(tempfile::tempdir().unwrap());
@@ -193,8 +193,8 @@ impl Service {
         (service, reading)
     }
 
-    /// A service that runs as a user of its own who may have so many threads; none where the tests
-    /// do not run as root, who alone can have that.
+    /// A service that runs as a user who may have this many threads. `None` unless the tests run as root,
+    /// which this needs.
     pub fn start_with_threads(most: u32) -> Option<Self> {
         use std::os::unix::fs::{MetadataExt, PermissionsExt};
         let folder = Arc::new(tempfile::tempdir().unwrap());
@@ -204,7 +204,7 @@ impl Service {
         }
         let everyone = PermissionsExt::from_mode(0o777);
         std::fs::set_permissions(folder.path(), everyone).unwrap();
-        // Where that user can get at it.
+        // To where that user can reach it.
         let copy = folder.path().join("export-service");
         std::fs::copy(program(), &copy).unwrap();
         let mut command = Self::as_other_user("prlimit");
@@ -221,8 +221,7 @@ impl Service {
         command
     }
 
-    /// Lets a service with few threads start another only while it has less than so many; not more
-    /// than it was started with.
+    /// Lowers the limit of [`Service::start_with_threads`]: no thread is started while there are this many.
     pub fn limit_threads(&self, most: u32) {
         let done = Self::as_other_user("prlimit")
             .arg(format!("--pid={}", self.pid()))
@@ -232,7 +231,7 @@ impl Service {
         assert!(done.success());
     }
 
-    /// A service that may not send to this machine, as the others here may.
+    /// A service that may not send to this machine, unlike the others here.
     pub fn start_bare(arguments: &[&str]) -> Self {
         let folder = Arc::new(tempfile::tempdir().unwrap());
         Self::launch(folder, command(), Some(SECRET), arguments)
@@ -245,8 +244,8 @@ impl Service {
         Self::launch(folder, command(), None, &arguments)
     }
 
-    /// A service whose data folder is a disk of so many bytes, half of them taken by a file of
-    /// somebody else's; none where the system lets nobody make such a disk.
+    /// A service whose data folder is a disk of this many bytes, half filled by another program's file.
+    /// `None` if the system does not allow such a disk.
     pub fn start_on_small_disk(bytes: u64) -> Option<Self> {
         let own_mounts = ["--map-root-user", "--mount"];
         let tried = Command::new("unshare")
@@ -270,7 +269,7 @@ impl Service {
             program().display(),
             data = data.display(),
         );
-        // A mount that nobody else sees, and that ends with the process.
+        // A mount that only this process sees, and that ends with it.
         let mut command = Command::new("unshare");
         command
             .args(own_mounts)
@@ -301,7 +300,7 @@ impl Service {
         Self::launch(folder, command, Some(SECRET), &arguments)
     }
 
-    /// Removes the file of somebody else's; see [`Service::start_on_small_disk`].
+    /// Removes the other program's file; see [`Service::start_on_small_disk`].
     pub fn remove_ballast(&self) {
         let seen_by_it = self.folder().strip_prefix("/").unwrap().join(BALLAST);
         std::fs::remove_file(format!(
@@ -312,7 +311,7 @@ impl Service {
         .unwrap();
     }
 
-    /// A service whose data folder is `data` in this one, where something may be already.
+    /// A service whose data folder is `data` in this folder, which may hold files already.
     pub fn start_in(folder: Arc<TempDir>, arguments: &[&str]) -> Self {
         let arguments = [&["--allow-network", LOOPBACK], arguments].concat();
         Self::launch(folder, command(), Some(SECRET), &arguments)
@@ -383,12 +382,12 @@ impl Service {
         })
     }
 
-    /// Waits until there are so many log lines with this event.
+    /// Waits until there are this many log lines with this event.
     pub fn events(&self, event: &str, count: u64) {
         self.total(event, count, |_| 1);
     }
 
-    /// Waits until so many failed attempts and results are on disk.
+    /// Waits until this many failed attempts and results are on disk.
     pub fn reports(&self, count: u64) {
         self.total("committed", count, |line| line["reports"].as_u64().unwrap());
     }
@@ -447,7 +446,7 @@ impl Service {
         states.collect()
     }
 
-    /// The CPU time that it has taken so far, all threads together; the kernel counts in 10 ms.
+    /// The CPU time that all of its threads have used so far; the kernel counts in 10 ms.
     pub fn cpu_time(&self) -> Duration {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
         let (_, fields) = stat.rsplit_once(") ").unwrap();
@@ -492,7 +491,7 @@ impl Service {
         self.kill_and_restart_after(|| {})
     }
 
-    /// The same, with something done while it does not run.
+    /// The same, and runs a function while the service is down.
     pub fn kill_and_restart_after(self, meanwhile: impl FnOnce()) -> Self {
         let (folder, arguments) = (self.folder.clone(), self.arguments.clone());
         let secret = self.secret;
@@ -561,7 +560,7 @@ impl Service {
         [head.as_bytes(), body].concat()
     }
 
-    /// A connection from an address of this machine's, like 127.0.0.2.
+    /// A connection from this address of this machine, like 127.0.0.2.
     pub fn connect_from(&self, address: [u8; 4]) -> TcpStream {
         use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
         let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
@@ -618,7 +617,7 @@ impl Drop for Service {
     }
 }
 
-/// A program of the other side's, in Python, that is spoken to in lines of JSON.
+/// A peer written in Python, which exchanges lines of JSON with the tests.
 pub struct Peer {
     child: Child,
     requests: ChildStdin,
@@ -648,13 +647,13 @@ impl Peer {
         self.child.id()
     }
 
-    /// Says something and waits for the answer.
+    /// Sends a value and waits for the answer.
     pub fn ask(&mut self, request: &Value) -> Value {
         writeln!(self.requests, "{request}").unwrap();
         self.line()
     }
 
-    /// Waits for the next thing it says.
+    /// Waits for its next line.
     pub fn line(&mut self) -> Value {
         let mut line = String::new();
         self.answers.read_line(&mut line).unwrap();
@@ -671,7 +670,7 @@ impl Drop for Peer {
     }
 }
 
-/// A token for one destination, in the shape of the arbiter's, good for both endpoints.
+/// A token for one destination and both endpoints, like those of the arbiter.
 pub fn token(destination: &str) -> String {
     token_of("", destination)
 }
@@ -745,14 +744,14 @@ impl Response {
             .map(|(_, value)| value.as_str())
     }
 
-    /// The word for an error.
+    /// The code of an error.
     pub fn code(&self) -> String {
         self.json()["error"]["code"].as_str().unwrap().to_owned()
     }
 }
 
-/// A certificate for this machine and the CA it is from, made by openssl as a Databox has it: leaf,
-/// key and public key in one file.
+/// A certificate for this machine and its CA, made by openssl in the layout of a Databox: leaf, key and
+/// public key in one file.
 pub struct Identity {
     folder: TempDir,
 }
@@ -767,7 +766,7 @@ impl Identity {
         identity
     }
 
-    /// Puts a new CA and a new certificate in the place of the old ones.
+    /// Replaces the CA and the certificate with new ones.
     pub fn renew(&self, key: &str) {
         let script = "
             cd \"$1\"
@@ -814,8 +813,8 @@ impl Identity {
         self.folder.path().join("ca.pem")
     }
 
-    /// A client of openssl's, connected to a service: what to write to it, and what comes back. It
-    /// ends when the service closes the connection.
+    /// openssl's client, connected to a service, with its input and output. It ends when the service closes
+    /// the connection.
     pub fn client(&self, service: &Service) -> (ChildStdin, BufReader<ChildStdout>) {
         let mut child = Command::new("openssl")
             .args(["s_client", "-quiet", "-CAfile"])
@@ -832,7 +831,7 @@ impl Identity {
     }
 }
 
-/// A URL where nothing listens, and the address to listen on to change that.
+/// A URL where nothing listens, and its address, so that a test can listen there later.
 pub fn nowhere() -> (String, SocketAddr) {
     use rustix::net::sockopt::set_socket_reuseaddr;
     use rustix::net::{AddressFamily, SocketType, bind, getsockname, socket};
@@ -937,7 +936,7 @@ impl Destination {
             if reader.read_exact(&mut arrival.body).is_err() {
                 return;
             }
-            // Seen before it is answered: a test that knows the answer knows of the arrival.
+            // Recorded before it is answered, so that a test that has the answer sees the arrival.
             let _ = arrivals.send(arrival.clone());
             let written = match script(&arrival) {
                 Reaction::Answer(status, body) => {
@@ -978,13 +977,13 @@ impl Destination {
             .unwrap()
     }
 
-    /// What has arrived and was not asked for yet.
+    /// The requests that have arrived and were not taken yet.
     pub fn arrivals(&self) -> Vec<Arrival> {
         self.arrivals.lock().unwrap().try_iter().collect()
     }
 }
 
-/// Holds scripts up until it is opened.
+/// Blocks scripts until it is opened.
 #[derive(Clone, Default)]
 pub struct Gate(Arc<(Mutex<bool>, Condvar)>);
 
@@ -1003,8 +1002,8 @@ impl Gate {
     }
 }
 
-/// Starts the program with this command on a folder, and stops it once it listens. Whether it did, its exit
-/// code if it ended by itself, and what it said.
+/// Starts the program with this command on a folder, and stops it once it listens. Returns whether it did,
+/// its exit code if it ended by itself, and its output.
 pub fn try_start(mut command: Command, folder: &Path) -> (bool, Option<i32>, String) {
     let mut child = command
         .args(["serve", "--port", "0", "--bind", "127.0.0.1"])

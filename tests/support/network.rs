@@ -1,9 +1,9 @@
-//! A network of a test's own, with a name server in it.
+//! A separate network for each test, with a name server in it.
 //!
-//! A test that wants one starts this test program once more, for that one test, in network, mount
-//! and process namespaces of its own. All that the test starts in there (services, peers, threads)
-//! shares the new network, which ends with the test, however that ends. Ports need not be chosen
-//! with care, and any number of such tests run side by side.
+//! Such a test starts this test program again, for that one test, in new network, mount and process
+//! namespaces. Everything that the test starts there (services, peers, threads) shares the new network,
+//! which ends with the test, however that ends. Ports cannot collide, and any number of such tests can run
+//! at the same time.
 
 #![allow(dead_code)]
 
@@ -18,10 +18,10 @@ use std::thread;
 use super::Peer;
 use serde_json::{Value, json};
 
-/// Set in the inner run: the folder that stands for `/etc` there.
+/// Set in the inner run: the folder that replaces `/etc` there.
 const INSIDE: &str = "EXPORT_TEST_NETWORK";
 
-/// A test that hangs is ended after so many seconds.
+/// A test that hangs is ended after this many seconds.
 const LONGEST: &str = "300";
 
 /// Names come from files and name servers, as in most containers; the rest of `/etc` stays.
@@ -40,13 +40,13 @@ const SETUP: &str = "
     cd /
     exec \"$@\"";
 
-/// The network that a test runs in. It begins with this machine alone, whose name server is meant
-/// to be at 127.0.0.53.
+/// The network that a test runs in. At first it holds only this machine, which expects its name server at
+/// 127.0.0.53.
 pub struct Network {
     etc: PathBuf,
 }
 
-/// Runs a test in a network of its own, or says why it cannot.
+/// Runs a test in a new network, or reports why it cannot.
 pub fn alone<Test: FnOnce(&Network)>(test: Test) {
     if let Some(etc) = std::env::var_os(INSIDE) {
         return test(&Network { etc: etc.into() });
@@ -70,7 +70,7 @@ pub fn alone<Test: FnOnce(&Network)>(test: Test) {
         .unwrap();
     let said = String::from_utf8_lossy(&done.stdout);
     let errors = String::from_utf8_lossy(&done.stderr);
-    // A wrong name would be a run of no test, which succeeds.
+    // A wrong name would run no test, and succeed.
     assert!(
         done.status.success() && said.contains("1 passed"),
         "in a network of its own ({}):\n{said}\n{errors}",
@@ -78,7 +78,7 @@ pub fn alone<Test: FnOnce(&Network)>(test: Test) {
     );
 }
 
-/// Why there are no namespaces here, found out once.
+/// Why there can be no namespaces here; determined once.
 fn available() -> Result<(), &'static str> {
     static FOUND: OnceLock<Result<(), String>> = OnceLock::new();
     let found = FOUND.get_or_init(|| {
@@ -104,10 +104,10 @@ fn within(folder: &str) -> Command {
         "unshare"
     });
     if !geteuid().is_root() {
-        // Only in a user namespace of its own may an ordinary user have the others.
+        // An ordinary user can create the others only inside a new user namespace.
         command.args(["--map-root-user", "setpriv"]);
     }
-    // Whoever kills the outer run ends the inner one, and with its process 1 all others.
+    // If the outer run is killed the inner one ends, and with its process 1 all others.
     command.args(["--pdeathsig", "KILL", "unshare"]);
     command.args(["--net", "--mount", "--pid", "--mount-proc"]);
     command.args([
@@ -180,7 +180,7 @@ impl Network {
     }
 }
 
-/// Another machine on a wire to this one; see tests/peers/machine.py.
+/// Another machine, connected to this one; see tests/peers/machine.py.
 pub struct Machine {
     peer: Peer,
 }
@@ -202,7 +202,7 @@ impl Machine {
     }
 }
 
-/// What is asked of a name server.
+/// The record types that are asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     A,
@@ -275,7 +275,7 @@ impl Question {
         reply
     }
 
-    /// Those of the addresses that were asked for, with as many aliases before them.
+    /// The addresses of the type that was asked for, after this many aliases.
     fn records(&self, aliases: &[&str], addresses: &[&str]) -> Vec<u8> {
         let alias_names: Vec<_> = aliases.iter().map(|alias| encoded(alias)).collect();
         // A pointer to the name in the question.
@@ -300,13 +300,13 @@ impl Question {
         whole
     }
 
-    /// Answers with those of the addresses that were asked for, perhaps none; in a UDP packet as
-    /// many as it may hold.
+    /// Answers with the addresses of the type that was asked for, perhaps none; in a UDP packet with as
+    /// many as fit.
     pub fn addresses(&self, addresses: &[&str]) -> Packets {
         vec![self.records(&[], addresses)]
     }
 
-    /// The same for the last of these aliases, each of which stands for the next.
+    /// The same for the last of these aliases, each of which points to the next.
     pub fn aliases(&self, aliases: &[&str], addresses: &[&str]) -> Packets {
         vec![self.records(aliases, addresses)]
     }
@@ -371,7 +371,7 @@ impl NameServer {
         thread::spawn(move || {
             let mut packet = [0; 4096];
             loop {
-                // An error is of an earlier reply that nobody waited for.
+                // An error comes from an earlier reply that nobody waited for.
                 let Ok((length, peer)) = udp.recv_from(&mut packet) else {
                     continue;
                 };
@@ -405,7 +405,7 @@ impl NameServer {
         server
     }
 
-    /// From now on it does this.
+    /// Replaces its script.
     pub fn now(&self, script: impl Fn(&Question) -> Packets + Send + Sync + 'static) {
         *self.script.lock().unwrap() = Arc::new(script);
     }

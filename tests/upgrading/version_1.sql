@@ -1,4 +1,4 @@
--- What the first release made of a new file.
+-- The schema of the first release.
 CREATE TABLE exports (
     seq             INTEGER PRIMARY KEY,
     id              TEXT NOT NULL UNIQUE,

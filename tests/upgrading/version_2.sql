@@ -1,4 +1,4 @@
--- What the second release made of a file of the first one, and of a new one after that.
+-- What the second release added to the schema of the first one, in a new file too.
 ALTER TABLE exports ADD COLUMN running_at INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE exports ADD COLUMN first_moved_at INTEGER;
 CREATE TABLE running (millis INTEGER NOT NULL) STRICT;

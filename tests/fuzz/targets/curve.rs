@@ -1,8 +1,8 @@
-//! The arbiter's side of a conversation: the greeting as it should be or not, then frames, each as the
-//! fuzzer wrote it or sealed by somebody who has the arbiter's keys, so that what is inside is reached
-//! too. Nothing panics, and without these keys nobody gets as far as a request.
+//! The arbiter's side of a conversation: a greeting, right or wrong, then frames, each as the fuzzer wrote
+//! it or encrypted with the arbiter's keys, so that its content is reached too. Nothing panics, and without
+//! these keys nobody gets as far as a request.
 //!
-//! An input is a list of pieces, each with a byte for its kind and a byte for its length before it.
+//! An input is a list of pieces, each after a byte for its kind and a byte for its length.
 #![no_main]
 
 use std::sync::LazyLock;
@@ -12,10 +12,10 @@ use crypto_box::{PublicKey, SalsaBox, SecretKey};
 use export_service::arbiter::curve::{Client, Error, RANDOM, key_of_z85};
 use libfuzzer_sys::fuzz_target;
 
-/// What the client is given as random, so that its keys are known.
+/// The randomness of the client; fixed, so that its keys are known.
 const RANDOM_BYTES: [u8; RANDOM] = [7; RANDOM];
 
-/// The arbiter's two public keys, and what it seals with. Made once: they cost more than all the rest.
+/// The arbiter's two public keys, and what it encrypts with. Made once: they cost more than all the rest.
 struct Keys {
     lasting: [u8; 32],
     passing: [u8; 32],
@@ -55,9 +55,9 @@ fuzz_target!(|bytes: &[u8]| {
         };
         count += 1;
         let input = match kind % 6 {
-            // As it stands.
+            // Unchanged.
             0 => piece.to_vec(),
-            // The greeting, with what the fuzzer changes in it.
+            // The greeting, with the fuzzer's changes.
             1 => {
                 let mut greeting = [0; 64];
                 greeting[0] = 0xff;
@@ -70,7 +70,7 @@ fuzz_target!(|bytes: &[u8]| {
                 greeting.to_vec()
             }
             2 => frame(4, piece),
-            // WELCOME with the short-term key, and the rest as the fuzzer has it.
+            // WELCOME with the short-term key; the rest is from the fuzzer.
             3 => {
                 let mut content = [0; 128];
                 content[..32].copy_from_slice(&KEYS.passing);

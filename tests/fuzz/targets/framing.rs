@@ -1,5 +1,5 @@
-//! A connection's bytes, cut into pieces by the first of them: the same requests come out however
-//! they are cut, none is larger than it may be, and each reads back from what is passed on.
+//! A connection's bytes, cut into pieces as the first of them say: the requests are the same however
+//! they are cut, none exceeds the limits, and each reads back from what is passed on.
 #![no_main]
 
 use std::net::SocketAddr;
@@ -43,7 +43,7 @@ fuzz_target!(|bytes: &[u8]| {
         let (method, target) = (request.method().to_owned(), request.target().to_owned());
         let body = request.take_body();
         assert!(body.len() <= MAX_BODY);
-        // What is passed on has no Host; as HTTP/1.0 it needs none.
+        // What is passed on has no Host header; HTTP/1.0 needs none.
         let old = String::from_utf8(head).expect("a head is ASCII").replacen(
             " HTTP/1.1\r\n",
             " HTTP/1.0\r\n",

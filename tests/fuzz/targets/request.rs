@@ -1,5 +1,5 @@
-//! Whole requests with a genuine token: target, headers and body, with a NUL between each. A
-//! payload that is accepted is part of what was sent, or what a string in it stands for.
+//! Whole requests with a genuine token: target, headers and body, with a NUL between each. An
+//! accepted payload is a part of the input, or the text of a string in it.
 #![no_main]
 
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
     let mut parts = bytes.splitn(4, |&byte| byte == 0);
-    // Header values and targets are text by the time they get here.
+    // Header values and targets are already text when they get here.
     let mut text = || str::from_utf8(parts.next().unwrap_or_default()).unwrap_or_default();
     let (target, authorization, idempotency_key) = (text(), text(), text());
     let body = parts.next().unwrap_or_default();

@@ -1,4 +1,4 @@
-//! Destinations' responses: in pieces of any size the same comes of them, nothing is lost or added, and
+//! Destinations' responses: they read the same in pieces of any size, nothing is lost or added, and
 //! what is written for ureq is a head and chunks.
 #![no_main]
 
@@ -13,8 +13,8 @@ fuzz_target!(|bytes: &[u8]| {
     assert_eq!(read(input, usize::from(piece) + 1), all);
 });
 
-/// The status line and the body that come of it, whether that is all, and how much was used of the
-/// input; none where it is no response.
+/// The status line and the body, whether the response is complete, and how much of the input was
+/// used; `None` if it is not a response.
 fn read(input: &[u8], piece: usize) -> Option<(Vec<u8>, Vec<u8>, bool, usize)> {
     let (mut reader, mut out) = (Reader::new(), Vec::new());
     let mut used = 0;

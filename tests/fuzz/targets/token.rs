@@ -20,7 +20,7 @@ fuzz_target!(|bytes: &[u8]| {
     };
     assert!(authorize(text, &key, &request, now).is_err());
     if let Ok(macaroon) = Macaroon::read(text) {
-        // Unsigned, but the caveats of it must be readable all the same.
+        // Not signed, but its caveats must still be readable.
         let _ = caveats::check(&macaroon, &request, now)
             .map(|grant| grant.allows("https://a.example/"));
     }

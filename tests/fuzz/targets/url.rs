@@ -1,4 +1,4 @@
-//! Destination URLs: what is accepted keeps its text and shows an origin without secrets.
+//! Destination URLs: an accepted URL keeps its text, and its origin shows no secrets.
 #![no_main]
 
 use export_service::destination::Destination;

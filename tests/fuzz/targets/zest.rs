@@ -1,5 +1,5 @@
-//! Replies of the arbiter, and requests to it: a reply's payload is the end of the message, and a
-//! request that is encoded reads back as what it was made of.
+//! Replies of the arbiter, and requests to it: a reply's payload is the end of the message, and an
+//! encoded request reads back as it was.
 #![no_main]
 
 use export_service::arbiter::zest::{Reply, get, observe};
