@@ -4,10 +4,10 @@ mod support;
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use support::{Destination, MARK, Service, command, nowhere, payload, program, token};
@@ -308,18 +308,10 @@ fn a_stalled_disk_is_waited_for_and_delays_no_request_that_does_not_need_it() {
     let (url, _) = nowhere();
     let service = Service::start(&[]);
     // Longer than any step of a request may wait.
-    let stall = "inject=fsync,fdatasync:delay_enter=15000000:when=1";
-    let mut strace = Command::new("strace")
-        .args(["-f", "-p", &service.pid().to_string()])
-        .args(["-e", "trace=fsync,fdatasync", "-e", stall])
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(strace.stderr.take().unwrap()).lines();
-    if !lines.next().unwrap().unwrap().contains("attached") {
-        strace.wait().unwrap();
-        return support::not_run("strace may not attach to another process");
-    }
+    let delay = "delay_enter=15000000:when=1";
+    let Some((mut strace, mut lines)) = support::delay_syncs(&service, delay) else {
+        return;
+    };
     let answered = AtomicBool::new(false);
     std::thread::scope(|scope| {
         // More than there are links, and threads that answer.

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use support::{Destination, PATIENCE, Reaction, Response, Service, not_run, ok, payload, token};
+use support::{Destination, PATIENCE, Reaction, Response, Service, ok, payload, token};
 
 #[test]
 fn after_a_signal_parked_polls_are_answered_and_the_attempt_under_way_can_end() {
@@ -213,18 +213,10 @@ fn a_stop_ends_before_docker_kills_no_matter_what_hangs() {
         .unwrap();
     while deaf.write_all(&request.repeat(100)).is_ok() {}
 
-    let stall = "inject=fsync,fdatasync:delay_enter=30000000";
-    let mut strace = Command::new("strace")
-        .args(["-f", "-p", &service.pid().to_string()])
-        .args(["-e", "trace=fsync,fdatasync", "-e", stall])
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(strace.stderr.take().unwrap()).lines();
-    if !lines.next().unwrap().unwrap().contains("attached") {
-        strace.wait().unwrap();
-        return not_run("strace may not attach to another process");
-    }
+    let delay = "delay_enter=30000000";
+    let Some((mut strace, _lines)) = support::delay_syncs(&service, delay) else {
+        return;
+    };
     let body = json!({"uri": url, "data": payload(2)}).to_string();
     let submission = service.send("POST", "/export", &headers, body.as_bytes());
 

@@ -64,6 +64,28 @@ pub fn not_run(why: &str) {
     let _ = writeln!(std::io::stderr(), "NOT RUN: {test}: {why}");
 }
 
+/// Delays the syncs of a running service, as strace's `inject` says. Returns strace and the lines in which
+/// it tells of them; none where it may not do that here.
+pub fn delay_syncs(
+    service: &Service,
+    inject: &str,
+) -> Option<(Child, std::io::Lines<BufReader<ChildStderr>>)> {
+    let mut strace = Command::new("strace")
+        .args(["-f", "-p", &service.pid().to_string()])
+        .args(["-e", "trace=fsync,fdatasync", "-e"])
+        .arg(format!("inject=fsync,fdatasync:{inject}"))
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(strace.stderr.take().unwrap()).lines();
+    if !lines.next().unwrap().unwrap().contains("attached") {
+        strace.wait().unwrap();
+        not_run("strace may not attach to another process");
+        return None;
+    }
+    Some((strace, lines))
+}
+
 /// Waits for a process to end by itself.
 pub fn exited(child: &mut Child) -> ExitStatus {
     let deadline = Instant::now() + PATIENCE;
