@@ -1,4 +1,4 @@
-//! How long to wait after failures: exponential backoff with jitter; pure but for [`chance`].
+//! How long to wait after failures: exponential backoff with jitter; pure but for [`jitter`].
 //!
 //! Not here: what is waited for.
 
@@ -6,25 +6,25 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::Duration;
 
 /// Waits differ by up to this part either way, so that boxes do not come back all at once.
-const JITTER: f64 = 0.2;
+const SPREAD: f64 = 0.2;
 /// More doublings than any wait here has, few enough not to overflow.
 const MOST_DOUBLINGS: u32 = 20;
 
 /// The wait after so many failures in a row: `first` after one, twice that after two and so on, `longest` at the
-/// most, with jitter by `chance`, which is evenly spread from 0 to 1.
-pub fn backoff(first: Duration, longest: Duration, failures: u32, chance: f64) -> Duration {
+/// most, with jitter by `jitter`, which is evenly spread from 0 to 1.
+pub fn backoff(first: Duration, longest: Duration, failures: u32, jitter: f64) -> Duration {
     let doublings = failures.saturating_sub(1).min(MOST_DOUBLINGS);
-    jittered((first * (1 << doublings)).min(longest), chance)
+    jittered((first * (1 << doublings)).min(longest), jitter)
 }
 
-/// A wait that differs by up to a fifth from `wait`, by `chance`.
-pub fn jittered(wait: Duration, chance: f64) -> Duration {
-    wait.mul_f64(1.0 + JITTER * (2.0 * chance - 1.0))
+/// A wait that differs by up to a fifth from `wait`, by `jitter`.
+pub fn jittered(wait: Duration, jitter: f64) -> Duration {
+    wait.mul_f64(1.0 + SPREAD * (2.0 * jitter - 1.0))
 }
 
 /// A number evenly spread from 0 to 1. std seeds its hash maps from the system's randomness, and
 /// waits need no better.
-pub fn chance() -> f64 {
+pub fn jitter() -> f64 {
     RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64
 }
 
@@ -47,9 +47,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_wait_leaves_its_bounds(failures: u32, longest in 1_u64..100_000, chance in 0.0..=1.0) {
+        fn no_wait_leaves_its_bounds(failures: u32, longest in 1_u64..100_000, jitter in 0.0..=1.0) {
             let longest = Duration::from_secs(longest);
-            let wait = backoff(FIRST, longest, failures, chance);
+            let wait = backoff(FIRST, longest, failures, jitter);
             prop_assert!(wait >= FIRST.mul_f64(0.79) && wait <= longest.mul_f64(1.21));
         }
     }

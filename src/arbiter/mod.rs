@@ -39,7 +39,7 @@ use sha2::{Digest, Sha256};
 
 use crate::auth::Key;
 use crate::auth::secret::{Missing, Secret};
-use crate::backoff::{backoff, chance, jittered};
+use crate::backoff::{backoff, jitter, jittered};
 use crate::logging::millis;
 use crate::threads;
 use curve::{Connection, Endpoint};
@@ -225,13 +225,13 @@ impl Link {
             let trouble = self.stand(&mut stood);
             let wait = if trouble == Trouble::Refused(zest::UNAUTHORIZED) {
                 failures = 0;
-                jittered(UNREGISTERED_WAIT, chance())
+                jittered(UNREGISTERED_WAIT, jitter())
             } else {
                 failures = match stood {
                     Some(since) if since.elapsed() >= STOOD => 1,
                     _ => failures.saturating_add(1),
                 };
-                backoff(FIRST_WAIT, LONGEST_WAIT, failures, chance())
+                backoff(FIRST_WAIT, LONGEST_WAIT, failures, jitter())
             };
             self.note(trouble, wait);
             thread::sleep(wait);
@@ -383,8 +383,8 @@ mod tests {
 
     #[test]
     fn an_arbiter_that_does_not_know_this_service_is_asked_every_second_or_two() {
-        for chance in [0.0, 1.0] {
-            let wait = jittered(UNREGISTERED_WAIT, chance).as_secs_f64();
+        for jitter in [0.0, 1.0] {
+            let wait = jittered(UNREGISTERED_WAIT, jitter).as_secs_f64();
             assert!((1.0..=2.0).contains(&wait), "{wait}");
         }
     }

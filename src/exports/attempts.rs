@@ -1,5 +1,5 @@
-//! What the worker asks for and reports: which export is to be tried, and what came of it. What it
-//! reports counts at once, and is written soon; nobody is shown a result before it is in the store.
+//! The worker's side: which export is to be tried next, and what came of it. A report counts at once for
+//! the queues and is written soon after; no client sees a result before it is in the store.
 //!
 //! Not here: whose turn it is ([`super::queues`]), and what counts as a failure (`delivery`).
 
@@ -9,45 +9,45 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::queues::{Failed, Next, Oldest, Turn};
-use super::store::{self, News, QueueNews, Queued, Reader, Report};
+use super::store::{self, ExportUpdate, QueueUpdate, Queued, Reader, Report};
 use super::{Exports, raw};
-use crate::backoff::chance;
+use crate::backoff::jitter;
 use crate::destination::{BadUrl, Destination};
 use crate::export::{Export, ExtResponse, FailureReport, LastError, Millis, QueueId, Retry};
 
-/// What there is to do for the worker.
+/// What the worker is to do next.
 pub enum Work {
-    /// A queue has its turn: see [`Exports::begin`].
+    /// Send a queue's next export: see [`Exports::begin`].
     Attempt(Turn),
-    /// An export was tried for long enough: see [`Exports::give_up`].
+    /// Give up an export that was tried for long enough: see [`Exports::give_up`].
     GiveUp(GivenUp),
-    /// Nothing, for so long at the most.
+    /// Wait for news, for at most this long if it is given.
     Wait(Option<Duration>),
 }
 
-/// An export that was tried for long enough, and has to be finished.
+/// An export that was tried for long enough. It must be finished with [`Exports::give_up`].
 #[must_use]
 pub struct GivenUp {
-    /// Which export.
+    /// Its `attempts` include the last one.
     pub export: Export,
-    /// Kind and message of why it was not delivered, where that is known.
+    /// Kind and message of the last failure, if known.
     pub reason: Option<(String, String)>,
-    queue_news: QueueNews,
+    queue_update: QueueUpdate,
     resumes: bool,
 }
 
-/// An export that is on the wire.
+/// An export that is being sent.
 pub struct Taken {
-    /// Which export.
+    /// Its state in the store, and what is not written yet.
     pub export: Export,
-    /// What goes to its destination; none where that was damaged, or somebody took it away.
+    /// None if it was damaged in the store, or removed by hand.
     pub payload: Option<Vec<u8>>,
 }
 
 impl Exports {
-    /// Decides what there is to do. With `failing` false, queues whose last attempt failed are passed
-    /// over. Blocks for a look-up where an export may have been tried for long enough, and while a
-    /// damaged store is mended.
+    /// Decides what to do next. With `failing` false, queues whose last attempt failed are passed over.
+    /// Blocks for a look-up if an export may have been tried for long enough, and while a damaged store
+    /// is repaired.
     ///
     /// # Panics
     /// As [`Exports::begin`] does.
@@ -68,7 +68,7 @@ impl Exports {
         }
     }
 
-    /// Takes a queue's oldest export, if it was tried for long enough.
+    /// Takes a queue's oldest export if it was tried for long enough.
     fn overdue(
         &self,
         queue: QueueId,
@@ -93,33 +93,33 @@ impl Exports {
             return None;
         }
         let error = found.last_error.take().or_else(|| queues.error(queue));
-        let queue_news = match queues.is_done(queue) {
-            // A queue that has no exports is not remembered beyond this run.
-            true => QueueNews::Recovered,
-            false => QueueNews::AsBefore,
+        let queue_update = match queues.is_done(queue) {
+            // The backoff of a queue without exports is not remembered beyond this run.
+            true => QueueUpdate::Recovered,
+            false => QueueUpdate::AsBefore,
         };
         drop(queues);
         match Destination::parse(&found.destination) {
             Ok(destination) => Some(GivenUp {
                 export: taken(queue, found, destination, now).export,
-                reason: error.and_then(|error| words(&error)),
-                queue_news,
+                reason: error.and_then(|error| kind_and_message(&error)),
+                queue_update,
                 resumes: !is_first,
             }),
             Err(bad) => {
-                self.refuse(queue, &found, bad, queue_news, !is_first);
+                self.refuse(queue, &found, bad, queue_update, !is_first);
                 None
             }
         }
     }
 
-    /// Takes the next export of a queue that has its turn: it is on the wire from now on. None where it
-    /// turns out that there is none to send; the turn is over then. Blocks for a look-up, and while a
-    /// damaged store is mended.
+    /// Takes the next export of the queue whose turn it is, and marks it as being sent. None, which ends
+    /// the turn, if there turns out to be nothing to send. Blocks for a look-up, and while a damaged store
+    /// is repaired.
     ///
     /// # Panics
-    /// Where the store cannot be read: without it there is nothing left to deliver, and after a
-    /// restart all that has no result is delivered again.
+    /// The store cannot be read. Nothing can be delivered without it, and a restart delivers everything
+    /// that has no result.
     pub fn begin(&self, turn: &Turn) -> Option<Taken> {
         let found = self.read(|reader| reader.next(turn.queue, turn.after));
         let now = self.running();
@@ -138,7 +138,7 @@ impl Exports {
             Err(bad) => {
                 queues.ended(turn.queue, now);
                 drop(queues);
-                self.refuse(turn.queue, &found, bad, QueueNews::AsBefore, false);
+                self.refuse(turn.queue, &found, bad, QueueUpdate::AsBefore, false);
                 None
             }
         }
@@ -152,32 +152,32 @@ impl Exports {
             })
     }
 
-    /// Finishes an export that its destination has answered. Blocks only while the store is far behind,
-    /// like all of these.
+    /// Finishes an export that its destination has answered. Like every report, blocks only while
+    /// [`UNWRITTEN_REPORTS`](super::UNWRITTEN_REPORTS) reports wait for the writer.
     pub fn answered(&self, export: &Export, result: ExtResponse, took: Duration) {
         let now = self.running();
         let was_failing = self.queues.lock().answered(export.queue, took, now);
-        let queue_news = match was_failing {
-            true => QueueNews::Recovered,
-            false => QueueNews::AsBefore,
+        let queue_update = match was_failing {
+            true => QueueUpdate::Recovered,
+            false => QueueUpdate::AsBefore,
         };
-        self.finish(export, result, queue_news, false);
+        self.finish(export, result, queue_update, false);
     }
 
-    /// Finishes an export that ended without an answer, by a failure that no other try could change.
+    /// Finishes an export whose attempt failed in a way that no retry could change.
     pub fn ended(&self, export: &Export, result: ExtResponse) {
         let mut queues = self.queues.lock();
         queues.ended(export.queue, self.running());
-        let queue_news = match queues.is_done(export.queue) {
-            true => QueueNews::Recovered,
-            false => QueueNews::AsBefore,
+        let queue_update = match queues.is_done(export.queue) {
+            true => QueueUpdate::Recovered,
+            false => QueueUpdate::AsBefore,
         };
         drop(queues);
-        self.finish(export, result, queue_news, false);
+        self.finish(export, result, queue_update, false);
     }
 
-    /// Reports an attempt that failed: the export is queued again, or it was tried for long enough, and
-    /// is to be given up by who asks.
+    /// Reports a failed attempt. The export is queued again, or returned for the caller to give up if it
+    /// was tried for long enough.
     pub fn failed(
         &self,
         mut export: Export,
@@ -189,16 +189,16 @@ impl Exports {
         let error = raw(error);
         let mut queues = self.queues.lock();
         let Failed { backoff, given_up } =
-            queues.failed(&mut export, retry, error.clone(), took, chance(), now);
+            queues.failed(&mut export, retry, error.clone(), took, jitter(), now);
         let is_done = queues.is_done(export.queue);
         drop(queues);
         if given_up {
             return Some(GivenUp {
-                reason: words(&error),
+                reason: kind_and_message(&error),
                 export,
-                queue_news: match is_done {
-                    true => QueueNews::Recovered,
-                    false => QueueNews::Failing(backoff, error),
+                queue_update: match is_done {
+                    true => QueueUpdate::Recovered,
+                    false => QueueUpdate::Failing(backoff, error),
                 },
                 resumes: false,
             });
@@ -207,13 +207,13 @@ impl Exports {
             id: export.id,
             seq: export.seq,
             queue: export.queue,
-            news: News::Rescheduled {
+            update: ExportUpdate::Rescheduled {
                 attempts: export.attempts,
                 error: error.clone(),
                 to_end: retry.to_end,
                 first_moved_at: export.first_moved_at,
             },
-            queue_news: QueueNews::Failing(backoff, error),
+            queue_update: QueueUpdate::Failing(backoff, error),
         });
         None
     }
@@ -222,20 +222,20 @@ impl Exports {
     pub fn give_up(&self, given_up: GivenUp, result: ExtResponse) {
         let GivenUp {
             export,
-            queue_news,
+            queue_update,
             resumes,
             ..
         } = given_up;
-        self.finish(&export, result, queue_news, resumes);
+        self.finish(&export, result, queue_update, resumes);
     }
 
-    /// Finishes an export whose URL is no longer taken: an earlier release has let it in.
+    /// Finishes an export whose URL an earlier release accepted and this one refuses.
     fn refuse(
         &self,
         queue: QueueId,
         found: &Queued,
         bad: BadUrl,
-        queue_news: QueueNews,
+        queue_update: QueueUpdate,
         resumes: bool,
     ) {
         log::warn!(id:% = found.id, reason:% = format_args!("its uri {bad}"); "cannot be delivered");
@@ -251,24 +251,30 @@ impl Exports {
             id: found.id,
             seq: found.seq,
             queue,
-            news: finished(result, resumes),
-            queue_news,
+            update: finished(result, resumes),
+            queue_update,
         });
     }
 
-    fn finish(&self, export: &Export, result: ExtResponse, queue_news: QueueNews, resumes: bool) {
+    fn finish(
+        &self,
+        export: &Export,
+        result: ExtResponse,
+        queue_update: QueueUpdate,
+        resumes: bool,
+    ) {
         self.report(Report {
             id: export.id,
             seq: export.seq,
             queue: export.queue,
-            news: finished(result, resumes),
-            queue_news,
+            update: finished(result, resumes),
+            queue_update,
         });
     }
 
     fn report(&self, report: Report) {
         let is_awaited = self.parked.is_awaited(report.id);
-        // The writer ends after the worker, unless the process is being left in a hurry.
+        // Fails only when the process exits without waiting for the worker; else the writer ends last.
         let _ = self.reports.send(report);
         if is_awaited {
             let _ = self.awaited.try_send(());
@@ -276,15 +282,15 @@ impl Exports {
     }
 }
 
-fn finished(result: ExtResponse, resumes: bool) -> News {
-    News::Finished {
+fn finished(result: ExtResponse, resumes: bool) -> ExportUpdate {
+    ExportUpdate::Finished {
         response: raw(&result),
         memory: result.memory,
         resumes,
     }
 }
 
-/// What was found, as the worker gets it.
+/// What the worker gets of a row.
 fn taken(queue: QueueId, found: Queued, destination: Destination, now: Millis) -> Taken {
     let export = Export {
         id: found.id,
@@ -304,13 +310,13 @@ fn taken(queue: QueueId, found: Queued, destination: Destination, now: Millis) -
 }
 
 /// Kind and message of a stored error.
-fn words(error: &RawValue) -> Option<(String, String)> {
+fn kind_and_message(error: &RawValue) -> Option<(String, String)> {
     #[derive(Deserialize)]
-    struct Words {
+    struct Stored {
         kind: String,
         message: String,
     }
-    let Words { kind, message } = serde_json::from_str(error.get()).ok()?;
+    let Stored { kind, message } = serde_json::from_str(error.get()).ok()?;
     Some((kind, message))
 }
 

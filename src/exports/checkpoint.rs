@@ -1,7 +1,8 @@
-//! The thread that moves what SQLite's write-ahead log holds into the database, beside the one that
-//! writes: when the log has become long, and a while after a write, as payloads stay in it until then.
+//! The thread that makes checkpoints: it moves the contents of SQLite's write-ahead log (WAL) into the
+//! database, so that commits need not. It does so when the WAL is long, and a few seconds after a write,
+//! because payloads that were erased from the database stay in the WAL until then.
 //!
-//! Not here: what a checkpoint is ([`super::store`]).
+//! Not here: the statements ([`super::store`]).
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,22 +11,23 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 use parking_lot::{Mutex, MutexGuard};
 
-use super::store::{self, ORDINARY_LOG, Reader, Store};
+use super::store::{self, ORDINARY_WAL, Reader, Store};
 
-/// The log is emptied so long after the first write to it.
+/// From the first write until the WAL is truncated.
 const AGE: Duration = Duration::from_secs(5);
-/// How long until it is tried again, where somebody who reads the store was in the way.
+/// From a truncation that another process's read prevented until the next try.
 const BUSY: Duration = Duration::from_secs(5);
-/// The same for a log that is long, and grows.
+/// The same for a WAL that is long and still growing.
 const BUSY_AND_LONG: Duration = Duration::from_secs(1);
-/// How long until it is tried again after an error, and until somebody who reads is warned of.
+/// From an error until the next try, and from the first prevented truncation until a warning.
 const LONG: Duration = Duration::from_secs(60);
 
-/// What the thread shares with the one that writes.
+/// Shared by the checkpoint thread and the writer.
 pub struct Checkpoint {
-    /// Has a connection of its own.
+    /// The checkpoint thread's own connection.
     pub(super) reader: Mutex<Reader>,
-    /// Held during a commit, and while the last of the log is moved: so neither has to try again.
+    /// Held during a commit and during the last part of a checkpoint, so that neither finds the other in
+    /// its way and has to try again.
     commits: Mutex<()>,
     database: PathBuf,
     wrote: AtomicBool,
@@ -38,7 +40,7 @@ impl Checkpoint {
     /// Opens the connection.
     ///
     /// # Errors
-    /// Where the file cannot be opened once more.
+    /// The file cannot be opened again.
     pub fn new(store: &Store) -> Result<Self, store::Error> {
         let (wake, woken) = bounded(1);
         Ok(Self {
@@ -52,31 +54,31 @@ impl Checkpoint {
         })
     }
 
-    /// No checkpoint gets into the way of a commit while this is held. Blocks while one does.
+    /// Keeps checkpoints from getting in the way of a commit while the guard lives. Blocks while one does.
     pub fn hold(&self) -> MutexGuard<'_, ()> {
         self.commits.lock()
     }
 
-    /// Something was written, and the log is long now or is not. Does not block.
+    /// Notes a commit, after which the WAL may be long. Does not block.
     pub fn wrote(&self, is_long: bool) {
         let first = !self.wrote.swap(true, Ordering::Relaxed);
         let long = is_long && !self.long.swap(true, Ordering::Relaxed);
         if first || long {
-            // Where it is full, the thread is about to look.
+            // If the channel is full, the thread is about to look.
             let _ = self.wake.try_send(());
         }
     }
 
-    /// What the thread runs, until `stop` is dropped.
+    /// The thread's body. Returns when `stop` is dropped.
     pub fn run(&self, stop: &Receiver<()>) {
         let mut plan = Plan {
-            // What an earlier run has left.
-            empty_at: Some(Instant::now()),
-            shorten_at: None,
+            // An earlier run may have left something in the WAL.
+            truncate_at: Some(Instant::now()),
+            restart_at: None,
             held_up: None,
         };
         loop {
-            let next = plan.empty_at.into_iter().chain(plan.shorten_at).min();
+            let next = plan.truncate_at.into_iter().chain(plan.restart_at).min();
             let timer = next.map_or_else(crossbeam_channel::never, crossbeam_channel::at);
             select! {
                 recv(self.woken) -> _ => {}
@@ -85,26 +87,26 @@ impl Checkpoint {
             }
             let now = Instant::now();
             if self.wrote.load(Ordering::Relaxed) {
-                // From the first write on, not the last: under steady traffic it is emptied too.
-                plan.empty_at.get_or_insert(now + AGE);
+                // Counts from the first write, not the last: otherwise steady traffic would put it off for ever.
+                plan.truncate_at.get_or_insert(now + AGE);
             }
             if self.long.load(Ordering::Relaxed) {
-                plan.shorten_at.get_or_insert(now);
+                plan.restart_at.get_or_insert(now);
             }
-            if plan.shorten_at.is_some_and(|at| at <= now) {
-                plan.shorten_at = self.shorten();
+            if plan.restart_at.is_some_and(|at| at <= now) {
+                plan.restart_at = self.restart();
             }
-            if plan.empty_at.is_some_and(|at| at <= now) {
-                plan.empty_at = self.empty(&mut plan.held_up);
+            if plan.truncate_at.is_some_and(|at| at <= now) {
+                plan.truncate_at = self.truncate(&mut plan.held_up);
             }
         }
     }
 
-    /// Has the next commit begin the log anew. Returns when to try again.
-    fn shorten(&self) -> Option<Instant> {
+    /// Copies all of the WAL, so that the next commit restarts it. Returns when to try again.
+    fn restart(&self) -> Option<Instant> {
         let reader = self.reader.lock();
         let moved = reader.checkpoint().and_then(|_| {
-            // What was written meanwhile is little.
+            // Only what was written meanwhile: commits wait briefly.
             let _commits = self.hold();
             reader.checkpoint()
         });
@@ -115,21 +117,21 @@ impl Checkpoint {
             }
             Ok(false) => Some(Instant::now() + BUSY_AND_LONG),
             Err(error) => {
-                say_that_it_failed(&error);
+                warn_failed(&error);
                 Some(Instant::now() + LONG)
             }
         }
     }
 
-    /// Empties the log. Returns when to try again.
-    fn empty(&self, held_up: &mut Option<HeldUp>) -> Option<Instant> {
+    /// Truncates the WAL. Returns when to try again.
+    fn truncate(&self, held_up: &mut Option<HeldUp>) -> Option<Instant> {
         let reader = self.reader.lock();
         self.wrote.store(false, Ordering::Relaxed);
-        let emptied = reader.checkpoint().and_then(|_| {
+        let truncated = reader.checkpoint().and_then(|_| {
             let _commits = self.hold();
-            reader.empty_log()
+            reader.truncate_wal()
         });
-        match emptied {
+        match truncated {
             Ok(true) => {
                 *held_up = None;
                 self.long.store(false, Ordering::Relaxed);
@@ -141,21 +143,21 @@ impl Checkpoint {
                 Some(Instant::now() + BUSY)
             }
             Err(error) => {
-                say_that_it_failed(&error);
+                warn_failed(&error);
                 Some(Instant::now() + LONG)
             }
         }
     }
 
-    /// Once, until the log has been emptied.
+    /// Warns of a reader in another process, once until the WAL is truncated.
     fn warn_of_reader(&self, held_up: &mut Option<HeldUp>) {
         let now = Instant::now();
         let held_up = held_up.get_or_insert(HeldUp {
             since: now,
             warned: false,
         });
-        let bytes = store::log_size(&self.database);
-        if !held_up.warned && (now >= held_up.since + LONG || bytes > ORDINARY_LOG) {
+        let bytes = store::wal_size(&self.database);
+        if !held_up.warned && (now >= held_up.since + LONG || bytes > ORDINARY_WAL) {
             held_up.warned = true;
             log::warn!(
                 bytes, file:% = self.database.display();
@@ -167,17 +169,17 @@ impl Checkpoint {
 }
 
 struct Plan {
-    empty_at: Option<Instant>,
-    shorten_at: Option<Instant>,
+    truncate_at: Option<Instant>,
+    restart_at: Option<Instant>,
     held_up: Option<HeldUp>,
 }
 
-/// Somebody who reads the store keeps the log from being emptied.
+/// Another process's read keeps the WAL from being truncated.
 struct HeldUp {
     since: Instant,
     warned: bool,
 }
 
-fn say_that_it_failed(error: &store::Error) {
+fn warn_failed(error: &store::Error) {
     log::warn!(reason:% = error; "cannot empty the store's log");
 }

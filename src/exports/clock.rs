@@ -1,13 +1,15 @@
-//! What time it is for the exports.
+//! The two clocks that exports go by.
+//!
+//! Not here: correcting what was stored when the wall clock is set (`writer`).
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::export::Millis;
 
-/// Two counts of milliseconds that go on evenly from the start of the process: a clock that is set
-/// right meanwhile, as at the boot of a box without one of its own, must neither end nor prolong a
-/// wait. The first are Unix milliseconds, which are stored by the wall clock: see
-/// [`super::store::Store::clock_was_set`]. The second is the running time, which goes on from one run to the next.
+/// Two counts of milliseconds, both monotonic within a run: setting the wall clock, as a box without a
+/// battery does at boot, must neither end nor prolong a wait. One is Unix time, which the store corrects
+/// for the wall clock: see [`super::store::Store::clock_was_set`]. The other is the running time, which
+/// continues from one run to the next.
 pub struct Clock {
     started: Instant,
     /// The wall clock at the start.
@@ -17,7 +19,7 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// Starts counting; so much running time has been counted before.
+    /// Starts both. `ran` is the running time of all earlier runs.
     pub fn new(ran: Millis) -> Self {
         Self {
             started: Instant::now(),
@@ -26,17 +28,17 @@ impl Clock {
         }
     }
 
-    /// Unix milliseconds.
+    /// Unix milliseconds; not affected by the wall clock being set during this run.
     pub fn now(&self) -> Millis {
         self.wall.saturating_add(as_millis(self.started.elapsed()))
     }
 
-    /// The running time.
+    /// The running time in milliseconds.
     pub fn running(&self) -> Millis {
         self.ran.saturating_add(as_millis(self.started.elapsed()))
     }
 
-    /// By how much the wall clock is ahead of this one by now.
+    /// By how many milliseconds the wall clock is now ahead of [`Clock::now`].
     pub fn behind(&self) -> Millis {
         wall_clock().saturating_sub(self.now())
     }

@@ -1,9 +1,9 @@
 //! The life of an export: submitted, polled, delivered, finished.
 //!
-//! [`Exports`] is what requests and the worker share. A submission goes to the [`writer`], which
-//! writes everything that waits in one transaction, tells the worker, and only then answers:
-//! accepted means durable. Every export is in the [`store`] and nowhere else; what is known of their
-//! queues is in [`queues`], and who waits for a result in `parked`.
+//! [`Exports`] is shared by requests and the worker. A submission goes to the [`writer`], which commits
+//! everything that waits in one transaction, tells the worker, and only then answers: accepted means
+//! durable. Exports live in the [`store`] alone. Memory holds one entry for each queue ([`queues`]) and
+//! one for each parked long poll (`parked`).
 //!
 //! Not here: HTTP (`routes`, `server`), and how a payload reaches its destination (`delivery`).
 
@@ -34,15 +34,15 @@ use checkpoint::Checkpoint;
 use clock::Clock;
 use parked::Parked;
 use queues::{Progress, Queues};
-use store::{IdempotencyKey, NewExport, News, Reader, Report, Store, Stored};
+use store::{ExportUpdate, IdempotencyKey, NewExport, Reader, Report, Store, Stored};
 use writer::{Incoming, Writer};
 
-/// Submissions that may wait for the writer; with more the disk is not keeping up.
+/// Submissions that may wait for the writer. With more, the disk is not keeping up.
 const WAITING: usize = 1024;
 /// Bytes of payload that may wait for the writer.
 const WAITING_BYTES: usize = 16 * 1024 * 1024;
-/// Reports that may wait for the writer, before the worker waits for it too: so many exports may be sent
-/// again after a crash.
+/// Reports that may wait for the writer before the worker has to wait too. A crash may cause this many
+/// exports to be sent again.
 const UNWRITTEN_REPORTS: usize = 256;
 
 impl From<store::Error> for Error {
@@ -56,23 +56,23 @@ impl From<store::Error> for Error {
 
 /// A checked request for a new export.
 pub struct Submission {
-    /// Whose it is: the macaroon's identifier.
+    /// The macaroon's identifier.
     pub owner: Vec<u8>,
-    /// Where it goes, which the token allows.
+    /// One that the token allows.
     pub destination: Destination,
-    /// What goes there, byte for byte.
+    /// The body that is sent, byte for byte.
     pub payload: Vec<u8>,
-    /// The client's key for repeats of this submission.
+    /// The client's key, by which repeats of this submission are recognised.
     pub idempotency_key: Option<String>,
 }
 
 /// A checked request for the state of an export.
 pub struct Query {
-    /// Which export.
+    /// The id that the submission was answered with.
     pub id: Uuid,
     /// What the caller's token allows.
     pub grant: Grant,
-    /// The destination that the caller says it has, if it says one.
+    /// The export's destination according to the caller, who need not name one.
     pub destination: Option<String>,
 }
 
@@ -81,38 +81,38 @@ impl Query {
         let Stored {
             owner, destination, ..
         } = stored;
-        let said = self.destination.as_ref();
+        let named = self.destination.as_ref();
         self.grant.owner() == owner
             && self.grant.allows(destination)
-            && said.is_none_or(|said| said == destination)
+            && named.is_none_or(|named| named == destination)
     }
 }
 
 /// How much may wait or be kept, and for how long.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Unfinished exports of one queue.
+    /// Unfinished exports in one queue.
     pub max_pending: usize,
-    /// Bytes that all exports and results together take in the store.
+    /// Bytes that all exports and results together may take in the store.
     pub max_store: u64,
     /// How long results are kept.
     pub retention: Duration,
-    /// How long a queue has to fail for its exports to be given up.
+    /// How long a queue fails before its exports are given up.
     pub give_up_after: Duration,
 }
 
-/// Everything that the pool, the worker and the writer share.
+/// State shared by the pool, the worker and the writer.
 pub struct Exports {
-    /// Held for moments only, and never while the store is read or written.
+    /// Locked briefly, and never while the store is read or written.
     queues: Mutex<Queues>,
     parked: Arc<Parked>,
     clock: Clock,
     accepts: Sender<Accept>,
     waiting_bytes: AtomicUsize,
     reports: Sender<Report>,
-    /// Tells the writer that somebody waits for what was reported.
+    /// Tells the writer that a client waits for a report that was just sent.
     awaited: Sender<()>,
-    /// Tells the worker that there may be something to do.
+    /// Tells the worker that an export may be due.
     wake: Sender<()>,
     /// For polls.
     polls: Mutex<Reader>,
@@ -120,17 +120,17 @@ pub struct Exports {
     payloads: Mutex<Reader>,
     /// None for a database in memory.
     checkpoint: Option<Checkpoint>,
-    /// For the writer, who mends the store.
+    /// To the writer, which repairs the store.
     damage: Sender<Damage>,
-    /// How often it was mended.
-    mended: AtomicUsize,
+    /// How often the store has been repaired.
+    repairs: AtomicUsize,
 }
 
-/// The store was found to be damaged.
+/// Tells the writer that the store was found to be damaged.
 struct Damage {
-    /// How often it had been mended before.
-    mended: usize,
-    /// Dropped when it has been mended, or could not be.
+    /// The count of repairs before that: if it has changed, somebody else's report was first.
+    repairs: usize,
+    /// Dropped when the repair has succeeded or failed.
     done: Sender<()>,
 }
 
@@ -143,10 +143,10 @@ struct Accept {
 
 impl Exports {
     /// Takes over an opened store with every unfinished export in it. The second value is for the thread
-    /// that runs [`Writer::run`], the third for the worker: it says that there may be something to do.
+    /// that runs [`Writer::run`]. The third is for the worker, and says that an export may be due.
     ///
     /// # Errors
-    /// Where the store cannot be read, or not be written although that is needed.
+    /// The store cannot be read, or needs a repair that fails.
     pub fn open(
         mut store: Store,
         limits: Limits,
@@ -159,7 +159,7 @@ impl Exports {
         let clock = Clock::new(store.running());
         let queues = match read_queues(&mut store, limits.give_up_after) {
             Err(store::Error::Damaged) => {
-                store.mend(&mut [])?;
+                store.repair(&mut [])?;
                 read_queues(&mut store, limits.give_up_after)
             }
             queues => queues,
@@ -176,11 +176,11 @@ impl Exports {
             polls: Mutex::new(store.reader()?),
             payloads: Mutex::new(store.reader()?),
             checkpoint: store
-                .has_log()
+                .has_wal()
                 .then(|| Checkpoint::new(&store))
                 .transpose()?,
             damage,
-            mended: AtomicUsize::new(0),
+            repairs: AtomicUsize::new(0),
         });
         let incoming = Incoming {
             accepts: incoming,
@@ -192,12 +192,12 @@ impl Exports {
         Ok((exports, writer, woken))
     }
 
-    /// What time it is, for what is kept by the wall clock: Unix milliseconds.
+    /// The time in Unix milliseconds, for what is stored by the wall clock.
     pub fn now(&self) -> Millis {
         self.clock.now()
     }
 
-    /// For how long the service has run, all its runs together, in milliseconds.
+    /// The running time: how many milliseconds the service has run for, all its runs together.
     pub fn running(&self) -> Millis {
         self.clock.running()
     }
@@ -207,9 +207,9 @@ impl Exports {
         self.queues.lock().unfinished()
     }
 
-    /// Submits a new export. It is answered once it is durable, or at `deadline` or when it is
-    /// finished, whichever is first, if `deadline` lies after that; but at once where its queue is
-    /// held up for longer. Does not block.
+    /// Submits a new export. `reply` answers no sooner than the export is durable. It then waits until
+    /// the export is finished or `deadline` has passed, unless the queue's backoff lasts beyond that.
+    /// Does not block.
     pub fn submit(
         &self,
         submission: Submission,
@@ -237,7 +237,7 @@ impl Exports {
             running: self.running(),
             key,
         };
-        // Relaxed: a count that nothing else is ordered by.
+        // Relaxed: nothing is ordered by this count.
         if self.waiting_bytes.fetch_add(bytes, Ordering::Relaxed) > WAITING_BYTES {
             self.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
             return reply.answer(Err(Error::Overloaded));
@@ -256,9 +256,9 @@ impl Exports {
         }
     }
 
-    /// Looks at an export. It is answered at once if it is finished or not to be seen, else
-    /// when it is finished or at `deadline`, whichever is first. Blocks for two look-ups at most, and while a
-    /// damaged store is mended.
+    /// Looks at an export. `reply` answers at once if the export is finished or not the caller's to see,
+    /// else when it is finished or at `deadline`, whichever is first. Blocks for at most two look-ups, and
+    /// while a damaged store is repaired.
     pub fn poll(self: &Arc<Self>, query: &Query, deadline: Instant, reply: Reply) {
         let look_up = || self.view(query.id, |stored| query.may_see(stored));
         if deadline <= Instant::now() {
@@ -289,7 +289,7 @@ impl Exports {
         })
     }
 
-    /// What the store and the queues know of an export, where `may_see` it.
+    /// What the store and the queues know of an export, if the caller `may_see` it.
     fn view(&self, id: Uuid, may_see: impl FnOnce(&Stored) -> bool) -> Result<View, Error> {
         match self.read_from(&self.polls, |reader| reader.find(id)) {
             Ok(Some(stored)) if may_see(&stored) => Ok(self.view_of(id, stored)),
@@ -301,20 +301,20 @@ impl Exports {
         }
     }
 
-    /// Reads the store; once more where it was damaged, after it has been mended.
+    /// Reads the store. If it is damaged, has it repaired and reads once more.
     fn read_from<T>(
         &self,
         reader: &Mutex<Reader>,
         read: impl Fn(&Reader) -> Result<T, store::Error>,
     ) -> Result<T, store::Error> {
-        let mended = self.mended.load(Ordering::Acquire);
+        let repairs = self.repairs.load(Ordering::Acquire);
         let found = read(&reader.lock());
         if !matches!(found, Err(store::Error::Damaged)) {
             return found;
         }
         let (done, wait) = bounded(0);
-        // The writer is there for longer than those who read, or drops `done`.
-        let _ = self.damage.send(Damage { mended, done });
+        // The writer outlives its readers, or drops `done`.
+        let _ = self.damage.send(Damage { repairs, done });
         let _ = wait.recv();
         read(&reader.lock())
     }
@@ -332,11 +332,11 @@ impl Exports {
         queues.view(stored.queue, progress, stored.last_error, self.running())
     }
 
-    /// Shows what a report says, now that it is in the store.
+    /// Publishes a report that is now in the store.
     fn written(&self, report: Report) {
         let (id, queue, now) = (report.id, report.queue, self.running());
-        match report.news {
-            News::Finished {
+        match report.update {
+            ExportUpdate::Finished {
                 response, resumes, ..
             } => {
                 let mut queues = self.queues.lock();
@@ -349,18 +349,18 @@ impl Exports {
                     reply.answer(Ok(View::finished(id, response.clone())));
                 }
             }
-            News::Rescheduled { to_end: true, .. } => self.queues.lock().moved(queue, now),
-            News::Rescheduled { .. } => {}
+            ExportUpdate::Rescheduled { to_end: true, .. } => self.queues.lock().moved(queue, now),
+            ExportUpdate::Rescheduled { .. } => {}
         }
     }
 
     fn wake_worker(&self) {
-        // Where it is full, the worker is about to look.
+        // If the channel is full, the worker is about to look.
         let _ = self.wake.try_send(());
     }
 
-    /// Mends the store, which nobody can read meanwhile.
-    fn mend(&self, store: &mut Store) -> Result<(), store::Error> {
+    /// Repairs the store, which nobody can read meanwhile.
+    fn repair(&self, store: &mut Store) -> Result<(), store::Error> {
         let (mut polls, mut payloads) = (self.polls.lock(), self.payloads.lock());
         let mut checkpoint = self
             .checkpoint
@@ -371,22 +371,23 @@ impl Exports {
             .into_iter()
             .chain(checkpoint)
             .collect();
-        let done = store.mend(&mut readers);
+        let done = store.repair(&mut readers);
         match &done {
             Ok(()) => {
-                self.mended.fetch_add(1, Ordering::AcqRel);
+                self.repairs.fetch_add(1, Ordering::AcqRel);
             }
-            Err(error) => log::error!("{}", store::cannot_mend(store.path(), error)),
+            Err(error) => log::error!("{}", store::cannot_repair(store.path(), error)),
         }
         done
     }
 
-    /// No checkpoint gets into the way while this is held, which nothing that mends the store may do.
+    /// Keeps checkpoints from getting in the way of a commit while the guard lives. Must not be held during
+    /// a repair, which takes the checkpoint's other lock first.
     fn hold_checkpoints(&self) -> Option<MutexGuard<'_, ()>> {
         self.checkpoint.as_ref().map(Checkpoint::hold)
     }
 
-    /// What the checkpoint thread runs, until `stop` is dropped.
+    /// The checkpoint thread's body. Returns when `stop` is dropped.
     pub fn make_checkpoints(&self, stop: &Receiver<()>) {
         if let Some(checkpoint) = &self.checkpoint {
             checkpoint.run(stop);
@@ -402,7 +403,7 @@ fn read_queues(store: &mut Store, give_up_after: Duration) -> Result<Queues, sto
 }
 
 fn raw(value: &impl Serialize) -> Arc<RawValue> {
-    // Structs of strings and numbers have no way not to become JSON.
+    // Structs of strings and numbers always serialise.
     to_raw_value(value).expect("a struct serialises").into()
 }
 

@@ -1,8 +1,7 @@
 //! Long polls that wait until their export is finished.
 //!
-//! One costs an entry in a map and the thread of its connection, which waits anyway: at its deadline
-//! that thread itself looks what state the export has. Where its client leaves before, the entry goes
-//! with it.
+//! A parked poll costs an entry in a map. Its connection's thread waits anyway, and looks the export up
+//! itself at the deadline. If the client leaves first, the entry is removed.
 //!
 //! Not here: what the answer is, and how a connection waits (`waits`).
 
@@ -15,34 +14,34 @@ use uuid::Uuid;
 
 use crate::reply::Reply;
 
-/// All of them, by the export that they wait for.
+/// All parked polls, by the export that they wait for.
 #[derive(Default)]
 pub struct Parked(Mutex<Inner>);
 
 #[derive(Default)]
 struct Inner {
-    by_export: HashMap<Uuid, Vec<Place>>,
+    by_export: HashMap<Uuid, Vec<Entry>>,
     last: u64,
 }
 
-struct Place {
+struct Entry {
     number: u64,
-    /// None while the export is still looked up.
+    /// None while the export is still being looked up.
     reply: Option<Reply>,
 }
 
 impl Parked {
-    /// Announces a poll of an export, before that is looked up: so its result cannot get into the
-    /// store between the look-up and the parking without being noticed.
+    /// Announces a poll before its export is looked up, so that a result which is stored between the
+    /// look-up and [`Ticket::park`] is noticed.
     pub fn announce(self: &Arc<Self>, id: Uuid) -> Ticket {
         let mut inner = self.0.lock();
         inner.last += 1;
         let number = inner.last;
-        let place = Place {
+        let entry = Entry {
             number,
             reply: None,
         };
-        inner.by_export.entry(id).or_default().push(place);
+        inner.by_export.entry(id).or_default().push(entry);
         Ticket {
             parked: self.clone(),
             id,
@@ -50,19 +49,22 @@ impl Parked {
         }
     }
 
-    /// Takes out everybody who waits for an export, whose result is in the store by now.
+    /// Removes and returns every poll that waits for an export, whose result is in the store by now.
     pub fn take(&self, id: Uuid) -> Vec<Reply> {
-        let places = self.0.lock().by_export.remove(&id).unwrap_or_default();
-        places.into_iter().filter_map(|place| place.reply).collect()
+        let entries = self.0.lock().by_export.remove(&id).unwrap_or_default();
+        entries
+            .into_iter()
+            .filter_map(|entry| entry.reply)
+            .collect()
     }
 
-    /// Whether anybody waits for an export.
+    /// Whether a poll waits for this export.
     pub fn is_awaited(&self, id: Uuid) -> bool {
         self.0.lock().by_export.contains_key(&id)
     }
 }
 
-/// A poll's place, which it loses when this is dropped.
+/// An announced poll. Dropping it removes the entry.
 pub struct Ticket {
     parked: Arc<Parked>,
     id: Uuid,
@@ -70,11 +72,11 @@ pub struct Ticket {
 }
 
 impl Ticket {
-    /// Parks the poll until the export is finished. At `deadline`, if it is still waiting then, or at
-    /// once where the service stops, `late` is called by the thread of its connection, and answers.
+    /// Parks the poll until the export is finished. If that does not happen before `deadline` or the
+    /// service stops, the connection's own thread calls `late`, which must answer.
     ///
     /// # Errors
-    /// Where the result has come since the poll was announced: it can be looked up.
+    /// The result has arrived since the poll was announced, and can be looked up.
     pub fn park(
         self,
         reply: Reply,
@@ -84,8 +86,8 @@ impl Ticket {
         let to = reply.to.clone();
         {
             let mut inner = self.parked.0.lock();
-            match inner.place(self.id, self.number) {
-                Some(place) => place.reply = Some(reply),
+            match inner.entry(self.id, self.number) {
+                Some(entry) => entry.reply = Some(reply),
                 None => return Err(reply),
             }
         }
@@ -97,18 +99,18 @@ impl Ticket {
         Ok(())
     }
 
-    /// Takes the poll out, unless that was done already.
+    /// Removes the poll, unless that was done already.
     fn take(&self) -> Option<Reply> {
         let mut inner = self.parked.0.lock();
-        let places = inner.by_export.get_mut(&self.id)?;
-        let at = places
+        let entries = inner.by_export.get_mut(&self.id)?;
+        let at = entries
             .iter()
-            .position(|place| place.number == self.number)?;
-        let place = places.swap_remove(at);
-        if places.is_empty() {
+            .position(|entry| entry.number == self.number)?;
+        let entry = entries.swap_remove(at);
+        if entries.is_empty() {
             inner.by_export.remove(&self.id);
         }
-        place.reply
+        entry.reply
     }
 }
 
@@ -119,9 +121,9 @@ impl Drop for Ticket {
 }
 
 impl Inner {
-    fn place(&mut self, id: Uuid, number: u64) -> Option<&mut Place> {
-        let places = self.by_export.get_mut(&id)?;
-        places.iter_mut().find(|place| place.number == number)
+    fn entry(&mut self, id: Uuid, number: u64) -> Option<&mut Entry> {
+        let entries = self.by_export.get_mut(&id)?;
+        entries.iter_mut().find(|entry| entry.number == number)
     }
 }
 

@@ -1,20 +1,20 @@
 //! Whose turn it is, when an export that failed is tried again, and when it is given up; pure.
 //!
-//! There is one queue per owner and destination, and here is what is known of it: how many exports
-//! it has, its backoff, and a cursor. The exports themselves are in the store alone. What the worker
-//! decides by is what a poll is told, as there is no other copy of it.
+//! There is one queue for each owner and destination. Memory holds its count of exports, its backoff and a
+//! cursor; the exports themselves are in the store alone. The worker decides by the same values that a
+//! poll is shown, as there is no other copy.
 //!
-//! Turns go round the queues that are due, with one attempt at a time in each, so nobody's backlog
+//! Queues that are due take turns (round robin), with one attempt at a time in each, so nobody's backlog
 //! delays anybody else. Backoff belongs to the queue: five thousand exports to a dead host cost one
 //! attempt per wait, and keep their order. An export is given up when its queue has been failing for
-//! long enough since it was accepted.
+//! long enough since the export was accepted.
 //!
-//! The worker does not wait until a result is in the store. So a queue's cursor stands behind the last
-//! export taken, and what stands before it is not looked at again.
+//! The worker goes on before a result is in the store. So each queue has a cursor, the position of the
+//! last export taken, and only exports behind it are looked at.
 //!
-//! Times are always handed in, and are the service's running time: milliseconds that the service
-//! has run for, all its runs together. Time in which the box is off must end no wait and give
-//! nothing up, and a clock that is set must not either.
+//! Times are passed in, and are the service's running time: the milliseconds that it has run for, all its
+//! runs together. Neither time in which the box is off nor a clock that is set may end a wait or give
+//! anything up.
 //!
 //! Not here: what is in the store, and locks.
 
@@ -28,57 +28,57 @@ use uuid::Uuid;
 use crate::backoff::backoff;
 use crate::export::{Backoff, Export, Millis, QueueId, Retry, State, StoredQueue, View};
 
-/// The wait after the first failed attempt; it doubles with each one after.
+/// The wait after the first failed attempt. It doubles with each further one.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
-/// The longest wait of a queue's own accord.
+/// The longest wait, unless a destination asks for more.
 const LONGEST_WAIT: Duration = Duration::from_secs(15 * 60);
-/// The longest wait that a destination's `Retry-After` can ask for. An export whose time is over
-/// before that is given up then.
+/// The longest wait that a destination's `Retry-After` can ask for. It does not keep an export from being
+/// given up in the meantime.
 pub const LONGEST_RETRY_AFTER: Millis = 24 * 60 * 60 * 1000;
-/// An attempt that takes longer makes its queue a slow one, whose attempts begin on a thread of
-/// their own.
+/// An attempt that takes longer makes its queue slow: the worker hands the lead over before the next one.
 const SLOW: Duration = Duration::from_millis(20);
 
-/// JSON that is kept as it was written.
+/// JSON as it was written, unparsed.
 type Json = Arc<RawValue>;
 
-/// What there is to do now.
+/// What is to be done now.
 #[derive(Debug)]
 pub enum Next {
-    /// A queue's next export is to be tried. The queue is busy until that is reported back.
+    /// Try a queue's next export. The queue is busy until the attempt is reported.
     Attempt(Turn),
-    /// A queue's oldest export may have been tried for long enough: see [`Queues::overdue`].
+    /// Look up a queue's oldest export, which may have been tried for long enough: see
+    /// [`Queues::overdue`].
     Overdue {
-        /// The queue.
+        /// The failing queue.
         queue: QueueId,
-        /// Its cursor.
+        /// Its cursor: only exports behind this position count.
         after: i64,
     },
-    /// Nothing is due before this, or before something is added or reported back.
+    /// Nothing is due before this time, or before an export is added or reported.
     Wait(Option<Millis>),
 }
 
 /// A queue's turn to have an export tried.
 #[derive(Debug)]
 pub struct Turn {
-    /// The queue.
+    /// The queue, which is busy until the turn ends.
     pub queue: QueueId,
-    /// Its cursor: the export is the first one behind it.
+    /// Its cursor: the export to try is the first one behind this position.
     pub after: i64,
-    /// Whether its last attempt failed.
+    /// Whether the queue's last attempt failed.
     pub failing: bool,
-    /// Whether its last attempt took long.
+    /// Whether the queue's last attempt took longer than 20 ms.
     pub slow: bool,
-    /// How many exports it had.
+    /// How many exports could be taken when the turn began.
     waiting: usize,
 }
 
-/// How far an export has come by its own attempts.
+/// An export's own attempts so far.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress {
-    /// Which export.
+    /// The export's id.
     pub id: Uuid,
-    /// How many have failed.
+    /// How many attempts have failed.
     pub attempts: u32,
     /// When it was first moved to the end of its queue, if it was.
     pub first_moved_at: Option<Millis>,
@@ -87,34 +87,34 @@ pub struct Progress {
 /// What follows from a failed attempt.
 #[derive(Debug)]
 pub struct Failed {
-    /// The backoff of the queue from now on.
+    /// The queue's new backoff.
     pub backoff: Backoff,
-    /// Whether the export has been tried for long enough; otherwise it is in its queue again.
+    /// Whether the export has been tried for long enough. Otherwise it is in its queue again.
     pub given_up: bool,
 }
 
-/// A queue's oldest export.
+/// A queue's oldest export behind the cursor.
 #[derive(Clone, Copy, Debug)]
 pub struct Oldest {
-    /// Its position.
+    /// Its position in the queue.
     pub turn: i64,
-    /// When it was accepted.
+    /// In running time.
     pub accepted_at: Millis,
     /// Whether it is the first one behind the cursor.
     pub is_first: bool,
 }
 
-/// All queues that have exports, or wait after a failure.
+/// All queues that have exports or a backoff that is not over.
 pub struct Queues {
     queues: HashMap<QueueId, Queue>,
-    /// Those whose turn it could be now, in the order of their turns; those whose last attempt
-    /// failed are apart, as they may have to wait for others.
+    /// Queues that are due, by ticket, which is the order of their turns. Those whose last attempt failed
+    /// are kept apart, as the worker may have to pass them over.
     ready: BTreeMap<u64, QueueId>,
     ready_failing: BTreeMap<u64, QueueId>,
-    /// Those that wait for a time, by that time.
+    /// Queues in backoff, by its end and their ticket.
     waiting: BTreeMap<(Millis, u64), QueueId>,
-    /// Failing ones, by when the first of their exports may have to be given up: it never
-    /// happens sooner. Not there while an attempt is under way that was not over by then.
+    /// Failing queues, by the earliest time at which one of their exports may have to be given up. A queue
+    /// is missing while an attempt that outlasts this time is under way.
     deadlines: BTreeSet<(Millis, QueueId)>,
     tickets: u64,
     unfinished: usize,
@@ -124,40 +124,40 @@ pub struct Queues {
 struct Queue {
     /// Exports without a result in the store.
     unfinished: usize,
-    /// Those of them that can be taken: they are in the store, behind the cursor.
+    /// Those of them that are in the store behind the cursor, and can be taken.
     waiting: usize,
-    /// Those of them that were moved to the end, which is not in the store yet.
+    /// Those of them whose move to the end is not in the store yet.
     moving: usize,
-    /// The cursor: what stands up to here was taken.
+    /// The cursor: exports up to this position were taken.
     after: i64,
     on_wire: Option<Uuid>,
     slow: bool,
-    position: Position,
+    phase: Phase,
     failing: Option<Box<Failing>>,
 }
 
 /// What is known of a queue whose last attempt failed.
 struct Failing {
     backoff: Backoff,
-    /// Why it failed, whichever export that was.
+    /// Why the last attempt failed, whichever export that was.
     error: Option<Json>,
-    /// Its entry in `deadlines`.
+    /// The queue's entry in `deadlines`.
     deadline: Option<Millis>,
-    /// The export that failed, where it is the next to be tried: the store may not know of it yet.
+    /// The export that failed, if it is the next to be tried. The store may not have its progress yet.
     again: Option<Progress>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum Position {
-    /// It has nothing to be tried, and is not held back.
-    Nowhere,
+enum Phase {
+    /// It has nothing to try, and no backoff.
+    Idle,
     /// One of its exports is being tried.
     Busy,
-    /// One that is not its first was given up, and could be taken again until that is in the store.
+    /// An export other than its first was given up, and could be taken again until that is in the store.
     Paused,
-    /// In `ready` or `ready_failing`, under this ticket.
+    /// In `ready` or `ready_failing` under this ticket.
     Ready(u64),
-    /// In `waiting`, under this key.
+    /// In `waiting` under this key.
     Waiting((Millis, u64)),
 }
 
@@ -170,7 +170,7 @@ impl Default for Queue {
             after: i64::MIN,
             on_wire: None,
             slow: false,
-            position: Position::Nowhere,
+            phase: Phase::Idle,
             failing: None,
         }
     }
@@ -184,7 +184,7 @@ impl Queue {
 }
 
 impl Queues {
-    /// No queues. Exports are given up when their queue has been failing for so long.
+    /// Starts without queues. `give_up_after` is how long a queue fails before its exports are given up.
     pub fn new(give_up_after: Duration) -> Self {
         Self {
             queues: HashMap::new(),
@@ -198,7 +198,7 @@ impl Queues {
         }
     }
 
-    /// Adds a queue that a restart has found in the store.
+    /// Adds a queue that was found in the store at the start.
     pub fn restore(&mut self, id: QueueId, found: StoredQueue, now: Millis) {
         let failing = found.failing.map(|(stored, error)| {
             // A little running time is lost where the service was killed.
@@ -226,55 +226,55 @@ impl Queues {
         self.unfinished += found.exports;
         self.queues.insert(id, queue);
         self.watch(id, None);
-        self.settle(id, now);
+        self.schedule(id, now);
     }
 
-    /// An export was accepted, and is in the store at the end of its queue.
+    /// Notes an export that was accepted, and is now in the store at the end of its queue.
     pub fn accepted(&mut self, id: QueueId, accepted_at: Millis, now: Millis) {
         let queue = self.queues.entry(id).or_default();
         queue.unfinished += 1;
         queue.waiting += 1;
         self.unfinished += 1;
         self.watch(id, Some(accepted_at));
-        self.settle(id, now);
+        self.schedule(id, now);
     }
 
-    /// That an export was moved to the end of its queue is in the store.
+    /// Notes that an export's move to the end of its queue is now in the store.
     pub fn moved(&mut self, id: QueueId, now: Millis) {
         if let Some(queue) = self.queues.get_mut(&id) {
             queue.moving = queue.moving.saturating_sub(1);
             queue.waiting += 1;
         }
         self.watch(id, None);
-        self.settle(id, now);
+        self.schedule(id, now);
     }
 
-    /// An export's result is in the store.
+    /// Notes that an export's result is now in the store.
     pub fn finished(&mut self, id: QueueId, now: Millis) {
         self.forget(id, 1);
-        self.settle(id, now);
+        self.schedule(id, now);
     }
 
-    /// The same for one that [`Queues::overdue`] took from behind the first.
+    /// The same for an export other than the first, which [`Queues::overdue`] took. Its queue resumes.
     pub fn finished_and_resumed(&mut self, id: QueueId, now: Millis) {
-        self.set_position(id, Position::Nowhere);
+        self.set_phase(id, Phase::Idle);
         self.watch(id, None);
         self.finished(id, now);
     }
 
-    /// What to do now. With `failing` false, queues whose last attempt failed are passed over.
+    /// What is to be done now. With `failing` false, queues whose last attempt failed are passed over.
     pub fn next(&mut self, now: Millis, failing: bool) -> Next {
         while let Some(&(at, id)) = self.deadlines.first()
             && at <= now
         {
             match self.queues.get(&id) {
-                Some(queue) if !matches!(queue.position, Position::Busy | Position::Paused) => {
+                Some(queue) if !matches!(queue.phase, Phase::Busy | Phase::Paused) => {
                     return Next::Overdue {
                         queue: id,
                         after: queue.after,
                     };
                 }
-                // The attempt under way may succeed, so it is waited for.
+                // The attempt under way may succeed: wait for it.
                 _ => self.unwatch(id),
             }
         }
@@ -282,8 +282,8 @@ impl Queues {
             && first.key().0 <= now
         {
             let id = first.remove();
-            self.set_position(id, Position::Nowhere);
-            self.settle(id, now);
+            self.set_phase(id, Phase::Idle);
+            self.schedule(id, now);
         }
         let first = |line: &BTreeMap<u64, QueueId>| line.first_key_value().map(|(at, _)| *at);
         let turn = match (
@@ -299,13 +299,13 @@ impl Queues {
                 .remove(&ticket)
                 .or_else(|| failing.remove(&ticket))
         });
-        // One without the other is not reached: what is ready has a queue.
+        // A ticket always has its queue.
         let Some((id, queue)) = id.and_then(|id| Some((id, self.queues.get_mut(&id)?))) else {
             let waiting = self.waiting.first_key_value().map(|((at, _), _)| *at);
             let deadline = self.deadlines.first().map(|(at, _)| *at);
             return Next::Wait(waiting.into_iter().chain(deadline).min());
         };
-        queue.position = Position::Busy;
+        queue.phase = Phase::Busy;
         Next::Attempt(Turn {
             queue: id,
             after: queue.after,
@@ -315,13 +315,14 @@ impl Queues {
         })
     }
 
-    /// What is known of an export that failed and is tried again, and may not be in the store yet.
+    /// The progress of an export whose attempt failed and that is the next to be tried. The store may not
+    /// have it yet.
     pub fn again(&self, id: QueueId, export: Uuid) -> Option<Progress> {
         let again = self.queues.get(&id)?.failing.as_ref()?.again;
         again.filter(|again| again.id == export)
     }
 
-    /// The export at this position was found for a turn, and is on the wire from now on.
+    /// Notes that the export at this position was found for a turn, and is now being sent.
     pub fn begin(&mut self, turn: &Turn, id: Uuid, at: i64) {
         let Some(queue) = self.queues.get_mut(&turn.queue) else {
             return;
@@ -334,18 +335,18 @@ impl Queues {
         }
     }
 
-    /// There is no export for a turn, though there should be: somebody has deleted it, or it was lost.
+    /// Ends a turn for which there is no export, although there should be: it was deleted by hand, or lost.
     pub fn found_none(&mut self, turn: &Turn, now: Millis) {
         if let Some(queue) = self.queues.get_mut(&turn.queue) {
-            // Others may have come meanwhile.
+            // Others may have been accepted meanwhile.
             queue.waiting = queue.waiting.saturating_sub(turn.waiting);
         }
-        self.set_position(turn.queue, Position::Nowhere);
+        self.set_phase(turn.queue, Phase::Idle);
         self.forget(turn.queue, turn.waiting);
-        self.settle(turn.queue, now);
+        self.schedule(turn.queue, now);
     }
 
-    /// Reports an export back whose destination has answered for good. True where its queue was
+    /// Ends an attempt that the destination has answered with a final result. True if the queue was
     /// failing until now.
     pub fn answered(&mut self, id: QueueId, took: Duration, now: Millis) -> bool {
         self.unwatch(id);
@@ -354,28 +355,28 @@ impl Queues {
             was_failing = queue.failing.take().is_some();
             queue.slow = took > SLOW;
         }
-        self.set_position(id, Position::Nowhere);
-        self.settle(id, now);
+        self.set_phase(id, Phase::Idle);
+        self.schedule(id, now);
         was_failing
     }
 
-    /// Reports an export back that ended without an answer, by a failure that no other try could
-    /// change. That says nothing of its destination, so its queue stays as it was.
+    /// Ends an attempt that failed in a way that no retry could change. That says nothing about the
+    /// destination, so the queue's backoff stays as it was.
     pub fn ended(&mut self, id: QueueId, now: Millis) {
-        self.set_position(id, Position::Nowhere);
+        self.set_phase(id, Phase::Idle);
         self.watch(id, None);
-        self.settle(id, now);
+        self.schedule(id, now);
     }
 
-    /// Reports an export back whose attempt failed with this error: it is queued again, or given up.
-    /// Counts the attempt.
+    /// Ends an attempt that failed with this error, and counts it. The export is queued again or given up.
+    /// `jitter` is from 0 to 1: see [`backoff`].
     pub fn failed(
         &mut self,
         export: &mut Export,
         retry: Retry,
         error: Json,
         took: Duration,
-        chance: f64,
+        jitter: f64,
         now: Millis,
     ) -> Failed {
         export.attempts = export.attempts.saturating_add(1);
@@ -383,7 +384,7 @@ impl Queues {
         let queue = self.queues.entry(id).or_default();
         let before = queue.failing.as_ref().map(|failing| failing.backoff);
         let failures = before.map_or(0, |before| before.failures).saturating_add(1);
-        let wait = wait_after(failures, chance).max(retry.least_wait.min(LONGEST_RETRY_AFTER));
+        let wait = wait_after(failures, jitter).max(retry.least_wait.min(LONGEST_RETRY_AFTER));
         let backoff = Backoff {
             failures,
             not_before: now.saturating_add(wait),
@@ -392,8 +393,8 @@ impl Queues {
         queue.slow = took > SLOW;
         let mut since = backoff.failing_since;
         if retry.to_end {
-            // While others get through, the queue does not count as failing: an export that is
-            // always refused has a time of its own, so that it ends too.
+            // The queue does not count as failing while others get through. So an export that is always
+            // refused also counts from its own first move, or it would never end.
             since = since.min(*export.first_moved_at.get_or_insert(now));
         }
         let given_up = deadline(export.accepted_at, since, self.give_up_after) <= now;
@@ -420,14 +421,14 @@ impl Queues {
         failing.backoff = backoff;
         failing.error = Some(error);
         failing.again = again;
-        self.set_position(id, Position::Nowhere);
+        self.set_phase(id, Phase::Idle);
         self.watch(id, None);
-        self.settle(id, now);
+        self.schedule(id, now);
         Failed { backoff, given_up }
     }
 
-    /// Whether the oldest export of a queue, if it has one, is given up. It is taken then; where it is
-    /// not the queue's first, the queue pauses until [`Queues::finished_and_resumed`].
+    /// Whether a queue's oldest export, if there is one, has to be given up. It counts as taken then. If it
+    /// is not the queue's first, the queue pauses until [`Queues::finished_and_resumed`].
     pub fn overdue(&mut self, id: QueueId, oldest: Option<Oldest>, now: Millis) -> bool {
         self.unwatch(id);
         let Some(oldest) = oldest else {
@@ -454,36 +455,36 @@ impl Queues {
             self.leave(id);
         }
         if oldest.is_first {
-            self.settle(id, now);
+            self.schedule(id, now);
         } else {
-            self.set_position(id, Position::Paused);
+            self.set_phase(id, Phase::Paused);
         }
         true
     }
 
-    /// Whether no export of a queue is left to be tried.
+    /// Whether a queue has no export left to try.
     pub fn is_done(&self, id: QueueId) -> bool {
         let queue = self.queues.get(&id);
         queue.is_none_or(|queue| queue.waiting + queue.moving == 0 && queue.on_wire.is_none())
     }
 
-    /// How many exports are not finished.
+    /// How many exports have no result in the store.
     pub fn unfinished(&self) -> usize {
         self.unfinished
     }
 
-    /// How many exports of this queue are not finished.
+    /// How many exports of this queue have no result in the store.
     pub fn unfinished_in(&self, id: QueueId) -> usize {
         self.queues.get(&id).map_or(0, |queue| queue.unfinished)
     }
 
-    /// Whether any queue's last attempt failed, as long as it has exports or waits.
+    /// Whether any queue is failing, if only in backoff and without exports.
     pub fn is_any_failing(&self) -> bool {
         !(self.deadlines.is_empty() && self.waiting.is_empty() && self.ready_failing.is_empty())
     }
 
-    /// Whether it is known that an export that was tried so often will not be tried before `deadline`:
-    /// its queue's last attempt has failed, and the next one is later, or is another export's.
+    /// Whether it is known that an export with this many attempts will not be tried before `deadline`,
+    /// because its queue is failing, and the next attempt is later or another export's.
     pub fn is_held_up(&self, id: QueueId, attempts: u32, deadline: Millis) -> bool {
         let queue = self.queues.get(&id);
         queue.is_some_and(|queue| {
@@ -492,13 +493,14 @@ impl Queues {
         })
     }
 
-    /// Why a queue's last attempt failed, if it did.
+    /// Why a queue's last attempt failed. None if it succeeded.
     pub fn error(&self, id: QueueId) -> Option<Json> {
         self.queues.get(&id)?.failing.as_ref()?.error.clone()
     }
 
-    /// What may be seen of an unfinished export that the store knows this of: while it is Pending,
-    /// why, and when something will happen. Where it was not tried itself, that is its queue's reason.
+    /// What a client sees of an unfinished export, of which the store has `stored` and `last_error`. A
+    /// Pending export in a failing queue has a reason and the time to the next attempt; if it was not tried
+    /// itself, the reason is its queue's.
     pub fn view(
         &self,
         id: QueueId,
@@ -535,7 +537,7 @@ impl Queues {
         view
     }
 
-    /// So many exports fewer.
+    /// Lowers the counts of unfinished exports.
     fn forget(&mut self, id: QueueId, exports: usize) {
         if let Some(queue) = self.queues.get_mut(&id) {
             let exports = exports.min(queue.unfinished);
@@ -544,8 +546,8 @@ impl Queues {
         }
     }
 
-    /// Notes when a queue has to be looked at because of an export that was accepted then, or of any of
-    /// its exports, if it is failing.
+    /// If a queue is failing, notes when one of its exports may have to be given up: the one that was
+    /// accepted at this time, or any of them.
     fn watch(&mut self, id: QueueId, accepted_at: Option<Millis>) {
         let give_up_after = self.give_up_after;
         let Some(queue) = self.queues.get_mut(&id) else {
@@ -574,50 +576,50 @@ impl Queues {
         }
     }
 
-    fn set_position(&mut self, id: QueueId, position: Position) {
+    fn set_phase(&mut self, id: QueueId, phase: Phase) {
         if let Some(queue) = self.queues.get_mut(&id) {
-            if queue.position == Position::Busy {
+            if queue.phase == Phase::Busy {
                 queue.on_wire = None;
             }
-            queue.position = position;
+            queue.phase = phase;
         }
     }
 
-    /// Takes a queue out of where it stands, unless one of its exports is being tried.
+    /// Takes a queue out of `ready`, `ready_failing` or `waiting`.
     fn leave(&mut self, id: QueueId) {
         let Some(queue) = self.queues.get_mut(&id) else {
             return;
         };
-        match queue.position {
-            Position::Nowhere | Position::Busy | Position::Paused => return,
-            Position::Ready(ticket) => {
+        match queue.phase {
+            Phase::Idle | Phase::Busy | Phase::Paused => return,
+            Phase::Ready(ticket) => {
                 self.ready.remove(&ticket);
                 self.ready_failing.remove(&ticket);
             }
-            Position::Waiting(at) => {
+            Phase::Waiting(at) => {
                 self.waiting.remove(&at);
             }
         }
-        queue.position = Position::Nowhere;
+        queue.phase = Phase::Idle;
     }
 
-    /// Puts a queue that stands nowhere where it belongs, and forgets one that needs nothing.
-    fn settle(&mut self, id: QueueId, now: Millis) {
+    /// Puts an idle queue where it belongs, and forgets it if it has no exports and no backoff.
+    fn schedule(&mut self, id: QueueId, now: Millis) {
         let Some(queue) = self.queues.get_mut(&id) else {
             return;
         };
-        if queue.position != Position::Nowhere {
+        if queue.phase != Phase::Idle {
             return;
         }
         self.tickets += 1;
         let ticket = self.tickets;
         if queue.not_before() > now {
-            // An empty queue waits too: the next export to a dead host is not to start afresh.
+            // An empty queue waits too: the next export to a dead host must not start a new backoff.
             let at = (queue.not_before(), ticket);
-            queue.position = Position::Waiting(at);
+            queue.phase = Phase::Waiting(at);
             self.waiting.insert(at, id);
         } else if queue.waiting > 0 {
-            queue.position = Position::Ready(ticket);
+            queue.phase = Phase::Ready(ticket);
             match queue.failing {
                 Some(_) => self.ready_failing.insert(ticket, id),
                 None => self.ready.insert(ticket, id),
@@ -629,14 +631,15 @@ impl Queues {
     }
 }
 
-/// When an export is given up that was accepted then, and whose queue has been failing since then.
+/// When an export is given up that was accepted at one time, and whose queue has been failing since
+/// another.
 fn deadline(accepted_at: Millis, failing_since: Millis, give_up_after: Millis) -> Millis {
     accepted_at.max(failing_since).saturating_add(give_up_after)
 }
 
-/// The wait after so many failures in a row.
-fn wait_after(failures: u32, chance: f64) -> Millis {
-    let wait = backoff(FIRST_WAIT, LONGEST_WAIT, failures, chance);
+/// The wait after this many failures in a row.
+fn wait_after(failures: u32, jitter: f64) -> Millis {
+    let wait = backoff(FIRST_WAIT, LONGEST_WAIT, failures, jitter);
     Millis::try_from(wait.as_millis()).unwrap_or(Millis::MAX)
 }
 
@@ -647,7 +650,7 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::VecDeque;
 
-    /// The longest wait of a queue's own accord.
+    /// [`LONGEST_WAIT`].
     const LONGEST: Millis = 15 * 60 * 1000;
     const DAY: Millis = 24 * 60 * 60 * 1000;
     const QUICK: Duration = Duration::from_millis(1);
@@ -680,8 +683,8 @@ mod tests {
     struct Unwritten {
         id: Uuid,
         queue: QueueId,
-        /// How it waits on, or that it is finished and whether its queue resumes then.
-        news: Result<(Export, bool), bool>,
+        /// The export and whether it moves to the end; for a finished one, whether its queue resumes.
+        update: Result<(Export, bool), bool>,
         failing: Option<Option<Backoff>>,
     }
 
@@ -697,7 +700,7 @@ mod tests {
         lost: Millis,
     }
 
-    /// What [`World::next`] has found.
+    /// What [`World::next`] finds to do.
     enum Found {
         Export(Export),
         GivenUp(Export),
@@ -829,7 +832,7 @@ mod tests {
             self.unwritten.push_back(Unwritten {
                 id: export.id,
                 queue: export.queue,
-                news: Err(resumes),
+                update: Err(resumes),
                 failing,
             });
         }
@@ -842,24 +845,24 @@ mod tests {
             }
         }
 
-        fn fail(&mut self, export: Export, retry: Retry, chance: f64) -> (Failed, Export) {
+        fn fail(&mut self, export: Export, retry: Retry, jitter: f64) -> (Failed, Export) {
             let mut export = export;
             let failed = self
                 .queues
-                .failed(&mut export, retry, error(), QUICK, chance, self.now);
+                .failed(&mut export, retry, error(), QUICK, jitter, self.now);
             match failed.given_up {
                 true => self.finish(&export, false, Some(failed.backoff)),
                 false => self.unwritten.push_back(Unwritten {
                     id: export.id,
                     queue: export.queue,
-                    news: Ok((export.clone(), retry.to_end)),
+                    update: Ok((export.clone(), retry.to_end)),
                     failing: Some(Some(failed.backoff)),
                 }),
             }
             (failed, export)
         }
 
-        /// Writes the first of what was reported. Returns it.
+        /// Writes the oldest unwritten report, and returns it.
         fn write(&mut self) -> Option<Unwritten> {
             let unwritten = self.unwritten.pop_front()?;
             let queue = unwritten.queue;
@@ -868,7 +871,7 @@ mod tests {
                 Some(None) => drop(self.failing.remove(&queue)),
                 None => {}
             }
-            match &unwritten.news {
+            match &unwritten.update {
                 Err(resumes) => {
                     self.rows.retain(|row| row.id != unwritten.id);
                     match resumes {
@@ -898,7 +901,7 @@ mod tests {
             while self.write().is_some() {}
         }
 
-        /// What is not on disk is forgotten, and so is some running time.
+        /// Forgets what is not on disk, and this much running time.
         fn kill(&mut self, lost: Millis) {
             self.now -= lost;
             self.lost += lost;
@@ -1266,20 +1269,19 @@ mod tests {
         assert!(!world.queues.is_held_up(1, 0, DAY));
     }
 
-    /// Something that happens.
+    /// What the property tests let happen.
     #[derive(Clone, Debug)]
     enum Event {
         Submit(QueueId),
         Answer(usize),
         Fail(usize, bool, f64),
-        /// An attempt ends by a failure that is final.
+        /// An attempt ends with a final failure.
         End(usize),
         /// Time passes.
         Run(Millis),
-        /// So many reports get into the store.
+        /// This many reports are written.
         Write(usize),
-        /// The service is killed, and what it has run for since the last commit is forgotten, if it is
-        /// no more than this.
+        /// The service is killed, and up to this much of its running time since the last commit is lost.
         Kill(Millis),
     }
 
@@ -1288,7 +1290,7 @@ mod tests {
             4 => (0..queues).prop_map(Event::Submit),
             2 => any::<usize>().prop_map(Event::Answer),
             5 => (any::<usize>(), any::<bool>(), 0.0..=1.0)
-                .prop_map(|(at, end, chance)| Event::Fail(at, end, chance)),
+                .prop_map(|(at, end, jitter)| Event::Fail(at, end, jitter)),
             1 => any::<usize>().prop_map(Event::End),
             4 => (0..60_000_i64).prop_map(Event::Run),
             2 => (0..4_usize).prop_map(Event::Write),
@@ -1300,9 +1302,9 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(1_000))]
 
-        /// Against a plain model: one attempt at a time in each queue, none before its time, order and
-        /// attempts kept, nothing taken twice, no queue twice while another that was ready first waits,
-        /// nothing forgotten; whatever fails, and however far the store lags behind when it is killed.
+        /// Against a plain model, whatever fails and however far the store lags behind at a kill: one attempt
+        /// at a time in each queue, none before its time, order and attempts preserved, nothing taken twice, no
+        /// queue twice while another that was ready first waits, nothing forgotten.
         #[test]
         fn turns_are_fair_and_nothing_due_is_forgotten(events in events(6)) {
             let mut model = Model::new(DAY, 3);
@@ -1311,8 +1313,8 @@ mod tests {
             }
         }
 
-        /// None is given up before its queue has failed for long enough since it came, and none is kept
-        /// for longer, but for what kills lose of the running time and for attempts under way.
+        /// None is given up before its queue has failed for long enough since it was accepted. None waits
+        /// longer than that, apart from running time lost by kills and from attempts under way.
         #[test]
         fn exports_are_given_up_neither_early_nor_late(events in events(3)) {
             let mut model = Model::new(300_000, 3);
@@ -1322,7 +1324,7 @@ mod tests {
         }
     }
 
-    /// How often the model's worker looks what there is to do.
+    /// How often the model's worker looks for something to do.
     const STEP: Millis = 2_000;
 
     /// What the model knows of an export, in true running time.
@@ -1332,7 +1334,7 @@ mod tests {
         accepted: Millis,
         attempts: u32,
         first_moved: Option<Millis>,
-        /// It has a result, which may not be in the store yet.
+        /// Whether it has a result, which may not be in the store yet.
         ended: bool,
     }
 
@@ -1415,9 +1417,9 @@ mod tests {
                         self.end(&export, None);
                     }
                 }
-                Event::Fail(at, to_end, chance) => {
+                Event::Fail(at, to_end, jitter) => {
                     if let Some(export) = one(at, &mut self.under_way) {
-                        self.fail(export, to_end, chance)?;
+                        self.fail(export, to_end, jitter)?;
                     }
                 }
                 Event::Run(millis) => {
@@ -1426,19 +1428,19 @@ mod tests {
                         self.write(usize::MAX);
                         self.truth += STEP;
                         self.world.now += STEP;
-                        self.settle()?;
+                        self.work()?;
                     }
                 }
                 Event::Write(count) => self.write(count),
                 Event::Kill(millis) => self.kill(millis),
             }
-            self.settle()
+            self.work()
         }
 
-        fn fail(&mut self, export: Export, to_end: bool, chance: f64) -> Result<(), TestCaseError> {
+        fn fail(&mut self, export: Export, to_end: bool, jitter: f64) -> Result<(), TestCaseError> {
             let (id, queue) = (export.id, export.queue);
             let retry = if to_end { BLAMED } else { DOWN };
-            let (failed, _) = self.world.fail(export.clone(), retry, chance);
+            let (failed, _) = self.world.fail(export.clone(), retry, jitter);
             let wait = failed.backoff.not_before - self.world.now;
             prop_assert!((800..=LONGEST * 12 / 10 + 1).contains(&wait));
             let truth = self.truth;
@@ -1503,7 +1505,7 @@ mod tests {
                     Some(None) => drop(self.stored_since.remove(&written.queue)),
                     None => {}
                 }
-                match written.news {
+                match written.update {
                     Err(_) => drop(self.known.remove(&written.id)),
                     Ok((_, true)) => {
                         let order = self.order.entry(written.queue).or_default();
@@ -1552,13 +1554,13 @@ mod tests {
         /// A queue of which an export that was not the first was given up, which is not in the store.
         fn is_paused(&self, queue: QueueId) -> bool {
             let pauses = |unwritten: &Unwritten| {
-                unwritten.queue == queue && matches!(unwritten.news, Err(true))
+                unwritten.queue == queue && matches!(unwritten.update, Err(true))
             };
             self.world.unwritten.iter().any(pauses)
         }
 
-        /// Does what there is to do now, and sees that nothing is left that should have gone.
-        fn settle(&mut self) -> Result<(), TestCaseError> {
+        /// Does what is due, then checks that nothing was left that should have been done.
+        fn work(&mut self) -> Result<(), TestCaseError> {
             while self.under_way.len() < self.most_under_way {
                 match self.world.next() {
                     Found::Export(export) => self.begin(export)?,

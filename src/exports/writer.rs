@@ -1,6 +1,6 @@
-//! The one thread that writes: takes everything that waits, commits once, then tells all of them.
-//! Results that nobody waits for are gathered for a moment, as each commit costs a sync. When there is
-//! time it deletes expired results.
+//! The only thread that writes: it takes everything that waits, commits once, then answers. Results that
+//! nobody waits for are gathered for a moment, as each commit costs a sync. In between it deletes expired
+//! results and follows the wall clock.
 //!
 //! Not here: the statements themselves ([`super::store`]).
 
@@ -13,51 +13,51 @@ use crossbeam_channel::{Receiver, never, select};
 use serde_json::value::RawValue;
 
 use super::queues::Progress;
-use super::store::{self, Change, Effect, NewExport, News, Report, Store};
+use super::store::{self, Change, Effect, ExportUpdate, NewExport, Report, Store};
 use super::{Accept, Damage, Exports, Limits, UNWRITTEN_REPORTS, raw};
 use crate::export::{Error, ExtResponse, Millis, QueueId, State, View};
 use crate::logging::millis;
 use crate::reply::Reply;
 
-/// What an export takes in the store beside its payload, with its part of the indexes, in bytes.
+/// Bytes that an export takes in the store beside its payload, with its part of the indexes.
 const ROW: usize = 512;
-/// Changes that go into one transaction.
+/// Submissions that go into one transaction.
 const BATCH: usize = 512;
 /// How long results that nobody waits for are gathered.
 const GATHER: Duration = Duration::from_millis(3);
-/// How long the writer waits after a failed write before it tries again.
+/// From a failed write until the next try.
 const RETRY: Duration = Duration::from_secs(1);
-/// A difference between clocks, in milliseconds, that says that the clock was set.
+/// A difference between the clocks, in milliseconds, from which the wall clock counts as having been set.
 const CLOCK_SET: Millis = 1000;
-/// How often the running time is stored while a queue is failing, and nothing else is written. A
-/// kill loses no more of it than a minute.
+/// How often the running time is stored while a queue is failing and nothing else is written. A kill
+/// loses no more than a minute of it.
 const SAVE_RUNNING: Duration = Duration::from_secs(50);
 /// The longest the writer sleeps.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 
-/// What comes to the thread.
+/// The channels that the thread reads from.
 pub(super) struct Incoming {
     pub accepts: Receiver<Accept>,
     pub reports: Receiver<Report>,
-    /// Says that somebody waits for what was reported.
+    /// Says that a client waits for a report that was just sent.
     pub awaited: Receiver<()>,
     pub damage: Receiver<Damage>,
 }
 
-/// What the thread works with.
+/// The thread's state.
 pub struct Writer {
     exports: Arc<Exports>,
     store: Store,
     limits: Limits,
     incoming: Incoming,
-    /// A store that could not be mended is not tried again before this.
-    mend_again_at: Instant,
-    /// Submissions taken and not yet written.
+    /// No repair is tried before this.
+    repair_again_at: Instant,
+    /// Submissions taken from the channel and not yet written.
     accepts: Vec<Accept>,
-    /// Reports taken and not yet written, [`UNWRITTEN_REPORTS`] at most. Those that could not be
-    /// written stay here: so the worker waits in the end too, and memory stays bounded.
+    /// Reports taken from the channel and not yet written, at most [`UNWRITTEN_REPORTS`]. Those that could
+    /// not be written stay here, so that in the end the worker waits too and memory stays bounded.
     reports: Vec<Report>,
-    /// Whether there was no room at the last try.
+    /// Whether the last commit found the disk full.
     disk_full: bool,
 }
 
@@ -73,14 +73,14 @@ impl Writer {
             store,
             limits,
             incoming,
-            mend_again_at: Instant::now(),
+            repair_again_at: Instant::now(),
             accepts: Vec::new(),
             reports: Vec::new(),
             disk_full: false,
         }
     }
 
-    /// Runs until `stop` is dropped, then writes what still waits and closes the store.
+    /// The thread's body. When `stop` is dropped, writes what still waits and closes the store.
     pub fn run(mut self, stop: &Receiver<()>) {
         let mut housekeeping = Housekeeping::due_now();
         loop {
@@ -96,7 +96,7 @@ impl Writer {
                 if self.exports.unfinished() > 0 {
                     self.save_running();
                 }
-                if let Err(error) = self.store.empty_log() {
+                if let Err(error) = self.store.truncate_wal() {
                     log::warn!(reason:% = error; "cannot empty the store's log");
                 }
                 return;
@@ -104,17 +104,16 @@ impl Writer {
             if housekeeping.is_running_due() && self.exports.queues.lock().is_any_failing() {
                 self.save_running();
             }
-            self.see_that_files_are_there();
+            self.check_files_exist();
             if housekeeping.expire_at <= Instant::now() {
                 housekeeping.expire_at = Instant::now() + self.expire();
             }
         }
     }
 
-    /// Looks whether the wall clock was set, and corrects what was stored by it since the start. A
-    /// box without a battery starts with the time of its last stop: without this, results of this
-    /// run would be old after the next start. The time for which a machine was asleep counts for nothing
-    /// in the same way.
+    /// Corrects the times stored since the start if the wall clock was set. A box without a battery
+    /// starts with the time of its last stop; without this, this run's results would look old after the
+    /// next start. Time that the machine spent asleep is corrected in the same way.
     fn follow_clock(&mut self, housekeeping: &mut Housekeeping) {
         let clock = &self.exports.clock;
         let by = clock.behind() - self.store.clock_offset();
@@ -136,7 +135,7 @@ impl Writer {
         }
     }
 
-    /// Deletes a few results. Returns how long until the next are due.
+    /// Deletes a few expired results. Returns how long until the next expire.
     fn expire(&mut self) -> Duration {
         let retention = i64::try_from(self.limits.retention.as_millis()).unwrap_or(i64::MAX);
         let now = self.exports.now();
@@ -148,7 +147,7 @@ impl Writer {
                 if deleted > 0 {
                     self.wrote();
                 }
-                // What finishes from now on expires no sooner.
+                // With no result left, the next to expire has still to finish.
                 let oldest = oldest.unwrap_or(now);
                 let left = oldest.saturating_add(retention).saturating_sub(now);
                 Duration::from_millis(left.max(0).unsigned_abs())
@@ -156,7 +155,7 @@ impl Writer {
             Err(error) => {
                 log::warn!(reason:% = error; "cannot delete expired results");
                 if matches!(error, store::Error::Damaged) {
-                    self.mend();
+                    self.repair();
                 }
                 LONGEST_SLEEP
             }
@@ -166,13 +165,13 @@ impl Writer {
 
     fn wrote(&self) {
         if let Some(checkpoint) = &self.exports.checkpoint {
-            checkpoint.wrote(self.store.is_log_long());
+            checkpoint.wrote(self.store.is_wal_long());
         }
     }
 
-    /// Ends the process where a file of the store was removed: nothing that is written from then on
-    /// would be there after a restart.
-    fn see_that_files_are_there(&self) {
+    /// Ends the process if a file of the store was removed: nothing written after that would survive a
+    /// restart.
+    fn check_files_exist(&self) {
         if let Some(file) = self.store.missing_file() {
             log::error!(
                 file:% = file.display();
@@ -190,11 +189,11 @@ impl Writer {
         }
     }
 
-    /// Waits for something to do; true when it is time to stop.
+    /// Waits for something to do. True when it is time to stop.
     fn sleep(&mut self, stop: &Receiver<()>, housekeeping: &Housekeeping) -> bool {
         let (reported, timeout) = match self.reports.is_empty() {
             true => (&self.incoming.reports, housekeeping.sleep()),
-            // They could not be written.
+            // Those that could not be written come first.
             false => (&never(), RETRY),
         };
         select! {
@@ -207,45 +206,45 @@ impl Writer {
                 }
                 return self.gather(stop);
             }
-            recv(self.incoming.damage) -> damage => self.mend_unless_done(damage.ok()),
+            recv(self.incoming.damage) -> damage => self.repair_unless_done(damage.ok()),
             recv(stop) -> _ => return true,
             default(timeout) => {}
         }
         false
     }
 
-    /// Lets more reports come, unless somebody waits for one. They stay in their channel meanwhile:
-    /// to be woken for each would cost more than all else.
+    /// Waits for more reports, unless a client waits for one. They stay in their channel meanwhile: waking
+    /// up for each would cost more than everything else.
     fn gather(&mut self, stop: &Receiver<()>) -> bool {
         select! {
             recv(self.incoming.awaited) -> _ => {}
             recv(self.incoming.accepts) -> accept => self.accepts.extend(accept),
-            recv(self.incoming.damage) -> damage => self.mend_unless_done(damage.ok()),
+            recv(self.incoming.damage) -> damage => self.repair_unless_done(damage.ok()),
             recv(stop) -> _ => return true,
             default(GATHER) => {}
         }
         false
     }
 
-    fn mend_unless_done(&mut self, damage: Option<Damage>) {
-        if let Some(Damage { mended, done }) = damage {
-            if mended == self.exports.mended.load(Ordering::Acquire) {
-                self.mend();
+    fn repair_unless_done(&mut self, damage: Option<Damage>) {
+        if let Some(Damage { repairs, done }) = damage {
+            if repairs == self.exports.repairs.load(Ordering::Acquire) {
+                self.repair();
             }
             drop(done);
         }
     }
 
-    /// False where the store is as it was.
-    fn mend(&mut self) -> bool {
-        if Instant::now() < self.mend_again_at {
+    /// Repairs the store, at most once in [`LONGEST_SLEEP`]. False if it is as it was.
+    fn repair(&mut self) -> bool {
+        if Instant::now() < self.repair_again_at {
             return false;
         }
-        self.mend_again_at = Instant::now() + LONGEST_SLEEP;
-        self.exports.mend(&mut self.store).is_ok()
+        self.repair_again_at = Instant::now() + LONGEST_SLEEP;
+        self.exports.repair(&mut self.store).is_ok()
     }
 
-    /// Takes what waits, up to a batch; false when there is nothing to write.
+    /// Takes what waits, up to a batch. False if there is nothing to write.
     fn take_waiting(&mut self) -> bool {
         let room = BATCH - self.accepts.len();
         self.accepts
@@ -256,9 +255,9 @@ impl Writer {
         !(self.accepts.is_empty() && self.reports.is_empty())
     }
 
-    /// Writes what was taken, and answers; false where the reports could not be written.
+    /// Writes what was taken, and answers. False if reports are left that could not be written.
     fn write(&mut self) -> bool {
-        self.see_that_files_are_there();
+        self.check_files_exist();
         let accepts = mem::take(&mut self.accepts);
         let bytes = accepts
             .iter()
@@ -267,7 +266,7 @@ impl Writer {
         let started = Instant::now();
         let exports = self.exports.clone();
         let mut committed = self.commit(&accepts);
-        if matches!(committed, Err(store::Error::Damaged)) && self.mend() {
+        if matches!(committed, Err(store::Error::Damaged)) && self.repair() {
             committed = self.commit(&accepts);
         }
         self.disk_full = matches!(committed, Err(store::Error::Full));
@@ -303,8 +302,8 @@ impl Writer {
         self.reports.is_empty()
     }
 
-    /// Gets as far with the reports as a disk that is almost full lets it: to erase a payload
-    /// takes as much room as the payload does, until the log is emptied.
+    /// Writes as many reports as an almost full disk allows. Erasing a payload takes as much room as the
+    /// payload, until the WAL is truncated; so that is done after each one.
     fn write_reports_one_by_one(&mut self) {
         let exports = self.exports.clone();
         let _commits = exports.hold_checkpoints();
@@ -312,25 +311,25 @@ impl Writer {
             let (now, running) = (exports.now(), exports.running());
             let change = Change::Report(report);
             let written = self.store.commit(&[change], now, running, |_, _, _| Ok(()));
-            if written.is_err() || self.store.empty_log().is_err() {
+            if written.is_err() || self.store.truncate_wal().is_err() {
                 return;
             }
             exports.written(self.reports.remove(0));
         }
     }
 
-    /// Writes the waiting reports first, so that a repeated submission sees them. Returns for each
-    /// submission what became of it.
+    /// Commits everything that was taken, reports first, so that a repeated submission sees them. Returns
+    /// the effect of each submission.
     fn commit(&mut self, accepts: &[Accept]) -> Result<Vec<Effect>, store::Error> {
         let held = self.exports.clone();
         let _commits = held.hold_checkpoints();
-        // After a full disk the log goes first: what is in it takes its room twice until then.
-        if self.disk_full && self.store.empty_log().is_err() {
+        // After a full disk the WAL is truncated first: its contents take room twice until then.
+        if self.disk_full && self.store.truncate_wal().is_err() {
             return Err(store::Error::Full);
         }
         let mut size = self.store.size()?;
         for report in &mut self.reports {
-            if let News::Finished { response, .. } = &mut report.news {
+            if let ExportUpdate::Finished { response, .. } = &mut report.update {
                 if size + response.get().len() as u64 > self.limits.max_store {
                     *response = without_body(response);
                 }
@@ -379,7 +378,7 @@ impl Writer {
                     attempts: 0,
                     first_moved_at: None,
                 };
-                // In one go, so that the first answer is always Pending.
+                // Under one lock, so that the first answer is always Pending.
                 let mut queues = exports.queues.lock();
                 let now = exports.running();
                 queues.accepted(queue, export.running, now);
@@ -403,14 +402,14 @@ impl Writer {
         }
     }
 
-    /// Answers a submission when its export is finished or at `deadline`; at once where that is known to
-    /// come first: apps that submit from their only loop must not fall behind while a destination is
-    /// down.
+    /// Answers a submission when its export is finished or at `deadline`. Answers at once if it is known
+    /// that `deadline` comes first: apps that submit from their only loop must not fall behind while a
+    /// destination is down.
     fn wait_for(&self, view: View, deadline: Instant, held_up: bool, reply: Reply) {
         if held_up || view.state == State::Finished || deadline <= Instant::now() {
             return reply.answer(Ok(view));
         }
-        // Only this thread writes results, so none has come since.
+        // Only this thread writes results, so none has arrived since `view` was made.
         let ticket = self.exports.parked.announce(view.id);
         if let Err(reply) = self.exports.park(ticket, view.id, deadline, reply) {
             reply.answer(Ok(view));
@@ -418,13 +417,13 @@ impl Writer {
     }
 }
 
-/// The running time at `deadline`, where it is `now`.
+/// The running time at `deadline`, if it is `now` at present.
 fn later(now: Millis, deadline: Instant) -> Millis {
     let wait = deadline.saturating_duration_since(Instant::now());
     now.saturating_add(Millis::try_from(wait.as_millis()).unwrap_or(Millis::MAX))
 }
 
-/// A result with its body cut off, for a store that is full.
+/// A result without its body, for a store that is full.
 fn without_body(response: &Arc<RawValue>) -> Arc<RawValue> {
     match serde_json::from_str::<ExtResponse>(response.get()) {
         Ok(result) if result.body.is_empty() && result.body_base64.is_none() => response.clone(),
@@ -434,15 +433,15 @@ fn without_body(response: &Arc<RawValue>) -> Arc<RawValue> {
             truncated: true,
             ..result
         }),
-        // Not reached: it was written by this program a moment ago.
+        // Not reached: this program wrote it a moment ago.
         Err(_) => response.clone(),
     }
 }
 
-/// What the writer does when there is time.
+/// When the writer's periodic work is due.
 struct Housekeeping {
     expire_at: Instant,
-    /// Not to be tried again before this.
+    /// The clock is not followed before this, after a correction that failed.
     follow_clock_at: Instant,
     save_running_at: Instant,
 }
@@ -457,7 +456,7 @@ impl Housekeeping {
         }
     }
 
-    /// Whether it is time to store the running time.
+    /// Whether it is time to store the running time. Sets the next time if so.
     fn is_running_due(&mut self) -> bool {
         let now = Instant::now();
         let due = self.save_running_at <= now;

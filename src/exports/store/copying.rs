@@ -19,7 +19,7 @@ use crate::export::{ExtResponse, FailureReport, Millis, QueueId};
 const SMALL_STEPS: u32 = 4096;
 
 /// How a version of the tables is read.
-struct Version {
+struct Layout {
     /// What is in front of an export's large columns, and identifies it.
     head: &'static str,
     /// All the rest. Exports with the same position are in the order of the second column.
@@ -36,7 +36,7 @@ struct Version {
     spread: i64,
 }
 
-const FIRST: Version = Version {
+const FIRST: Layout = Layout {
     head: "id, owner, destination, NULL, seq, 0, NULL, NULL",
     rest: "coalesce(turn, seq), moved_at, accepted_at, 0, attempts, NULL, finished_at,
         idempotency_key, fingerprint, last_error, response, payload",
@@ -51,7 +51,7 @@ const FIRST: Version = Version {
     spread: 1 << 24,
 };
 
-const SECOND: Version = Version {
+const SECOND: Layout = Layout {
     rest: "coalesce(turn, seq), moved_at, accepted_at, running_at,
         attempts, first_moved_at, finished_at, idempotency_key, fingerprint, last_error, response, payload",
     queues: "SELECT owner, destination, failures, next_attempt_at, failing_since, last_error, NULL
@@ -60,7 +60,7 @@ const SECOND: Version = Version {
     ..FIRST
 };
 
-const CURRENT: Version = Version {
+const CURRENT: Layout = Layout {
     head: "id, NULL, NULL, queue, turn, accepted_at, running_at, finished_at",
     rest: "turn, NULL, accepted_at, running_at, attempts, first_moved_at, finished_at,
         idempotency_key, fingerprint, last_error, response, payload",
@@ -92,7 +92,7 @@ pub struct Copied {
     damage: bool,
 }
 
-impl Version {
+impl Layout {
     fn spread_out(&self, turn: i64) -> i64 {
         match self.spread {
             1 => turn,
@@ -131,7 +131,7 @@ pub fn copy(
     to: &Connection,
     running: Millis,
 ) -> Result<Copied, Error> {
-    let version = match version {
+    let layout = match version {
         1 => &FIRST,
         2 => &SECOND,
         schema::VERSION => &CURRENT,
@@ -140,7 +140,7 @@ pub fn copy(
     let mut copying = Copying {
         from,
         to,
-        version,
+        layout,
         running,
         queues: HashMap::new(),
         moved: Vec::new(),
@@ -180,7 +180,7 @@ const RESPONSE: usize = 10;
 struct Copying<'a> {
     from: &'a Connection,
     to: &'a Connection,
-    version: &'a Version,
+    layout: &'a Layout,
     running: Millis,
     /// How many exports were copied of each queue that is known.
     queues: HashMap<QueueId, i64>,
@@ -191,7 +191,7 @@ struct Copying<'a> {
 
 impl Copying<'_> {
     fn queues(&mut self) -> Result<(), Error> {
-        for sql in [Some(self.version.queues), self.version.queues_by_index] {
+        for sql in [Some(self.layout.queues), self.layout.queues_by_index] {
             let Some(sql) = sql else { continue };
             let copied = self.queues_from(sql);
             self.copied.undamaged(copied)?;
@@ -280,7 +280,7 @@ impl Copying<'_> {
     }
 
     fn head(&self, seq: i64) -> Result<Head, Error> {
-        let mut statement = self.select(self.version.head)?;
+        let mut statement = self.select(self.layout.head)?;
         let mut rows = statement.query([seq])?;
         let row = rows.next()?.ok_or(Error::Damaged)?;
         Ok(Head {
@@ -288,7 +288,7 @@ impl Copying<'_> {
             owner: row.get(1)?,
             destination: row.get(2)?,
             queue: row.get(3)?,
-            turn: self.version.spread_out(row.get(4)?),
+            turn: self.layout.spread_out(row.get(4)?),
             accepted_at: row.get(5)?,
             running_at: row.get(6)?,
             finished_at: row.get(7)?,
@@ -297,7 +297,7 @@ impl Copying<'_> {
 
     /// The rest of a row, if it is one that this program can have written.
     fn rest(&self, seq: i64) -> Result<Rest, Error> {
-        let mut statement = self.select(self.version.rest)?;
+        let mut statement = self.select(self.layout.rest)?;
         let mut rows = statement.query([seq])?;
         let row = rows.next()?.ok_or(Error::Damaged)?;
         let mut rest = [const { Value::Null }; COLUMNS];
@@ -305,7 +305,7 @@ impl Copying<'_> {
             *value = row.get(at)?;
         }
         if let Value::Integer(turn) = &mut rest[TURN] {
-            *turn = self.version.spread_out(*turn);
+            *turn = self.layout.spread_out(*turn);
         }
         if let Value::Integer(attempts) = &mut rest[ATTEMPTS] {
             *attempts = (*attempts).clamp(0, MOST);
@@ -409,7 +409,7 @@ impl Copying<'_> {
     }
 
     fn running(&mut self) -> Result<(), Error> {
-        let stored = match self.version.running {
+        let stored = match self.layout.running {
             Some(sql) => self
                 .from
                 .query_row(sql, [], |row| row.get(0))

@@ -27,17 +27,17 @@ use uuid::Uuid;
 use crate::destination::Destination;
 use crate::export::{self, Backoff, QueueId};
 use crate::memory::Reservation;
-pub use opening::cannot_mend;
+pub use opening::cannot_repair;
 pub use reading::{Queued, Reader, Stored};
-pub use writing::log_size;
+pub use writing::wal_size;
 
 /// The file's name in the data folder.
 pub const FILE: &str = "exports.db";
 
 /// SQLite's write-ahead log is begun anew at about this many bytes, unless somebody reads the store.
-pub const ORDINARY_LOG: u64 = 4 * 1024 * 1024;
+pub const ORDINARY_WAL: u64 = 4 * 1024 * 1024;
 /// The same in pages.
-const ORDINARY_LOG_PAGES: i32 = 1024;
+const ORDINARY_WAL_PAGES: i32 = 1024;
 
 /// Where the exports are kept.
 #[derive(Clone, Debug)]
@@ -150,7 +150,7 @@ pub struct IdempotencyKey {
 pub enum Change<'a> {
     /// A new export.
     Accept(&'a NewExport),
-    /// News of an export that was accepted before.
+    /// ExportUpdate of an export that was accepted before.
     Report(&'a Report),
 }
 
@@ -163,13 +163,13 @@ pub struct Report {
     /// The queue it is in.
     pub queue: QueueId,
     /// Its result, or that it is tried again.
-    pub news: News,
+    pub update: ExportUpdate,
     /// What is known of its queue by that.
-    pub queue_news: QueueNews,
+    pub queue_update: QueueUpdate,
 }
 
 /// What there is to say of one export.
-pub enum News {
+pub enum ExportUpdate {
     /// It is finished.
     Finished {
         /// The `ext_response` object.
@@ -193,7 +193,7 @@ pub enum News {
 }
 
 /// What there is to say of a queue.
-pub enum QueueNews {
+pub enum QueueUpdate {
     /// Nothing.
     AsBefore,
     /// It is not failing, or has no exports left.
@@ -227,7 +227,7 @@ pub struct Store {
     /// The last position that was given to an export.
     last_turn: i64,
     /// How many pages SQLite's write-ahead log had after the last commit.
-    log_pages: Arc<AtomicI32>,
+    wal_pages: Arc<AtomicI32>,
     /// The file, or a URI for a database in memory.
     path: PathBuf,
     /// The folder, locked, and the files that SQLite has open in it; none for a database in memory.
@@ -258,28 +258,28 @@ mod tests {
         store.commit(&changes, 0, 0, |_, _, _| Ok(())).unwrap()
     }
 
-    fn report(store: &mut Store, queued: &Queued, queue: QueueId, news: News, now: i64) {
+    fn report(store: &mut Store, queued: &Queued, queue: QueueId, update: ExportUpdate, now: i64) {
         let report = Report {
             id: queued.id,
             seq: queued.seq,
             queue,
-            news,
-            queue_news: QueueNews::AsBefore,
+            update,
+            queue_update: QueueUpdate::AsBefore,
         };
         let changes = [Change::Report(&report)];
         store.commit(&changes, now, 0, |_, _, _| Ok(())).unwrap();
     }
 
-    fn finished() -> News {
-        News::Finished {
+    fn finished() -> ExportUpdate {
+        ExportUpdate::Finished {
             response: RawValue::from_string("{}".into()).unwrap().into(),
             memory: None,
             resumes: false,
         }
     }
 
-    fn moved(at: i64) -> News {
-        News::Rescheduled {
+    fn moved(at: i64) -> ExportUpdate {
+        ExportUpdate::Rescheduled {
             attempts: 1,
             error: RawValue::from_string("{}".into()).unwrap().into(),
             to_end: true,
@@ -472,6 +472,6 @@ mod tests {
         assert_eq!(pragma("synchronous"), 2.into());
         assert_eq!(pragma("journal_mode"), "wal".to_owned().into());
         assert_eq!(pragma("secure_delete"), 1.into());
-        assert!(!store.is_log_long());
+        assert!(!store.is_wal_long());
     }
 }

@@ -24,7 +24,7 @@ use super::copying::{self, Copied};
 use super::folder::{Folder, beside};
 use super::reading::json;
 use super::schema;
-use super::wal::{LeftOut, Log};
+use super::wal::{Scan, Skipped};
 use super::{Error, OpenError, Place, Reader, Store};
 use crate::export::{Backoff, Millis, QueueId, StoredQueue};
 
@@ -52,10 +52,10 @@ impl Store {
                 .map_err(|error| OpenError(format!("cannot keep exports in memory: {error}")))?,
         };
         let loaded = match store.load() {
-            Err(Error::Damaged) => store.mend(&mut []).and_then(|()| store.load()),
+            Err(Error::Damaged) => store.repair(&mut []).and_then(|()| store.load()),
             loaded => loaded,
         };
-        loaded.map_err(|error| OpenError(cannot_mend(&store.path, &error)))?;
+        loaded.map_err(|error| OpenError(cannot_repair(&store.path, &error)))?;
         Ok(store)
     }
 
@@ -74,7 +74,7 @@ impl Store {
             clock_offset: 0,
             running: 0,
             last_turn: 0,
-            log_pages: Arc::default(),
+            wal_pages: Arc::default(),
             path,
             on_disk,
         }
@@ -85,7 +85,7 @@ impl Store {
         let path = folder.database();
         let unusable = |error| folder.unusable(&error);
         let log = beside(&path, "-wal");
-        let found = Log::find(&log).map_err(|error| folder.unusable(&error))?;
+        let found = Scan::of(&log).map_err(|error| folder.unusable(&error))?;
         let mut connection = connect(&path, WRITING).map_err(unusable)?;
         schema::recognise(&connection, &path, folder.in_use)?;
         // SQLite has read the log by now, if there is one, and says how much of it.
@@ -95,7 +95,7 @@ impl Store {
             })
             .map_err(unusable)?;
         // -1 without a log.
-        warn_of_what_was_left_out(&found.left_out(read.max(0).unsigned_abs()), &log);
+        warn_of_skipped(&found.skipped(read.max(0).unsigned_abs()), &log);
         let pages = Arc::new(AtomicI32::new(0));
         set_wal(&mut connection, pages.clone()).map_err(|error| folder.unusable(&error))?;
         let version = schema::version(&connection).map_err(unusable)?;
@@ -111,7 +111,7 @@ impl Store {
         folder.mark_in_use()?;
         let files = Files::find(&path).map_err(|error| folder.unusable(&error))?;
         let mut store = Self::new(connection, path, Some((folder, files)));
-        store.log_pages = pages;
+        store.wal_pages = pages;
         if !matches!(version, 0 | schema::VERSION) {
             store.take_over(version)?;
         }
@@ -177,7 +177,7 @@ impl Store {
     /// # Errors
     /// Where the new file cannot be written, or the old one is in use by somebody else. Then everything is
     /// as it was.
-    pub fn mend(&mut self, readers: &mut [&mut Reader]) -> Result<(), Error> {
+    pub fn repair(&mut self, readers: &mut [&mut Reader]) -> Result<(), Error> {
         self.copy(readers)
     }
 
@@ -196,7 +196,7 @@ impl Store {
         let new = folder.new_database()?;
         let copied = copy_into(&new, &self.connection, version, self.running)?;
         // Empty, it can neither be taken for the new file's nor be missed by who looks at the old one.
-        if !self.empty_log()? {
+        if !self.truncate_wal()? {
             return Err(Error::InUse);
         }
         // All closed before the files change places: the last to be closed removes the log.
@@ -207,7 +207,7 @@ impl Store {
         let is_whole = version != schema::VERSION && copied.is_whole();
         let replaced = folder.replace_database(&new, !is_whole);
         self.connection = connect(&self.path, WRITING)?;
-        set_wal(&mut self.connection, self.log_pages.clone()).map_err(|error| match error {
+        set_wal(&mut self.connection, self.wal_pages.clone()).map_err(|error| match error {
             SettingError::Failed(error) => error,
             SettingError::Refused(..) => Error::Damaged,
         })?;
@@ -220,7 +220,7 @@ impl Store {
         let old = replaced?;
         folder.sync().map_err(|error| io::Error::other(error.0))?;
         match old {
-            Some(old) => say_what_is_lost(&copied, &old),
+            Some(old) => log_losses(&copied, &old),
             None => log::info!(exports = copied.whole; "taken over"),
         }
         Ok(())
@@ -281,7 +281,7 @@ fn copy_into(new: &Path, old: &Connection, version: i32, running: Millis) -> Res
     Ok(copied)
 }
 
-fn say_what_is_lost(copied: &Copied, old: &Path) {
+fn log_losses(copied: &Copied, old: &Path) {
     for id in &copied.damaged {
         log::error!(id:%; "its payload or result was damaged in the store, and is lost");
     }
@@ -295,15 +295,15 @@ fn say_what_is_lost(copied: &Copied, old: &Path) {
     );
 }
 
-fn warn_of_what_was_left_out(left_out: &LeftOut, log: &Path) {
-    match left_out {
-        LeftOut::Nothing => {}
-        LeftOut::Transactions => log::warn!(
+fn warn_of_skipped(skipped: &Skipped, log: &Path) {
+    match skipped {
+        Skipped::Nothing => {}
+        Skipped::Transactions => log::warn!(
             file:% = log.display();
             "SQLite's log was damaged, and only what is in front of that could be read: exports that \
              were accepted last may be missing, and results be forgotten and sent again"
         ),
-        LeftOut::Beginning => log::warn!(
+        Skipped::Beginning => log::warn!(
             file:% = log.display();
             "SQLite's log ends in the middle of a write, which was left out: it was not answered, \
              unless the file was cut off"
@@ -311,8 +311,8 @@ fn warn_of_what_was_left_out(left_out: &LeftOut, log: &Path) {
     }
 }
 
-/// What is said where [`Store::mend`] has failed.
-pub fn cannot_mend(path: &Path, error: &Error) -> String {
+/// What is said where [`Store::repair`] has failed.
+pub fn cannot_repair(path: &Path, error: &Error) -> String {
     format!(
         "{} is damaged, and cannot be mended: {error}; put a copy of it back, or move it away, and what \
          `sqlite3 FILE .recover` finds in it there",

@@ -15,7 +15,7 @@ const FRAME_HEADER: usize = 24;
 
 /// What was found in a log before SQLite opened it. Frames count from 1.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Log {
+pub struct Scan {
     /// The header is not one: SQLite reads nothing of this log.
     broken: bool,
     /// The last frame of this generation. Those of an earlier one, which are in the database by now, stay
@@ -29,7 +29,7 @@ pub struct Log {
 
 /// What SQLite has left out of a log.
 #[derive(Debug, PartialEq, Eq)]
-pub enum LeftOut {
+pub enum Skipped {
     /// Nothing.
     Nothing,
     /// Transactions that were complete once.
@@ -38,12 +38,12 @@ pub enum LeftOut {
     Beginning,
 }
 
-impl Log {
+impl Scan {
     /// Reads what is in front of each page of the log, which may not be there.
     ///
     /// # Errors
     /// Where it cannot be read.
-    pub fn find(path: &Path) -> io::Result<Self> {
+    pub fn of(path: &Path) -> io::Result<Self> {
         match File::open(path) {
             Ok(file) => Self::read(&file, file.metadata()?.len()),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(Self::default()),
@@ -52,16 +52,16 @@ impl Log {
     }
 
     fn read(file: &File, size: u64) -> io::Result<Self> {
-        let mut log = Self::default();
+        let mut scan = Self::default();
         if size <= HEADER {
-            return Ok(log);
+            return Ok(scan);
         }
         let mut header = [0; HEADER as usize];
         file.read_exact_at(&mut header, 0)?;
         let page = u64::from(number(&header, 8));
         if !is_sound(&header) || page == 0 {
-            log.broken = true;
-            return Ok(log);
+            scan.broken = true;
+            return Ok(scan);
         }
         let frame = page + FRAME_HEADER as u64;
         let salts = &header[16..24];
@@ -73,26 +73,26 @@ impl Log {
             count += 1;
             let current = bytes[8..16] == *salts;
             if at + frame > size {
-                log.torn = current;
+                scan.torn = current;
             } else if current {
-                log.last = count;
+                scan.last = count;
                 if number(&bytes, 4) > 0 {
-                    log.last_commit = count;
+                    scan.last_commit = count;
                 }
             }
             at += frame;
         }
-        Ok(log)
+        Ok(scan)
     }
 
     /// What was left out, where SQLite has read so many frames.
-    pub fn left_out(&self, read: u64) -> LeftOut {
+    pub fn skipped(&self, read: u64) -> Skipped {
         if self.broken || self.last_commit > read {
-            LeftOut::Transactions
+            Skipped::Transactions
         } else if self.last > read || self.torn {
-            LeftOut::Beginning
+            Skipped::Beginning
         } else {
-            LeftOut::Nothing
+            Skipped::Nothing
         }
     }
 }
@@ -160,13 +160,13 @@ mod tests {
     }
 
     /// How many frames SQLite reads of a log, and what that leaves out.
-    fn left_out(log: &Path) -> (u64, LeftOut) {
-        let found = Log::find(log).unwrap();
+    fn skipped(log: &Path) -> (u64, Skipped) {
+        let found = Scan::of(log).unwrap();
         let database = log.with_file_name("b");
         let connection = Connection::open(database).unwrap();
         let read = connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |row| row.get(1));
         let read: i64 = read.unwrap();
-        (read.unsigned_abs(), found.left_out(read.unsigned_abs()))
+        (read.unsigned_abs(), found.skipped(read.unsigned_abs()))
     }
 
     fn change(log: &Path, change: impl FnOnce(&mut Vec<u8>)) {
@@ -179,46 +179,46 @@ mod tests {
     fn frames_of_an_earlier_generation_are_not_missed() {
         let (_folder, path) = log();
         let frames = fs::metadata(&path).unwrap().len() / FRAME as u64;
-        let (read, left_out) = left_out(&path);
+        let (read, skipped) = skipped(&path);
         assert!((5..frames).contains(&read), "{read} of {frames}");
-        assert_eq!(left_out, LeftOut::Nothing);
+        assert_eq!(skipped, Skipped::Nothing);
     }
 
     #[test]
     fn a_log_that_is_not_there_or_empty_leaves_nothing_out() {
         let (_folder, path) = log();
         change(&path, Vec::clear);
-        assert_eq!(Log::find(&path).unwrap(), Log::default());
+        assert_eq!(Scan::of(&path).unwrap(), Scan::default());
         fs::remove_file(&path).unwrap();
-        assert_eq!(Log::find(&path).unwrap(), Log::default());
+        assert_eq!(Scan::of(&path).unwrap(), Scan::default());
     }
 
     #[test]
     fn what_is_behind_damage_is_missed() {
-        let whole = left_out(&log().1).0;
+        let whole = skipped(&log().1).0;
         // In the header, in a frame's header, in its page.
         for at in [3, 9, 17, 28, 32 + FRAME, 32 + FRAME + 9, 32 + FRAME + 999] {
             let (_folder, path) = log();
             change(&path, |bytes| bytes[at] ^= 0x40);
-            let (read, left_out) = left_out(&path);
+            let (read, skipped) = skipped(&path);
             assert!(read < whole, "byte {at}");
-            assert_eq!(left_out, LeftOut::Transactions, "byte {at}");
+            assert_eq!(skipped, Skipped::Transactions, "byte {at}");
         }
     }
 
     #[test]
     fn a_transaction_that_was_cut_off_is_told_from_one_that_was_complete() {
-        let whole = usize::try_from(left_out(&log().1).0).unwrap();
+        let whole = usize::try_from(skipped(&log().1).0).unwrap();
         for (bytes_off, expected) in [
-            (0, LeftOut::Nothing),
-            (1, LeftOut::Beginning),
-            (FRAME - FRAME_HEADER, LeftOut::Beginning),
+            (0, Skipped::Nothing),
+            (1, Skipped::Beginning),
+            (FRAME - FRAME_HEADER, Skipped::Beginning),
         ] {
             let (_folder, path) = log();
             change(&path, |bytes| {
                 bytes.truncate(32 + whole * FRAME - bytes_off)
             });
-            assert_eq!(left_out(&path).1, expected, "{bytes_off} bytes off");
+            assert_eq!(skipped(&path).1, expected, "{bytes_off} bytes off");
         }
     }
 }

@@ -13,8 +13,8 @@ use rusqlite::{Connection, ErrorCode, Row, Transaction, named_params, params};
 use super::folder::beside;
 use super::opening::{BUSY, MEMORY};
 use super::reading::{stored, value};
-use super::{Change, Effect, Error, IdempotencyKey, NewExport, News, QueueNews};
-use super::{ORDINARY_LOG, ORDINARY_LOG_PAGES, Reader, Report, Store};
+use super::{Change, Effect, Error, ExportUpdate, IdempotencyKey, NewExport, QueueUpdate};
+use super::{ORDINARY_WAL, ORDINARY_WAL_PAGES, Reader, Report, Store};
 use crate::export::{self, Millis, QueueId};
 
 /// The running time is stored with any commit when so much of it has passed, in milliseconds.
@@ -41,7 +41,7 @@ impl Store {
     ) -> Result<Vec<Effect>, Error> {
         let failing = |change: &Change<'_>| {
             matches!(change, Change::Report(report)
-                if matches!(report.queue_news, QueueNews::Failing(..)))
+                if matches!(report.queue_update, QueueUpdate::Failing(..)))
         };
         // Waits are counted from the time that is stored with them.
         let save = running - self.running >= RUNNING_STEP || changes.iter().any(failing);
@@ -88,8 +88,8 @@ impl Store {
     }
 
     /// Whether SQLite's write-ahead log is so long that it should be begun anew.
-    pub fn is_log_long(&self) -> bool {
-        self.log_pages.load(Ordering::Relaxed) >= ORDINARY_LOG_PAGES
+    pub fn is_wal_long(&self) -> bool {
+        self.wal_pages.load(Ordering::Relaxed) >= ORDINARY_WAL_PAGES
     }
 
     /// How many bytes of the disk hold exports and results; free pages of the file do not count. The
@@ -106,7 +106,7 @@ impl Store {
                  FROM pragma_page_count, pragma_freelist_count, pragma_page_size",
             )?
             .query_row([], |row| row.get::<_, i64>(0))?;
-        let log = log_size(&self.path).saturating_sub(ORDINARY_LOG);
+        let log = wal_size(&self.path).saturating_sub(ORDINARY_WAL);
         Ok(pages.unsigned_abs().saturating_add(log))
     }
 
@@ -165,19 +165,19 @@ impl Store {
         Ok(())
     }
 
-    /// See [`Reader::empty_log`].
+    /// See [`Reader::truncate_wal`].
     ///
     /// # Errors
     /// Where the store cannot be written; nothing is lost by that.
-    pub fn empty_log(&mut self) -> Result<bool, Error> {
+    pub fn truncate_wal(&mut self) -> Result<bool, Error> {
         if self.path.starts_with(MEMORY) {
             return Ok(true);
         }
-        empty_log(&self.connection)
+        truncate_wal(&self.connection)
     }
 
     /// Whether there is a write-ahead log.
-    pub fn has_log(&self) -> bool {
+    pub fn has_wal(&self) -> bool {
         !self.path.starts_with(MEMORY)
     }
 }
@@ -189,8 +189,8 @@ impl Reader {
     ///
     /// # Errors
     /// Where the store cannot be written; nothing is lost by that.
-    pub fn empty_log(&self) -> Result<bool, Error> {
-        empty_log(&self.connection)
+    pub fn truncate_wal(&self) -> Result<bool, Error> {
+        truncate_wal(&self.connection)
     }
 
     /// Moves what it can from the write-ahead log into the database, beside those who read and write.
@@ -207,12 +207,12 @@ impl Reader {
 }
 
 /// How many bytes the write-ahead log of a database has; it may be larger than what is in it.
-pub fn log_size(database: &Path) -> u64 {
+pub fn wal_size(database: &Path) -> u64 {
     let log = fs::metadata(beside(database, "-wal"));
     log.map_or(0, |log| log.len())
 }
 
-fn empty_log(connection: &Connection) -> Result<bool, Error> {
+fn truncate_wal(connection: &Connection) -> Result<bool, Error> {
     connection.busy_timeout(Duration::ZERO)?;
     let truncate = "PRAGMA wal_checkpoint(TRUNCATE)";
     let busy = connection.query_row(truncate, [], |row| row.get::<_, bool>(0));
@@ -324,8 +324,8 @@ where
     }
 
     fn report(&mut self, report: &Report, now: i64) -> Result<Effect, Error> {
-        match &report.news {
-            News::Finished { response, .. } => {
+        match &report.update {
+            ExportUpdate::Finished { response, .. } => {
                 self.transaction
                     .prepare_cached(
                         "UPDATE exports SET payload = NULL, finished_at = ?, response = ?
@@ -338,7 +338,7 @@ where
                         report.id
                     ])?;
             }
-            News::Rescheduled {
+            ExportUpdate::Rescheduled {
                 attempts,
                 error,
                 to_end,
@@ -361,10 +361,10 @@ where
                     ])?;
             }
         }
-        let (backoff, error) = match &report.queue_news {
-            QueueNews::AsBefore => return Ok(Effect::Written(report.queue)),
-            QueueNews::Recovered => (export::Backoff::default(), None),
-            QueueNews::Failing(backoff, error) => (*backoff, Some(error.get())),
+        let (backoff, error) = match &report.queue_update {
+            QueueUpdate::AsBefore => return Ok(Effect::Written(report.queue)),
+            QueueUpdate::Recovered => (export::Backoff::default(), None),
+            QueueUpdate::Failing(backoff, error) => (*backoff, Some(error.get())),
         };
         self.transaction
             .prepare_cached(
