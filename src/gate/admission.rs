@@ -1,16 +1,16 @@
-//! Who may be connected: a bounded number of connections, in all and of each client address.
+//! Admission: a bounded number of connections, in all and for each client address.
 //!
-//! Where there are as many as there may be, those that have waited longest without a whole request are
-//! evicted, as many as newcomers stand in line for their place; see [`super::permit`] for what that means.
-//! Where none waits, as requests of all are being served, a newcomer is rejected: it is let in only to be
-//! told 503, as long as there are not too many of those.
+//! At the limit, the connections that have waited longest without a whole request are evicted, one for each
+//! newcomer in line; see [`super::permit`]. If none waits because all have a request being served, the
+//! newcomer is rejected: it is admitted only to be told 503, and closed if too many are.
 //!
-//! Each has a moment first. Where a crowd comes faster than that a newcomer waits in line, without
-//! a thread: evicting whoever came just before it would let nobody through on a slow machine. There
-//! is a line for each client address, so that a crowd holds up its own address only.
+//! No connection is evicted before its grace period is over, since on a slow machine nobody would get
+//! through if each newcomer evicted the one before it. If newcomers arrive faster than that, they wait in
+//! line without a thread. Each client address has a line of its own, so that a crowd holds up only its own
+//! address.
 //!
-//! Only the thread that accepts has an [`Admission`], so there is no lock. It looks at the connections'
-//! words when somebody stands in line, and at no other time.
+//! Only the thread that accepts has an [`Admission`], so there is no lock. It looks at the connections only
+//! while newcomers stand in line.
 //!
 //! Not here: accepting, and what a connection does ([`super::connection`]).
 
@@ -21,9 +21,9 @@ use std::time::Instant;
 
 use crossbeam_channel::Sender;
 
-use super::permit::{Common, Doing, Permit, Place, Word};
+use super::permit::{Activity, Common, Handle, Permit, Snapshot};
 
-/// How many connections beyond the limit are let in to be told 503.
+/// How many connections beyond the limit are admitted to be told 503.
 pub const REJECTED: usize = 16;
 
 /// How many connections there may be.
@@ -31,23 +31,23 @@ pub const REJECTED: usize = 16;
 pub struct Limits {
     /// In all.
     pub connections: usize,
-    /// Of one client address.
+    /// For each client address.
     pub per_client: usize,
 }
 
-/// The connections of one listener, and those that stand in line to become one.
+/// The connections of one listener, and the newcomers in line.
 pub struct Admission {
     limits: Limits,
     common: Arc<Common>,
     /// Each permit has a clone: see [`Permit::new`].
     open: Sender<()>,
-    connections: Vec<(IpAddr, Arc<Place>)>,
-    rejected: Vec<Arc<Place>>,
+    connections: Vec<(IpAddr, Arc<Handle>)>,
+    rejected: Vec<Arc<Handle>>,
     clients: HashMap<IpAddr, Client>,
     last_ticket: u64,
 }
 
-/// What one client address has, as [`Admission::look`] found it.
+/// One client address. The counts are as [`Admission::look`] found them.
 #[derive(Default)]
 struct Client {
     connections: usize,
@@ -55,28 +55,28 @@ struct Client {
     waiting: usize,
     /// Those of them that were evicted and have not ended.
     evicted: usize,
-    /// In the order of coming.
+    /// In order of arrival.
     line: VecDeque<Newcomer>,
 }
 
-/// A connection that was accepted and has no permit.
+/// A connection that was accepted and has no permit yet.
 #[derive(Clone)]
 pub struct Newcomer {
-    /// Its socket.
+    /// The accepted socket.
     pub socket: Arc<TcpStream>,
-    /// Where it comes from.
+    /// The client's address.
     pub address: SocketAddr,
-    came: Instant,
+    accepted: Instant,
     ticket: u64,
 }
 
-/// What there is for a newcomer.
+/// Whether there is room for a newcomer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Room {
     Free,
-    /// Some, once others have made it.
+    /// Not yet: a connection can be evicted, or has been and has not ended.
     Later,
-    /// None: all that could make room are being served.
+    /// No: a request is being served on every connection that could make room.
     None,
 }
 
@@ -87,7 +87,7 @@ impl Client {
 }
 
 impl Admission {
-    /// For a listener that has no connections yet. `open` is dropped with this and with the last of them.
+    /// For a listener without connections. The last clone of `open` is dropped with the last connection.
     pub fn new(limits: Limits, common: Arc<Common>, open: Sender<()>) -> Self {
         Self {
             limits,
@@ -100,19 +100,19 @@ impl Admission {
         }
     }
 
-    /// Puts a connection that was accepted `now` at the end of the line of its client address.
+    /// Puts a connection that was accepted `now` at the end of its client address's line.
     pub fn line_up(&mut self, socket: Arc<TcpStream>, address: SocketAddr, now: Instant) {
         self.last_ticket += 1;
         let newcomer = Newcomer {
             socket,
             address,
-            came: now,
+            accepted: now,
             ticket: self.last_ticket,
         };
         self.client(address).line.push_back(newcomer);
     }
 
-    /// Puts one that [`Admission::admit`] has let in back where it was.
+    /// Puts a newcomer that [`Admission::admit`] returned back at the front of its line.
     pub fn put_back(&mut self, newcomer: Newcomer) {
         self.client(newcomer.address).line.push_front(newcomer);
     }
@@ -126,29 +126,30 @@ impl Admission {
         self.clients.values().map(|client| client.line.len()).sum()
     }
 
-    /// Sees what the connections are doing. [`Admission::admit`] and [`Admission::make_room`] go by that.
+    /// Looks at what the connections are doing, for [`Admission::admit`] and [`Admission::make_room`].
     pub fn look(&mut self) {
         for client in self.clients.values_mut() {
             (client.connections, client.waiting, client.evicted) = (0, 0, 0);
         }
-        self.connections.retain(|(address, place)| {
-            let doing = place.doing();
-            if doing == Doing::Ended {
+        self.connections.retain(|(address, handle)| {
+            let activity = handle.activity();
+            if activity == Activity::Ended {
                 return false;
             }
             let client = self.clients.entry(*address).or_default();
             client.connections += 1;
-            client.waiting += usize::from(matches!(doing, Doing::Waiting(_)));
-            client.evicted += usize::from(doing == Doing::Evicted);
+            client.waiting += usize::from(matches!(activity, Activity::Waiting(_)));
+            client.evicted += usize::from(activity == Activity::Evicted);
             true
         });
-        self.rejected.retain(|place| place.doing() != Doing::Ended);
+        self.rejected
+            .retain(|handle| handle.activity() != Activity::Ended);
         let is_there = |client: &Client| client.connections > 0 || !client.line.is_empty();
         self.clients.retain(|_, client| is_there(client));
     }
 
-    /// Gives a permit to the next in line that there is room for, or that is to be told that there is
-    /// none. Newcomers that cannot even be told so are closed.
+    /// Gives a permit to the next newcomer that there is room for, or that is to be rejected. Closes
+    /// newcomers beyond [`REJECTED`].
     pub fn admit(&mut self) -> Option<(Permit, Newcomer)> {
         loop {
             let (network, room) = self.next_in_line()?;
@@ -161,14 +162,14 @@ impl Admission {
             let permit = Permit::new(
                 &self.common,
                 &newcomer.socket,
-                (network, newcomer.came),
+                (network, newcomer.accepted),
                 rejected,
                 self.open.clone(),
             );
             if rejected {
-                self.rejected.push(permit.place().clone());
+                self.rejected.push(permit.handle().clone());
             } else {
-                self.connections.push((network, permit.place().clone()));
+                self.connections.push((network, permit.handle().clone()));
                 client.connections += 1;
                 client.waiting += 1;
             }
@@ -176,8 +177,8 @@ impl Admission {
         }
     }
 
-    /// The client address whose first in line is not to wait any longer: of those the one that has the
-    /// fewest connections, and then the one that came first.
+    /// The client address whose first newcomer need not wait any longer. Addresses with fewer connections
+    /// come first, then newcomers that were accepted first.
     fn next_in_line(&self) -> Option<(IpAddr, Room)> {
         let others = self.clients.values().any(Client::could_make_room);
         let lines = self.clients.iter().filter_map(|(network, client)| {
@@ -189,8 +190,8 @@ impl Admission {
         next.map(|(_, network, room)| (network, room))
     }
 
-    /// What room there is for one more of this client: in place of one of its own, if it has as many as
-    /// it may have, else of any, where `others` could make some.
+    /// Whether there is room for another connection of this client. At the client's own limit, only its own
+    /// connections can make room. Else any can, if `others` says that there is such a one.
     fn room(&self, client: &Client, others: bool) -> Room {
         let is_full = client.connections >= self.limits.per_client;
         let could_be_made = if is_full {
@@ -205,10 +206,10 @@ impl Admission {
         }
     }
 
-    /// Evicts those that have waited longest and have had their grace, as many as are needed for those in
-    /// line. True where there were any.
+    /// Evicts the connections that have waited longest, after their grace period, as many as newcomers need.
+    /// True if there were any.
     pub fn make_room(&mut self, now: Instant) -> bool {
-        // How many are to be of one address, and how many of any.
+        // How many evictions are needed among the connections of one address, and among all.
         let (mut own, mut any) = (HashMap::new(), 0);
         for (network, client) in &self.clients {
             match self.limits.per_client.saturating_sub(client.connections) {
@@ -228,15 +229,15 @@ impl Admission {
             return false;
         }
         let mut done = false;
-        for (word, network, place) in self.waiting() {
-            if !place.has_had_its_grace(word, now) {
+        for (state, network, handle) in self.waiting() {
+            if !handle.is_grace_over(state, now) {
                 break;
             }
             let needed = match own.get_mut(&network) {
                 Some(count) if *count > 0 => count,
                 _ => &mut any,
             };
-            if *needed > 0 && place.evict(word) {
+            if *needed > 0 && handle.evict(state) {
                 *needed -= 1;
                 done = true;
             }
@@ -244,40 +245,40 @@ impl Admission {
         done
     }
 
-    /// The connections that wait, in the order in which they could be evicted.
-    fn waiting(&self) -> Vec<(Word, IpAddr, Arc<Place>)> {
-        let waiting = self.connections.iter().filter_map(|(network, place)| {
-            let Doing::Waiting(word) = place.doing() else {
+    /// The connections that wait, in the order in which they may be evicted.
+    fn waiting(&self) -> Vec<(Snapshot, IpAddr, Arc<Handle>)> {
+        let waiting = self.connections.iter().filter_map(|(network, handle)| {
+            let Activity::Waiting(state) = handle.activity() else {
                 return None;
             };
-            Some((word, *network, place.clone()))
+            Some((state, *network, handle.clone()))
         });
         let mut waiting: Vec<_> = waiting.collect();
-        waiting.sort_unstable_by_key(|(word, ..)| *word);
+        waiting.sort_unstable_by_key(|(state, ..)| *state);
         waiting
     }
 
-    /// Evicts the connection that has waited longest, if one waits, whether or not it had its grace.
+    /// Evicts the connection that has waited longest, if any waits, even in its grace period.
     pub fn evict_one(&self) {
         self.waiting()
             .iter()
-            .any(|(word, _, place)| place.evict(*word));
+            .any(|(state, _, handle)| handle.evict(*state));
     }
 
-    /// Evicts all that wait, and closes those in line. Those whose request is being served see for
-    /// themselves that it is their last, since [`Common::close`] was called.
+    /// Evicts all connections that wait, and closes newcomers. Connections with a request being served find
+    /// out for themselves that it is their last, as [`Common::close`] was called before.
     pub fn close(self) {
-        let connections = self.connections.iter().map(|(_, place)| place);
-        for place in connections.chain(&self.rejected) {
-            while let Doing::Waiting(word) = place.doing() {
-                place.evict(word);
+        let connections = self.connections.iter().map(|(_, handle)| handle);
+        for handle in connections.chain(&self.rejected) {
+            while let Activity::Waiting(state) = handle.activity() {
+                handle.evict(state);
             }
         }
     }
 }
 
-/// What counts as one client: an IPv4 address, or the 64 bits of an IPv6 address that a client
-/// does not choose by itself (RFC 4291, section 2.5.4).
+/// What counts as one client: an IPv4 address, or the first 64 bits of an IPv6 address, which a client
+/// cannot choose (RFC 4291, section 2.5.4).
 fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => {
@@ -471,8 +472,8 @@ mod tests {
         served.serve().unwrap();
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (accepted, _) = listener.accept().unwrap();
-        admission.line_up(Arc::new(accepted), address(1, 1), Instant::now());
+        let (socket, _) = listener.accept().unwrap();
+        admission.line_up(Arc::new(socket), address(1, 1), Instant::now());
         admission.common.close();
         admission.close();
         assert_eq!(client.read(&mut [0]).unwrap(), 0);
@@ -509,7 +510,7 @@ mod tests {
                     (6, _) => admission.evict_one(),
                     _ => {}
                 }
-                let served: Vec<_> = held.iter().map(|permit| permit.place().doing() == Doing::Served).collect();
+                let served: Vec<_> = held.iter().map(|permit| permit.handle().activity() == Activity::Served).collect();
                 admission.look();
                 while let Some((permit, _)) = admission.admit() {
                     permit.begin(now);
@@ -524,14 +525,14 @@ mod tests {
                     prop_assert!(of_client.count() <= LIMITS.per_client);
                 }
                 for (permit, served) in held.iter().zip(served) {
-                    prop_assert_eq!(served, permit.place().doing() == Doing::Served);
+                    prop_assert_eq!(served, permit.handle().activity() == Activity::Served);
                 }
             }
             // Those that are evicted end, and those in line take turns, until none is left.
             let mut left = admission.newcomers();
             while left > 0 {
                 now += 10 * GRACE;
-                held.retain(|permit| !permit.is_evicted() && permit.place().doing() != Doing::Served);
+                held.retain(|permit| !permit.is_evicted() && permit.handle().activity() != Activity::Served);
                 admission.look();
                 while let Some((permit, _)) = admission.admit() {
                     permit.begin(now);

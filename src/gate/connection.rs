@@ -1,5 +1,5 @@
-//! The whole life of a connection: its handshake, one request after the other, each with its answer,
-//! and its end.
+//! The whole life of a connection: the handshake, its requests with their answers one after the other, and
+//! its end.
 //!
 //! Not here: which connection is evicted to make room for another ([`super::admission`]), and what a
 //! request is ([`super::framing`]).
@@ -22,7 +22,7 @@ use crate::logging;
 use crate::socket::Socket;
 use crate::waits::Wait;
 
-/// How long a client may take for its TLS handshake, and for a head from its first byte.
+/// How long a client may take for its TLS handshake, and for a head, from its first byte.
 const HEAD: Duration = Duration::from_secs(10);
 /// How long it may take for a body, from the end of the head.
 const BODY: Duration = Duration::from_secs(30);
@@ -30,29 +30,28 @@ const BODY: Duration = Duration::from_secs(30);
 const IDLE: Duration = Duration::from_secs(60);
 /// How long it may take to read an answer.
 const ANSWER: Duration = Duration::from_secs(30);
-/// How old a connection may become: then it is closed after an answer, or when it is idle.
+/// How old a connection may become. Then it is closed after an answer, or when it is idle.
 const LIFE: Duration = Duration::from_secs(60 * 60);
-/// How long a client has to read the last answer before the connection is gone. Closing at once
-/// with something unread would take the answer away from it.
+/// How long a client has to read the last answer before the socket is closed. Closing at once, with
+/// something unread, would reset the connection and could destroy the answer.
 const LINGER: Duration = Duration::from_secs(2);
-/// How long a connection that was evicted has for each step to its end, and one that lingers while the
-/// service stops.
+/// How long each remaining step of an evicted connection may take, and lingering while the service stops.
 const HURRY: Duration = Duration::from_millis(100);
-/// Bodies and answers up to this many bytes are not counted: all connections together have room
-/// for theirs.
+/// Bodies and answers of up to this many bytes are not counted: there is memory for one of these for each
+/// connection.
 const SMALL: usize = 16 * 1024;
-/// How long a handshake may take of one that is let in only to be rejected.
+/// How long a handshake may take on a connection that is only going to be rejected.
 const REJECTION: Duration = Duration::from_secs(2);
-/// How long the service may take to answer. A long poll takes a minute at most, and a commit seconds,
-/// on a bad SD card.
+/// How long the service may take to answer. A long poll takes at most a minute, a commit on a bad SD card
+/// seconds.
 const SERVICE: Duration = Duration::from_secs(120);
-/// How often a connection that waits for the service looks whether its client is still there.
+/// How often a connection that waits for an answer checks that its client is still there.
 const LOOK: Duration = Duration::from_millis(1500);
 
 /// Serves a connection until it ends.
 pub fn run(shared: &Shared, permit: Permit, stream: Arc<TcpStream>, client: SocketAddr) {
     let born = Instant::now();
-    // Until now nothing could be read from it.
+    // Its time begins only now, as its thread could not read before.
     permit.begin(born);
     let handshake = if permit.is_rejected() {
         REJECTION
@@ -77,7 +76,7 @@ pub fn run(shared: &Shared, permit: Permit, stream: Arc<TcpStream>, client: Sock
         permit,
     };
     match failed {
-        // It need not send what is not going to be read.
+        // Before its request: that would not be read.
         None if connection.permit.is_rejected() => connection.refuse(None, &Refusal::Busy),
         None => connection.serve(),
         Some(error) if error.kind() == ErrorKind::InvalidInput => {
@@ -98,18 +97,18 @@ struct Connection<'a> {
     framer: Framer,
     wait: Wait,
     client: SocketAddr,
-    /// When it is to end, after the answer to its last request.
+    /// When it is to end; a request that is being answered then is the last.
     life: Instant,
     memory: Reservation<'a>,
-    /// Dropped last: then the descriptor and the memory are free for whoever gets the next one.
+    /// Dropped last, when the descriptor and the memory are free for the next connection.
     permit: Permit,
 }
 
 /// Why a connection ends.
 enum End {
-    /// There is nobody to tell: the client left, was idle for too long, or was closed.
+    /// No answer: the client left, was idle for too long, or was closed.
     Silent,
-    /// The client is told.
+    /// The client is told why.
     Refused(Refusal),
 }
 
@@ -176,7 +175,7 @@ impl Connection<'_> {
                     (Phase::Body(_), Phase::Idle | Phase::Head) => {
                         deadline = self.set_deadline(BODY);
                     }
-                    // It takes more than was known before.
+                    // A chunked body has grown: the deadline stays.
                     (Phase::Body(_), Phase::Body(_)) | (Phase::Idle, _) => {}
                 }
                 if let Phase::Body(bytes) = phase
@@ -194,7 +193,7 @@ impl Connection<'_> {
                 }
                 seen = phase;
             }
-            // What has arrived may still be a whole request, but not for ever.
+            // What has arrived may still be a whole request, which takes little time to read.
             if self.permit.is_evicted() && !hurried {
                 hurried = true;
                 self.set_deadline(HURRY);
@@ -216,20 +215,20 @@ impl Connection<'_> {
         }
     }
 
-    /// Has a request answered by the service.
+    /// Passes a request on to the service, and waits for its answer.
     fn pass_on(&mut self, request: &mut Request) -> Result<Response, End> {
         let head = request.normalised_head(self.client, self.wait.number());
         let body = request.take_body();
         self.permit.serve().map_err(Refusal::from)?;
         self.wait.ask();
         let sent = self.shared.links.send(&head, &body);
-        // A long poll is not to keep the memory of what it has sent.
+        // A long poll must not hold memory for what it has sent.
         drop((head, body));
         self.memory.release();
         sent.map_err(|_| Refusal::Busy)?;
         let mut left = false;
         let answer = self.wait.answer(SERVICE, LOOK, || {
-            // Once nothing more is read it looks from here as if the client had closed its side.
+            // After an eviction, which shuts down reading, every client seems to have left.
             left = !self.permit.is_last() && self.wire.socket().is_left();
             !left
         });
@@ -260,17 +259,17 @@ impl Connection<'_> {
             request.map_or(("-", "-"), |request| (request.method(), request.target()));
         let head_only = request.map_or(self.framer.is_head(), |_| method == "HEAD");
         let refusal = match refusal {
-            // What is evicted then does not make room for others.
+            // Connections that are evicted then do not make room for others.
             Refusal::Busy if self.shared.common.is_closing() => &Refusal::Stopping,
             refusal => refusal,
         };
         let client = self.client.to_string();
         logging::refused(method, target, refusal.status(), refusal, &client);
-        // What it has sent is of no use any more, and is not to be kept while it lingers.
+        // What was read is no longer needed, and must not take memory while the connection lingers.
         self.framer = Framer::new(self.shared.max_body);
         self.memory.release();
         self.permit.send(Instant::now());
-        // Where it fails the client has gone: there is nobody to tell.
+        // If this fails, the client has left.
         let _ = self.write(&to_bytes(
             answer::refusal(refusal),
             "Connection: close\r\n",
@@ -289,7 +288,7 @@ impl Connection<'_> {
         self.wire.end();
     }
 
-    /// Ends it and waits until the client has closed its side too, for a moment.
+    /// Ends the connection and waits a moment for the client to close its side.
     fn linger(&mut self) {
         self.end();
         let mut unread = [0; 1024];
@@ -301,8 +300,8 @@ impl Connection<'_> {
         {}
     }
 
-    /// Gives the client so long from now for what comes next, or less where others wait for this
-    /// connection to be gone.
+    /// Sets the deadline of the next step, sooner than asked for if the connection was evicted, since
+    /// newcomers wait for its end.
     fn set_deadline(&mut self, time: Duration) -> Instant {
         let time = if self.permit.is_evicted() {
             time.min(HURRY)
@@ -315,7 +314,7 @@ impl Connection<'_> {
     }
 }
 
-/// An answer as it is written to the client, with what is said of the connection.
+/// An answer as it is written to the client. `persistence` is its Connection header, or empty.
 fn to_bytes(response: Response, persistence: &str, head_only: bool) -> Vec<u8> {
     let reason = StatusCode::from_u16(response.status)
         .ok()

@@ -1,10 +1,9 @@
-//! From bytes to whole requests, as HTTP/1.1 frames them (RFC 9112); no sockets.
+//! Parses bytes into whole requests by HTTP/1.1's framing (RFC 9112); no sockets.
 //!
-//! Whatever could be read in two ways is refused: two framings, odd lengths, lines that end with LF
-//! alone. What passes is written out again from its parts, so that tiny_http cannot see another
-//! request in it than was seen here.
+//! Anything ambiguous is refused: two framings, odd lengths, lines that end with LF alone. What passes is
+//! written out again from its parts, so that tiny_http cannot read it as a different request.
 //!
-//! Not here: deadlines and connections (the module above), what a request asks for (`routes`).
+//! Not here: deadlines and connections (`connection`), and what a request asks for (`routes`).
 
 use std::fmt::Write as _;
 use std::io::{self, Read};
@@ -24,12 +23,12 @@ const MAX_HEAD: usize = 16 * 1024;
 const MAX_HEADERS: usize = 64;
 /// The longest line that gives a chunk's size, its extensions included, in bytes.
 const MAX_CHUNK_LINE: usize = 256;
-/// The memory that a body without a length takes at first, in bytes.
+/// The memory that a chunked body takes at first, in bytes.
 const FIRST_STEP: usize = 16 * 1024;
-/// What is read from a connection at once, in bytes.
+/// The most bytes that are read at once.
 const READ: usize = 4 * 1024;
 
-/// The headers that the service looks at; no other is passed on.
+/// The headers that the service uses. No others are passed on.
 const PASSED: [&str; 3] = ["X-Api-Key", "Authorization", "Idempotency-Key"];
 
 /// One whole request.
@@ -50,8 +49,8 @@ impl Request {
         &self.head.target
     }
 
-    /// The body, without its framing; afterwards it is gone from here. Its length stays in
-    /// [`Request::normalised_head`] only if that was asked for before.
+    /// Moves the body, without its framing, out of the request. [`Request::normalised_head`] has to be called
+    /// first, as it states the body's length.
     pub fn take_body(&mut self) -> Vec<u8> {
         mem::take(&mut self.body)
     }
@@ -61,12 +60,12 @@ impl Request {
         self.head.keep_alive
     }
 
-    /// Whether the client has to be told that its connection is kept (HTTP/1.0).
+    /// Whether the request is HTTP/1.0, so that the client has to be told if its connection stays open.
     pub fn is_old(&self) -> bool {
         self.head.old
     }
 
-    /// The head as it is passed on: in one spelling, with only what the service looks at, and the
+    /// The head as it is passed on: in canonical form, with only the headers that the service uses, and the
     /// number of the connection that waits for the answer.
     pub fn normalised_head(&self, client: SocketAddr, connection: u64) -> Vec<u8> {
         let Head { method, target, .. } = &self.head;
@@ -100,8 +99,8 @@ enum Framing {
 }
 
 impl Framing {
-    /// How many bytes of memory a body takes that has come so far, of which nobody may know how long it
-    /// is: then it is a power of two, so that it grows in few steps.
+    /// How many bytes of memory a body takes after this many have arrived. For a chunked one, whose length is
+    /// unknown, that is a power of two, so that it grows in few steps.
     fn memory(&self, so_far: usize, max_body: usize) -> usize {
         match self {
             Self::Length(length) => *length,
@@ -113,27 +112,27 @@ impl Framing {
     }
 }
 
-/// How far the next request has come.
+/// How much of the next request has arrived.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// Not a byte of it is there.
+    /// Nothing.
     Idle,
-    /// Its head is not whole.
+    /// A part of its head.
     Head,
-    /// Its head is whole, its body is not. The body takes so many bytes of memory after the next read at
-    /// most: its whole length if that was announced, else what has come, and some more.
+    /// Its head, and not all of its body. After the next read the body takes at most this many bytes of
+    /// memory: its whole length if that was announced, else what has arrived, and some more.
     Body(usize),
 }
 
-/// Cuts a connection's bytes into requests.
+/// Splits a connection's bytes into requests.
 pub struct Framer {
     max_body: usize,
-    /// What has arrived and is not part of a request yet.
+    /// Bytes that have arrived and are not parsed yet.
     buffer: Vec<u8>,
     /// How much of the buffer was searched for the end of a head.
     searched: usize,
     body: Option<Body>,
-    /// Whether the client waits for leave to send its body.
+    /// Whether the client waits for `100 Continue`.
     awaits_continue: bool,
 }
 
@@ -144,7 +143,7 @@ struct Body {
 }
 
 impl Framer {
-    /// A framer for one connection, whose bodies have so many bytes at the most.
+    /// A framer for one connection, whose bodies may have at most this many bytes.
     pub fn new(max_body: usize) -> Self {
         Self {
             max_body,
@@ -155,21 +154,20 @@ impl Framer {
         }
     }
 
-    /// How far the next request has come, by what [`Framer::take`] has seen.
+    /// How much of the next request has arrived, as of the last [`Framer::take`].
     pub fn phase(&self) -> Phase {
         match &self.body {
             Some(body) => {
                 let soon = body.content.len() + self.buffer.len() + READ;
                 Phase::Body(body.head.framing.memory(soon, self.max_body))
             }
-            // A CR may be half of an empty line, which counts for nothing.
+            // A CR may be half of an empty line, which is ignored.
             None if matches!(self.buffer[..], [] | [b'\r']) => Phase::Idle,
             None => Phase::Head,
         }
     }
 
-    /// Whether the next request is a HEAD, by what is there of it: it is answered without a body, also
-    /// where it is refused.
+    /// Whether the next request is a HEAD, as far as it has arrived. Then even a refusal has no body.
     pub fn is_head(&self) -> bool {
         match &self.body {
             Some(body) => body.head.method == "HEAD",
@@ -183,7 +181,7 @@ impl Framer {
         mem::take(&mut self.awaits_continue)
     }
 
-    /// Reads once and returns how many bytes there were; 0 is the end. Blocks as `source` does.
+    /// Reads once and returns how many bytes there were, 0 at the end. Blocks as `source` does.
     ///
     /// # Errors
     /// Those of `source`.
@@ -198,7 +196,7 @@ impl Framer {
     /// Takes the next whole request from what was read, if there is one.
     ///
     /// # Errors
-    /// Why there can be none; the connection is of no more use, since nobody knows where the next
+    /// Why the request is refused. The connection has to be closed then, since it is unknown where the next
     /// request would begin.
     pub fn take(&mut self) -> Result<Option<Request>, Refusal> {
         if self.body.is_none() {
@@ -221,7 +219,7 @@ impl Framer {
             if !self.buffer.is_empty() {
                 self.awaits_continue = false;
             }
-            // Not all at once: an announced length is no reason to take memory.
+            // Not all at once: memory is taken for what has arrived, not for what was announced.
             let soon = body.content.len() + self.buffer.len();
             let most = body.head.framing.memory(soon, self.max_body);
             let soon = soon.min(most);
@@ -235,7 +233,7 @@ impl Framer {
             self.buffer.drain(..used);
         }
         if self.buffer.is_empty() {
-            // An idle connection keeps no memory.
+            // An idle connection holds no memory.
             self.buffer = Vec::new();
         }
         let whole = self.body.take_if(|body| body.decoder.is_done());
@@ -281,8 +279,8 @@ fn malformed(what: &'static str) -> Refusal {
     Refusal::BadRequest(what)
 }
 
-/// Where lines end with an empty one, at `from` or later. Every line ends with CRLF: a lone LF
-/// is allowed to be one (RFC 9112, section 2.2), but not everybody reads it as one.
+/// Where a block of lines ends with an empty one, at `from` or later. Every line has to end with CRLF. A
+/// lone LF would be allowed (RFC 9112, section 2.2), but not every parser takes it for a line end.
 fn end_of_lines(bytes: &[u8], from: usize) -> Result<Option<usize>, Refusal> {
     for (at, _) in bytes
         .iter()
@@ -319,7 +317,7 @@ fn read_head(bytes: &[u8], max_body: usize) -> Result<Head, Refusal> {
         }
         Err(_) => return Err(malformed("the request line or a header is not HTTP")),
     }
-    // All three are there once the parser is through.
+    // The parser has succeeded, so all three are present.
     let method = parsed.method.unwrap_or_default();
     let old = parsed.version == Some(0);
     let mut head = Head {
@@ -401,7 +399,7 @@ fn read_head(bytes: &[u8], max_body: usize) -> Result<Head, Refusal> {
             chunked(encoding)?;
             Framing::Chunked
         }
-        // These methods are about their body, and a length that was forgotten is a body lost.
+        // These methods are about their body, which would be lost if its length was forgotten.
         (None, None) if matches!(method, "POST" | "PUT" | "PATCH") => {
             return Err(Refusal::LengthRequired);
         }
@@ -413,7 +411,7 @@ fn read_head(bytes: &[u8], max_body: usize) -> Result<Head, Refusal> {
     Ok(head)
 }
 
-/// Tells an HTTP version that is not served from no HTTP at all.
+/// Distinguishes an HTTP version that is not served from what is not HTTP at all.
 fn version(head: &[u8]) -> Refusal {
     let line = head.split(|byte| *byte == b'\r').next().unwrap_or_default();
     let mut words = line.split(|byte| *byte == b' ');
@@ -488,20 +486,20 @@ fn chunked(value: &[u8]) -> Result<(), Refusal> {
     }
 }
 
-/// Takes a body out of its framing, piece by piece.
+/// Decodes a body's framing, piece by piece.
 #[derive(Debug, PartialEq, Eq)]
 enum Decoder {
-    /// So many bytes of a body of known length are missing.
+    /// This many bytes of a body of known length are missing.
     Length(usize),
     /// The line with the next chunk's size.
     Size,
-    /// So many bytes of a chunk are missing.
+    /// This many bytes of a chunk are missing.
     Chunk(usize),
     /// The line end after a chunk.
     ChunkEnd,
-    /// What may follow the last chunk.
+    /// The trailer section after the last chunk.
     Trailers,
-    /// The body is whole.
+    /// The body is complete.
     Done,
 }
 
@@ -510,7 +508,7 @@ impl Decoder {
         matches!(self, Self::Done | Self::Length(0))
     }
 
-    /// Moves what it can from `input` to `content` and returns how much of the input it has used.
+    /// Moves what it can from `input` to `content`. Returns how many bytes of `input` it has used.
     fn feed(
         &mut self,
         input: &[u8],
@@ -561,7 +559,7 @@ impl Decoder {
                     };
                     let mut trailers = [EMPTY_HEADER; MAX_HEADERS];
                     match httparse::parse_headers(&rest[..end], &mut trailers) {
-                        // They are of no use here, and dropped (RFC 9110, section 6.5.1).
+                        // Trailers are not used, and may be dropped (RFC 9110, section 6.5.1).
                         Ok(Status::Complete((length, _))) if length == end => used += end,
                         Err(httparse::Error::TooManyHeaders) => return Err(Refusal::HeadTooLarge),
                         _ => return Err(malformed("a trailer is not a header")),
@@ -573,7 +571,7 @@ impl Decoder {
     }
 }
 
-/// The first line's length and the chunk size in it, once the line is whole.
+/// The first line's length and the chunk size in it, once the line is complete.
 fn chunk_size(bytes: &[u8]) -> Result<Option<(usize, u64)>, Refusal> {
     let bad = Err(malformed(
         "a chunk's size is not a line with a hexadecimal number",

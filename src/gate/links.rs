@@ -1,15 +1,14 @@
 //! Connections to tiny_http: a fixed number, opened one at a time when the service starts.
 //!
-//! tiny_http can forget a connection when several come at once, and stops accepting for good when it
-//! does not get a descriptor or a thread. So all that are ever needed are opened while nothing else is going
-//! on, each after the one before has been answered. A link is used for the moment of sending a request: its
-//! answer comes another way (see `waits`), and tiny_http's own, which is empty, is read by the next
-//! user.
+//! tiny_http may never serve a connection when several arrive at once, and stops accepting for good when it
+//! gets no descriptor or thread. So all links are opened while nothing else is going on, each after the one
+//! before has been answered. A link is used only while a request is sent: the answer comes another way (see
+//! `waits`), and tiny_http's own, which is empty, is read by the link's next user.
 //!
-//! A link that breaks means that tiny_http is dead. A service without it is of no use and does not get
-//! well: the process ends, saying so.
+//! A link that breaks means that tiny_http is dead. The service is of no use without it and cannot recover,
+//! so the process ends with an error in the log.
 //!
-//! Not here: what the requests are, and who has sent them.
+//! Not here: the requests, and who has sent them.
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
@@ -22,42 +21,41 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::socket::is_timeout;
 
-/// How many links there are. More make nothing faster: each is in use for as long as tiny_http reads a
+/// How many links there are. More would gain nothing, as each is in use only while tiny_http reads a
 /// request.
 const LINKS: usize = 8;
-/// How long a request waits until it can be sent.
+/// How long a request may wait for a link.
 const TURN: Duration = Duration::from_secs(10);
-/// How long tiny_http may take to answer the request that proves a link, on a machine that has just
-/// been started too.
+/// How long tiny_http may take to answer the request that proves a link, even on a machine that is booting.
 const PROOF: Duration = Duration::from_secs(30);
-/// What proves a link. Nobody waits for its answer.
+/// The request that proves a link. No connection waits for its answer.
 const QUESTION: &[u8] = b"GET /status HTTP/1.1\r\n\r\n";
-/// What ends tiny_http's own answer, which has no body.
+/// The end of tiny_http's own answer, which has no body.
 const END: &[u8] = b"\r\n\r\n";
-/// A body up to this many bytes is sent together with its head.
+/// A body of up to this many bytes is sent together with its head.
 const SMALL: usize = 16 * 1024;
 
 /// All links to one tiny_http.
 pub struct Links {
-    /// The one that was used longest ago is at the front: tiny_http is done with it before the others.
+    /// The least recently used one is at the front: tiny_http is done with it before the others.
     free: Mutex<VecDeque<Link>>,
     returned: Condvar,
-    /// tiny_http is about to stop, and then it is right that links break.
+    /// Set when tiny_http is about to stop, which breaks the links.
     closing: AtomicBool,
 }
 
 /// A connection to tiny_http.
 struct Link {
     socket: UnixStream,
-    /// What was read of an answer that is not whole yet; none where none is expected.
+    /// What was read of an incomplete answer. None if none is expected.
     answer: Option<Vec<u8>>,
 }
 
 impl Links {
-    /// Opens all links to the tiny_http that listens at `path`, and sees that each is answered.
+    /// Opens all links to the tiny_http that listens at `path`, and waits for an answer on each.
     ///
     /// # Errors
-    /// Where one cannot be opened, or is not answered.
+    /// A link cannot be opened, or is not answered.
     pub fn open(path: &Path) -> io::Result<Self> {
         let mut free = VecDeque::with_capacity(LINKS);
         for _ in 0..LINKS {
@@ -77,19 +75,19 @@ impl Links {
         })
     }
 
-    /// From now on it is no harm if a link breaks.
+    /// From now on links are allowed to break.
     pub fn close(&self) {
         self.closing.store(true, Ordering::Release);
     }
 
-    /// Sends a request. Blocks until tiny_http has taken it, for some seconds at the most.
+    /// Sends a request. Blocks until tiny_http has taken it. Waits at most ten seconds for a link.
     ///
     /// # Errors
-    /// `ErrorKind::TimedOut`: the service does not keep up, and the request was not sent. Any other while
-    /// it stops.
+    /// `ErrorKind::TimedOut`: the service does not keep up, and the request was not sent. Any other: the
+    /// service is stopping.
     ///
     /// # Panics
-    /// Where tiny_http is dead, unless it is to close; that ends the process.
+    /// tiny_http is dead although [`Links::close`] was not called. That ends the process.
     pub fn send(&self, head: &[u8], body: &[u8]) -> io::Result<()> {
         let deadline = Instant::now() + TURN;
         let mut free = self.free.lock();
@@ -111,7 +109,7 @@ impl Links {
                     dead(error);
                 }
             }
-            // Where time was over, not a byte was sent: the link is as it was.
+            // After a timeout the link is as it was, as not a byte was sent.
             _ => {
                 self.free.lock().push_back(link);
                 self.returned.notify_one();
@@ -127,8 +125,8 @@ fn dead(error: &io::Error) -> ! {
 }
 
 impl Link {
-    /// Blocks until tiny_http has taken it, however long a disk holds up those who read it there: half a
-    /// request would be worse than none.
+    /// Blocks without a limit until tiny_http has taken the request: a slow disk can hold up its readers, and
+    /// half a request would make the link useless.
     fn send(&mut self, head: &[u8], body: &[u8]) -> io::Result<()> {
         self.answer = Some(Vec::new());
         if body.len() > SMALL {
@@ -138,7 +136,7 @@ impl Link {
         self.socket.write_all(&[head, body].concat())
     }
 
-    /// Reads the empty answer to the request before, if there was one.
+    /// Reads the empty answer to the previous request, if there was one.
     fn read_answer(&mut self, deadline: Instant) -> io::Result<()> {
         let Some(answer) = &mut self.answer else {
             return Ok(());
@@ -170,8 +168,7 @@ mod tests {
 
     const EMPTY: &[u8] = b"HTTP/1.1 204 No Content\r\n\r\n";
 
-    /// Plays tiny_http: reads so many requests without a body on each link, and answers all but the
-    /// last.
+    /// Acts as tiny_http: reads this many requests without a body on each link, and answers all but the last.
     fn links(requests: usize) -> (TempDir, Arc<Links>) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");

@@ -1,11 +1,10 @@
-//! Memory that large bodies and answers share, in bytes.
+//! Bounded memory, in bytes, that large bodies and answers share.
 //!
-//! It is reserved first come first served, and at most half of it for one client address. Who waits for
-//! some, and keeps some already, could do so forever where all others do likewise; so one connection at
-//! a time may exceed what there is, and finish. Where others wait, connections that are slow to use what
-//! they keep are evicted.
+//! It is reserved first come, first served, and at most half of it for one client address. Connections
+//! that hold some and wait for more could deadlock, so one connection at a time may exceed the limit and
+//! finish. While others wait, connections that are slow to use what they hold are evicted.
 //!
-//! Small bodies and answers do not come here, so most requests take no lock.
+//! Small bodies and answers are not counted, so most requests take no lock.
 //!
 //! Not here: how much a body takes ([`super::framing`]), and which deadline is for what
 //! ([`super::connection`]).
@@ -18,10 +17,10 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::permit::{Doing, Permit, Place};
+use super::permit::{Activity, Handle, Permit};
 
-/// How long a connection may keep memory waiting for its client, while others wait for some. A client that
-/// is not slow has sent its body by then.
+/// How long a connection that waits for its client may hold memory while others need it. A client that is
+/// not slow has sent its body by then.
 const SLOW: Duration = Duration::from_secs(1);
 
 /// The memory of one listener's connections.
@@ -33,31 +32,31 @@ pub struct Memory {
 #[derive(Default)]
 struct State {
     used: usize,
-    /// The same by client address.
+    /// Bytes used by each client address.
     by_client: HashMap<IpAddr, usize>,
     holders: BTreeMap<u64, Holder>,
-    /// Who waits, in the order of coming.
+    /// Connections that wait, in order of arrival.
     line: BTreeMap<u64, Waiter>,
-    /// The last key in one of these.
+    /// The last key that was used in either map.
     last: u64,
-    /// Somebody exceeds the limit: see [`Reservation::grow`].
+    /// A connection exceeds the limit: see [`Reservation::grow`].
     exceeded: bool,
 }
 
-/// A connection that keeps some.
+/// A connection that holds memory.
 struct Holder {
-    place: Arc<Place>,
+    handle: Arc<Handle>,
     client: IpAddr,
     bytes: usize,
-    /// Since when it keeps so much; none while it waits for more.
+    /// Since when it has held this much. None while it waits for more.
     since: Option<Instant>,
 }
 
-/// A connection that waits for some, or for more.
+/// A connection that waits for memory, or for more.
 struct Waiter {
     client: IpAddr,
     more: usize,
-    /// It may be its turn, or it was evicted.
+    /// Notified when it may be its turn, or it was evicted.
     changed: Arc<Condvar>,
 }
 
@@ -66,7 +65,7 @@ struct Waiter {
 pub struct Refused;
 
 impl Memory {
-    /// So many bytes, all of them free.
+    /// This many bytes, all of them free.
     pub fn new(limit: usize) -> Self {
         Self {
             limit,
@@ -74,11 +73,11 @@ impl Memory {
         }
     }
 
-    /// The part of a connection, which is empty at first.
+    /// A connection's reservation, which is empty at first.
     pub fn part(&self, permit: &Permit) -> Reservation<'_> {
         Reservation {
             memory: self,
-            place: permit.place().clone(),
+            handle: permit.handle().clone(),
             client: permit.client(),
             key: None,
             bytes: 0,
@@ -86,7 +85,7 @@ impl Memory {
         }
     }
 
-    /// Has those who wait see whether they were evicted.
+    /// Has waiting connections check whether they were evicted.
     pub fn wake(&self) {
         for waiter in self.state.lock().line.values() {
             waiter.changed.notify_one();
@@ -94,22 +93,22 @@ impl Memory {
     }
 }
 
-/// What a connection keeps; given back when it is dropped.
+/// The memory that a connection holds, released when this is dropped.
 pub struct Reservation<'a> {
     memory: &'a Memory,
-    place: Arc<Place>,
+    handle: Arc<Handle>,
     client: IpAddr,
-    /// Its key among the holders, while it keeps some.
+    /// Its key among the holders, while it holds any.
     key: Option<u64>,
     bytes: usize,
     exceeds: bool,
 }
 
 impl Reservation<'_> {
-    /// Grows to so many bytes, if it has less. Blocks until there is room, until `deadline` at most.
+    /// Grows to this many bytes, if it has fewer. Blocks until there is room, but not beyond `deadline`.
     ///
     /// # Errors
-    /// Where there is none by then, or its connection was evicted; it stays as it was.
+    /// There is no room by then, or the connection was evicted. The reservation stays as it was.
     pub fn grow(&mut self, bytes: usize, deadline: Instant) -> Result<(), Refused> {
         let more = bytes.saturating_sub(self.bytes);
         if more == 0 || self.exceeds {
@@ -128,7 +127,7 @@ impl Reservation<'_> {
         state.line.insert(ticket, waiter);
         let grown = loop {
             let now = Instant::now();
-            if self.place.is_evicted() || now >= deadline {
+            if self.handle.is_evicted() || now >= deadline {
                 break Err(Refused);
             }
             let until = if !state.next_in_line(limit).contains(&ticket) {
@@ -156,8 +155,8 @@ impl Reservation<'_> {
         grown
     }
 
-    /// Keeps so much of what is in memory already, without waiting for room. It may be more than half, as
-    /// nothing would be gained by refusing it.
+    /// Counts this many bytes that are in memory already, without waiting for room. They may be more than the
+    /// client's half, as refusing them would gain nothing.
     pub fn hold(&mut self, bytes: usize) {
         let mut state = self.memory.state.lock();
         self.set(&mut state, bytes);
@@ -165,7 +164,7 @@ impl Reservation<'_> {
         state.evict_slow(None, lacking, Instant::now());
     }
 
-    /// Gives everything back.
+    /// Releases all of it.
     pub fn release(&mut self) {
         if self.bytes == 0 {
             return;
@@ -191,7 +190,7 @@ impl Reservation<'_> {
         }
         if bytes > 0 {
             let holder = Holder {
-                place: self.place.clone(),
+                handle: self.handle.clone(),
                 client: self.client,
                 bytes,
                 since: Some(Instant::now()),
@@ -226,19 +225,19 @@ impl State {
         self.by_client.get(&client).copied().unwrap_or(0)
     }
 
-    /// By how much a client would have more than its half.
+    /// By how much a client with this much more would exceed its half.
     fn beyond_half(&self, limit: usize, client: IpAddr, more: usize) -> usize {
         (self.held_by(client) + more).saturating_sub(limit / 2)
     }
 
-    /// How much is lacking for so much more.
+    /// How much has to be released before a client can have this much more.
     fn lacking(&self, limit: usize, client: IpAddr, more: usize) -> usize {
         let beyond_limit = (self.used + more).saturating_sub(limit);
         beyond_limit.max(self.beyond_half(limit, client, more))
     }
 
-    /// Who waits for nobody before them: the first in line, but those who wait for their own half to
-    /// become free hold up nobody else.
+    /// The waiters whose turn it is: the first in line, and those behind it that are only preceded by waiters
+    /// of other clients that wait for their own half.
     fn next_in_line(&self, limit: usize) -> Vec<u64> {
         let (mut next, mut seen) = (Vec::new(), HashSet::new());
         for (ticket, waiter) in &self.line {
@@ -258,12 +257,12 @@ impl State {
         }
     }
 
-    /// Evicts connections that are slow to use what they keep, of this client or of any, until what is
-    /// lacking comes back: first of the client that keeps most.
+    /// Evicts connections that are slow to use what they hold, of this client or of any, until enough will be
+    /// released. The client that holds most comes first.
     fn evict_slow(&self, of: Option<IpAddr>, lacking: usize, now: Instant) {
         let counts = |holder: &&Holder| of.is_none_or(|client| client == holder.client);
         let holders = || self.holders.values().filter(counts);
-        let coming_back = holders().filter(|holder| holder.place.is_evicted());
+        let coming_back = holders().filter(|holder| holder.handle.is_evicted());
         let coming_back: usize = coming_back.map(|holder| holder.bytes).sum();
         let mut lacking = lacking.saturating_sub(coming_back);
         if lacking == 0 {
@@ -277,16 +276,16 @@ impl State {
             if lacking == 0 {
                 break;
             }
-            if let Doing::Waiting(word) = holder.place.doing()
-                && !holder.place.is_behind(word)
-                && holder.place.evict(word)
+            if let Activity::Waiting(state) = holder.handle.activity()
+                && !holder.handle.is_behind(state)
+                && holder.handle.evict(state)
             {
                 lacking = lacking.saturating_sub(holder.bytes);
             }
         }
     }
 
-    /// When to look again for connections that are slow.
+    /// When the next connection becomes slow.
     fn next_slow(&self, now: Instant) -> Instant {
         let since = self.holders.values().filter_map(|holder| holder.since);
         let slow = since.map(|since| since + SLOW).filter(|at| *at > now);
@@ -413,11 +412,11 @@ mod tests {
         let mut sent = memory.part(&behind);
         sent.hold(1);
         ends.1.write_all(b"a").unwrap();
-        let arrived = |place: &Place| match place.doing() {
-            Doing::Waiting(word) => place.is_behind(word),
+        let arrived = |handle: &Handle| match handle.activity() {
+            Activity::Waiting(state) => handle.is_behind(state),
             _ => false,
         };
-        while !arrived(behind.place()) {
+        while !arrived(behind.handle()) {
             thread::yield_now();
         }
         let state = memory.state.lock();

@@ -1,27 +1,27 @@
-//! What stands between the network and tiny_http, which trusts its clients.
+//! Protects tiny_http, which trusts its clients, from the network.
 //!
-//! A connection has a thread of its own with a small stack. It reads one whole request, bounded and
-//! under deadlines, sends it on in one spelling over a link to tiny_http's private socket, waits for the
-//! answer in `waits`, and writes that to the client. So tiny_http sees only whole and well-formed
-//! requests, one at a time on each link, and whoever answers never waits for a slow client.
+//! Each connection has a thread with a small stack. It reads one whole request, bounded and under
+//! deadlines, rewrites it in one canonical form, and sends it over a link to tiny_http's private socket.
+//! It waits for the answer in `waits`, and writes that to the client. So tiny_http sees only whole and
+//! well-formed requests, one at a time on each link, and no answering thread waits for a slow client.
 //!
-//! What tiny_http 0.12 does to a server that lets clients at it, each seen, none to be mended from a
-//! handler, and tested in `tests/hostile.rs`:
+//! The faults of tiny_http 0.12 when it is exposed to clients. All were reproduced, none can be prevented
+//! in a handler, and `tests/hostile.rs` tests that they cannot be reached:
 //!
-//! - A body that nobody reads is read when its request is dropped, into as much memory as its length
-//!   announces: a large number occupies a thread for as long, a huge one aborts the process.
-//! - A header line may be of any length, and is kept.
-//! - After one failed `accept`, or one thread that could not be started, it never accepts again.
-//! - It sets no timeouts: an idle connection costs a thread, and a slow body one of those who answer.
-//! - Of many connections at once it may forget some, as it miscounts its idle threads.
+//! - A body that the handler does not read is read when its request is dropped, into as much memory as its
+//!   length announces. A large length occupies a thread, a huge one aborts the process.
+//! - A header line may have any length, and is held in memory.
+//! - After one failed `accept` or thread start, it never accepts again.
+//! - It sets no timeouts: an idle connection costs a thread, and a slow body one of the pool's.
+//! - If many connections arrive at once it may never serve some, as it miscounts its idle threads.
 //! - A client that resets its connection makes one of its threads panic.
-//! - Pipelined requests can stop everybody who answers, and its queue of requests has no bound.
-//! - A length that is no number counts as none, so that the body is read as the next request; and any
-//!   `Transfer-Encoding` counts as chunked.
-//! - TLS handshakes are made on the thread that accepts, with a rustls that spins on an early
-//!   close_notify (RUSTSEC-2024-0336).
-//! - It leaves Nagle's algorithm on, which costs 40 ms for each larger answer on a kept connection, and
-//!   panics at a weight of NaN in `TE`.
+//! - Pipelined requests can block the whole pool, and its queue of requests is unbounded.
+//! - A `Content-Length` that is not a number counts as none, so that the body is read as the next request;
+//!   and any `Transfer-Encoding` counts as chunked.
+//! - TLS handshakes run on the thread that accepts, with a rustls that spins on an early close_notify
+//!   (RUSTSEC-2024-0336).
+//! - It leaves Nagle's algorithm on, which costs 40 ms for each larger answer on a persistent connection.
+//! - It panics at a weight of NaN in `TE`.
 //!
 //! Not here: what a request asks for and whether it may (`routes`).
 
@@ -56,43 +56,43 @@ use memory::Memory;
 use permit::Common;
 use tls::Identity;
 
-/// How long accepting must have gone well to be called well.
-const SETTLED: Duration = Duration::from_secs(10);
-/// How long accepting pauses when it goes on failing. Each time a connection is evicted, so this is
-/// also what gives those that have just come the time to send their request.
+/// How long accepting must work without a failure before it is logged as working again.
+const STEADY: Duration = Duration::from_secs(10);
+/// The pause after repeated failures to accept. A connection is evicted each time, so this also gives new
+/// ones the time to send their request.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// Connections that are accepted before it is seen whether there is room for them.
+/// Connections that are accepted before the next look at whether there is room for them.
 const BATCH: usize = 64;
-/// How often it is seen whether there is room for newcomers that stand in line.
+/// How often to look whether there is room for newcomers in line.
 const LOOK: Duration = Duration::from_millis(10);
 
 /// The stack of a connection's thread, in bytes: a TLS handshake needs most.
 const STACK: usize = 256 * 1024;
-/// Connections that may wait to be accepted; a flood of them is soon over.
+/// The listener's backlog: connections that may wait to be accepted.
 const BACKLOG: i32 = 1024;
-/// Connections that may be accepted and stand in line, if there are descriptors enough. Beyond
-/// that none is accepted, of whichever address.
+/// Accepted connections that may stand in line, if there are enough descriptors. Beyond that none is
+/// accepted from any address.
 const NEWCOMERS: u64 = 1024;
-/// Descriptors for everything but connections that are served: the store, links, attempts, spares,
-/// connections that are rejected.
+/// Descriptors for everything except admitted connections: the store, links, attempts, rejected
+/// connections, and a reserve.
 const OTHER_DESCRIPTORS: u64 = 512 + admission::REJECTED as u64;
 
-/// How connections are treated.
+/// The limits and the certificate of a listener.
 #[derive(Debug)]
 pub struct Settings {
-    /// How many there may be.
+    /// How many connections there may be.
     pub limits: Limits,
-    /// Bytes of large bodies and answers, of all connections together.
+    /// Bytes that the large bodies and answers of all connections may take together.
     pub memory: usize,
     /// The largest request body in bytes.
     pub max_body: usize,
-    /// The certificate; without one it is plain HTTP.
+    /// The certificate. None means plain HTTP.
     pub identity: Option<Arc<Identity>>,
 }
 
 impl Settings {
-    /// What URLs of this service begin with.
+    /// The scheme of this service's URLs.
     pub fn scheme(&self) -> &'static str {
         match self.identity {
             Some(_) => "https",
@@ -105,11 +105,11 @@ impl Settings {
 pub struct Gate {
     listener: Arc<TcpListener>,
     shared: Arc<Shared>,
-    /// Disconnected once nothing is accepted and no connection is left; nothing is ever sent.
+    /// Disconnected once nothing is accepted and no connection is left. Nothing is ever sent.
     ended: Receiver<()>,
 }
 
-/// What connections share.
+/// Shared by all connections.
 struct Shared {
     common: Arc<Common>,
     memory: Memory,
@@ -119,21 +119,21 @@ struct Shared {
     identity: Option<Arc<Identity>>,
 }
 
-/// What the thread that accepts has.
+/// The state of the thread that accepts.
 struct Accepting {
     listener: Arc<TcpListener>,
     shared: Arc<Shared>,
     admission: Admission,
-    /// How many may stand in line.
+    /// How many newcomers may stand in line.
     max_newcomers: usize,
 }
 
 impl Gate {
-    /// Lets connections in, and passes their requests on to the tiny_http that listens at `inside`. They
-    /// are answered through `waits`.
+    /// Starts to accept connections, and passes their requests on to the tiny_http that listens at `inside`.
+    /// The answers come through `waits`.
     ///
     /// # Errors
-    /// Where tiny_http is not there, or the listener is of no use.
+    /// tiny_http does not answer, or the listener cannot be used.
     pub fn open(
         listener: TcpListener,
         inside: &Path,
@@ -170,23 +170,24 @@ impl Gate {
         })
     }
 
-    /// Lets nobody in any more, begins no more requests, and closes all connections that have none.
+    /// Accepts no more connections, serves no more requests, and closes all connections without one. Does
+    /// not block.
     pub fn close(&self) {
         self.shared.common.close();
-        // Wakes the thread in `accept`; where it fails, that thread ends with the process.
+        // Wakes the thread in `accept`. If this fails, that thread ends with the process.
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
     }
 
-    /// Waits until the requests under way are answered and all connections have ended, until `deadline`
-    /// at most. After it tiny_http may stop.
+    /// Waits until all requests are answered and all connections have ended, but not beyond `deadline`.
+    /// tiny_http may stop after that.
     pub fn drain(self, deadline: Instant) {
         let _ = self.ended.recv_deadline(deadline);
         self.shared.links.close();
     }
 }
 
-/// How many connections there can be with the descriptors that the process may have, after it
-/// has asked for as many as it needs, and how many newcomers beside them.
+/// How many connections, and how many newcomers besides, the limit of open files allows. Raises that limit
+/// first, as far as it is needed and allowed.
 fn possible_connections(wanted: usize) -> (usize, usize) {
     let needed = wanted as u64 + OTHER_DESCRIPTORS;
     let limit = getrlimit(Resource::Nofile);
@@ -216,18 +217,18 @@ impl Accepting {
     fn run(mut self) {
         let (mut last_failure, mut failures_in_a_row) = (None::<Instant>, 0);
         while !self.shared.common.is_closing() {
-            // Not at the first that goes well: while something is lacking the two alternate.
-            let is_over = |at: &mut Instant| at.elapsed() >= SETTLED;
+            // Not at the first success: while resources are short, successes and failures alternate.
+            let is_over = |at: &mut Instant| at.elapsed() >= STEADY;
             if last_failure.take_if(is_over).is_some() {
                 log::info!("accepting connections again");
             }
             match self.welcome().and_then(|()| self.accept()) {
                 Ok(()) => failures_in_a_row = 0,
-                // It may be that it is closed.
+                // The listener was closed.
                 Err(_) if self.shared.common.is_closing() => {}
-                // No more have come.
+                // No more are waiting.
                 Err(error) if is_timeout(&error) => failures_in_a_row = 0,
-                // The client has gone before its turn came.
+                // The client left before it was accepted.
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => {}
                 Err(error) => {
                     if last_failure.replace(Instant::now()).is_none() {
@@ -236,7 +237,7 @@ impl Accepting {
                             "cannot accept connections: trying again, and closing some if it lasts"
                         );
                     }
-                    // Descriptors, threads or memory are lacking, perhaps for a moment only.
+                    // Descriptors, threads or memory are short, perhaps only for a moment.
                     if failures_in_a_row > 0 {
                         self.admission.evict_one();
                         self.shared.memory.wake();
@@ -250,11 +251,11 @@ impl Accepting {
         self.shared.memory.wake();
     }
 
-    /// Has the connections that have come stand in line, unless too many do. Blocks until one comes, but
-    /// only for a moment while others stand there.
+    /// Accepts connections and puts them in line, unless too many are there. Blocks until one arrives, but
+    /// only briefly while others stand in line.
     fn accept(&mut self) -> io::Result<()> {
         let limit = match self.admission.newcomers() {
-            0 => SETTLED,
+            0 => STEADY,
             newcomers if newcomers < self.max_newcomers => LOOK,
             _ => {
                 thread::sleep(LOOK);
@@ -264,17 +265,17 @@ impl Accepting {
         let mut listener = [PollFd::new(&*self.listener, PollFlags::IN)];
         let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
         match poll(&mut listener, Some(&limit)) {
-            // A signal came to this thread.
+            // A signal interrupted this thread.
             Err(Errno::INTR) => return Ok(()),
             polled => polled?,
         };
-        // Several at once: for each time there is a look at all connections where they come as a crowd.
+        // Several at once, because after each batch all connections are looked at.
         for _ in 0..BATCH {
             if self.admission.newcomers() >= self.max_newcomers {
                 break;
             }
             let (stream, client) = self.listener.accept()?;
-            // An answer is written at once: nothing is gained by waiting for more of it.
+            // An answer is written in one piece: delaying it for more gains nothing.
             let _ = stream.set_nodelay(true);
             self.admission
                 .line_up(Arc::new(stream), client, Instant::now());
@@ -282,11 +283,11 @@ impl Accepting {
         Ok(())
     }
 
-    /// Gives a permit and a thread to each newcomer that can have one now, and sees that there will be
+    /// Gives a permit and a thread to each newcomer that there is room for, and evicts connections to make
     /// room for the others.
     ///
     /// # Errors
-    /// Where there is no thread: that newcomer is in line again.
+    /// No thread could be started. That newcomer is in line again.
     fn welcome(&mut self) -> io::Result<()> {
         if self.admission.newcomers() == 0 {
             return Ok(());
@@ -295,7 +296,7 @@ impl Accepting {
         while let Some((permit, newcomer)) = self.admission.admit() {
             let (shared, socket) = (self.shared.clone(), newcomer.socket.clone());
             let client = newcomer.address;
-            // With a name, as all threads of ours: a panic in it must not go unnoticed.
+            // Threads of ours have a name: a panic in one ends the process.
             let started = thread::Builder::new()
                 .name("connection".into())
                 .stack_size(STACK)

@@ -1,12 +1,13 @@
 //! What a connection is doing, in one atomic word that its own thread sets without a lock.
 //!
 //! A connection *waits* while it has no whole request: in its handshake, idle, in the middle of a request,
-//! or while its client takes an answer. Only then can it be evicted, and not before its grace is over.
-//! While a request is *served* it cannot. Each side changes the word in one step, so a connection is either
-//! served or evicted, never both.
+//! or while its client reads an answer. Only then can it be evicted, and not before its grace period is
+//! over. While a request is *served* it cannot. Each side changes the word in one step, so a connection is
+//! either served or evicted, never both.
 //!
-//! Evicted means that nothing more is read from its client. What has arrived by then still is, since a
-//! client whose thread had no turn yet on a busy machine is not to blame; then the connection ends.
+//! Once a connection is evicted, nothing more is received from its client. What had arrived by then is
+//! still read, since the client is not to blame if the connection's thread had no time yet on a busy
+//! machine. Then the connection ends.
 //!
 //! Not here: who is evicted, and when ([`super::admission`], [`super::memory`]).
 
@@ -18,38 +19,38 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// How long a client has to send its first message, from when its connection was accepted, and after
-/// that to finish a TLS handshake and send a request. A client that is not slow can take as long on a
-/// busy machine.
+/// The grace period: how long a client has to send its first message after its connection was accepted,
+/// and after that to finish a TLS handshake and send a request. On a busy machine, a normal client can
+/// take this long.
 pub const GRACE: Duration = Duration::from_secs(1);
-/// How long a connection is read from at least. A crowd that comes back as soon as it is evicted spends
-/// its `GRACE` in line, so this is what it delays others of its address by for each
-/// `Limits::per_client` of them.
+/// How long a connection is read from at least. Clients that reconnect as soon as they are evicted spend
+/// their `GRACE` in line. So `Limits::per_client` of them delay others of their address by this long.
 pub const TURN: Duration = Duration::from_millis(250);
 
 /// A flag in the word: the connection was evicted.
 const EVICTED: u64 = 1;
-/// A flag: it waits for its client to take something.
+/// A flag in the word: the connection waits for its client to take what is sent.
 const SENDING: u64 = 2;
-/// The rest of the word is a time, in quarters of a microsecond: from when on it may be evicted.
+/// The rest of the word is the time from which the connection may be evicted: microseconds, shifted left by
+/// two bits.
 const TIME: u64 = !(EVICTED | SENDING);
 /// The word while a request is being served.
 const SERVED: u64 = 0;
 /// The word once the connection has ended.
 const ENDED: u64 = EVICTED | SENDING;
-/// A time that does not come: its thread has not begun, so its client is not to blame.
+/// A time that never comes, for a connection whose thread has not begun.
 const NEVER: u64 = TIME;
 
-/// What all connections of one listener have in common.
+/// Shared by all connections of one listener.
 pub struct Common {
-    /// From when on times are counted.
+    /// Times are counted from here.
     epoch: Instant,
-    /// No more requests are served.
+    /// Set once no more requests are served.
     closing: AtomicBool,
 }
 
 impl Common {
-    /// For a listener that is open from `now` on.
+    /// For a listener that is opened `now`.
     pub fn new(now: Instant) -> Arc<Self> {
         Arc::new(Self {
             epoch: now,
@@ -57,7 +58,7 @@ impl Common {
         })
     }
 
-    /// From now on no request begins to be served.
+    /// From now on no further request is served.
     pub fn close(&self) {
         self.closing.store(true, Ordering::SeqCst);
     }
@@ -69,25 +70,25 @@ impl Common {
 
     fn time(&self, at: Instant) -> u64 {
         let micros = at.saturating_duration_since(self.epoch).as_micros();
-        // It is neither that of `SERVED`, nor `NEVER` in a hundred thousand years.
+        // Never 0, which is `SERVED`, nor `NEVER`, which is 100,000 years away.
         u64::try_from(micros).unwrap_or(NEVER).clamp(1, NEVER / 8) * 4
     }
 }
 
-/// What others see of a connection, and evict it by.
-pub struct Place {
+/// A connection as other threads see it, and evict it.
+pub struct Handle {
     common: Arc<Common>,
-    /// Gone with its connection, whose descriptor is not to stay open for this.
+    /// Weak, so that it does not keep the descriptor open after the connection's end.
     socket: Weak<TcpStream>,
-    word: AtomicU64,
+    state: AtomicU64,
 }
 
 /// What a connection was doing at some moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Doing {
+pub enum Activity {
     /// It waits for its client.
-    Waiting(Word),
-    /// A request of it is being served.
+    Waiting(Snapshot),
+    /// One of its requests is being served.
     Served,
     /// It was evicted, and ends soon.
     Evicted,
@@ -95,29 +96,29 @@ pub enum Doing {
     Ended,
 }
 
-/// The word of a connection that waits. The one that could be evicted first has the least.
+/// The word of a connection that waits. The one that may be evicted first has the least.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Word(u64);
+pub struct Snapshot(u64);
 
-impl Place {
-    /// What the connection does now.
-    pub fn doing(&self) -> Doing {
-        match self.word.load(Ordering::SeqCst) {
-            SERVED => Doing::Served,
-            ENDED => Doing::Ended,
-            word if word & EVICTED != 0 => Doing::Evicted,
-            word => Doing::Waiting(Word(word)),
+impl Handle {
+    /// What the connection is doing now.
+    pub fn activity(&self) -> Activity {
+        match self.state.load(Ordering::SeqCst) {
+            SERVED => Activity::Served,
+            ENDED => Activity::Ended,
+            state if state & EVICTED != 0 => Activity::Evicted,
+            state => Activity::Waiting(Snapshot(state)),
         }
     }
 
-    /// Whether a connection that waits like this has had its grace.
-    pub fn has_had_its_grace(&self, Word(seen): Word, now: Instant) -> bool {
+    /// Whether the grace period of a connection that waits like this is over.
+    pub fn is_grace_over(&self, Snapshot(seen): Snapshot, now: Instant) -> bool {
         seen & TIME <= self.common.time(now)
     }
 
-    /// Whether it is not the client that a connection which waits like this waits for, but its own thread's
-    /// turn on a busy machine: there is something to read, or room to write. Does not block.
-    pub fn is_behind(&self, Word(seen): Word) -> bool {
+    /// Whether a connection that waits like this waits for its own thread, on a busy machine, and not for its
+    /// client: there is something to read, or room to write. Does not block.
+    pub fn is_behind(&self, Snapshot(seen): Snapshot) -> bool {
         let wanted = if seen & SENDING == 0 {
             PollFlags::IN
         } else {
@@ -129,22 +130,22 @@ impl Place {
         })
     }
 
-    /// Evicts the connection, if it still waits as it was `seen` to; false where it does not.
-    pub fn evict(&self, Word(seen): Word) -> bool {
+    /// Evicts the connection if it still waits as it was `seen` to. False if it does not.
+    pub fn evict(&self, Snapshot(seen): Snapshot) -> bool {
         let (evicted, order) = (seen | EVICTED, Ordering::SeqCst);
-        let exchanged = self.word.compare_exchange(seen, evicted, order, order);
+        let exchanged = self.state.compare_exchange(seen, evicted, order, order);
         if exchanged.is_err() {
             return false;
         }
-        // Who is in the middle of a request can still be told why nothing comes of it. Who does not take
-        // what is sent could not, unless it has only just begun and the service stops.
+        // A client that is sending a request can still be told why it is not served. One that does not
+        // take what is sent cannot; but while the service stops it may only just have begun to.
         let how = if seen & SENDING != 0 && !self.common.is_closing() {
             Shutdown::Both
         } else {
             Shutdown::Read
         };
         if let Some(socket) = self.socket.upgrade() {
-            // It fails where the client has gone already, and then the thread is on its way.
+            // Fails if the client has left, and then the connection is ending anyway.
             let _ = socket.shutdown(how);
         }
         true
@@ -152,19 +153,19 @@ impl Place {
 
     /// Whether the connection was evicted.
     pub fn is_evicted(&self) -> bool {
-        self.word.load(Ordering::Relaxed) & EVICTED != 0
+        self.state.load(Ordering::Relaxed) & EVICTED != 0
     }
 }
 
-/// The leave to be connected, held by the connection's own thread; given back when it is dropped.
+/// Permission to be connected. The connection's own thread holds it, and returns it by dropping it.
 pub struct Permit {
-    place: Arc<Place>,
+    handle: Arc<Handle>,
     client: IpAddr,
-    came: Instant,
+    accepted: Instant,
     rejected: bool,
-    /// It was evicted, so that the request which had arrived by then is its last.
+    /// It was evicted while its last request had already arrived.
     last: bool,
-    /// Dropped with the last of all permits, to say that all connections have ended.
+    /// Clones are dropped with each permit: when the last is gone, all connections have ended.
     _open: Sender<()>,
 }
 
@@ -173,111 +174,111 @@ pub struct Permit {
 pub struct Closing;
 
 impl Permit {
-    /// A permit for a connection that was accepted when it `came`.
+    /// A permit for a connection of this client that was accepted at this time.
     pub fn new(
         common: &Arc<Common>,
         socket: &Arc<TcpStream>,
-        (client, came): (IpAddr, Instant),
+        (client, accepted): (IpAddr, Instant),
         rejected: bool,
         open: Sender<()>,
     ) -> Self {
-        let place = Place {
+        let handle = Handle {
             common: common.clone(),
             socket: Arc::downgrade(socket),
-            word: AtomicU64::new(NEVER),
+            state: AtomicU64::new(NEVER),
         };
         Self {
-            place: Arc::new(place),
+            handle: Arc::new(handle),
             client,
-            came,
+            accepted,
             rejected,
             last: false,
             _open: open,
         }
     }
 
-    /// What others see of the connection.
-    pub fn place(&self) -> &Arc<Place> {
-        &self.place
+    /// The connection as other threads see it.
+    pub fn handle(&self) -> &Arc<Handle> {
+        &self.handle
     }
 
-    /// What its client counts as.
+    /// The client's network, by which connections are counted.
     pub fn client(&self) -> IpAddr {
         self.client
     }
 
-    /// Whether this connection is one too many, let in only to be told so.
+    /// Whether this connection is one too many, and is only told so.
     pub fn is_rejected(&self) -> bool {
         self.rejected
     }
 
-    /// Whether nothing more is read from the client: what has arrived already can be, to its end.
+    /// Whether the connection was evicted. What has arrived already can still be read.
     pub fn is_evicted(&self) -> bool {
-        self.place.is_evicted()
+        self.handle.is_evicted()
     }
 
-    /// Whether the request that is being served is the last, as its connection was evicted before.
+    /// Whether the request that is being served is the last, as the connection was evicted before.
     pub fn is_last(&self) -> bool {
         self.last
     }
 
-    /// Its thread begins to read from it.
+    /// The connection's thread begins to read.
     pub fn begin(&self, now: Instant) {
-        self.wait_until((self.came + GRACE).max(now + TURN));
+        self.wait_until((self.accepted + GRACE).max(now + TURN));
     }
 
-    /// Its client has begun a TLS handshake.
+    /// The client has begun a TLS handshake.
     pub fn begin_handshake(&self, now: Instant) {
         self.wait_until(now + GRACE);
     }
 
-    /// It is not evicted before then, unless it was already.
+    /// Puts eviction off until then, unless the connection is evicted already.
     fn wait_until(&self, time: Instant) {
-        let time = self.place.common.time(time);
-        let word = &self.place.word;
+        let time = self.handle.common.time(time);
+        let state = &self.handle.state;
         let prolong = |old| (old & EVICTED == 0).then_some(time | old & SENDING);
-        // Where it was evicted there is nothing to prolong.
-        let _ = word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, prolong);
+        // Fails if it is evicted: there is nothing to prolong.
+        let _ = state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, prolong);
     }
 
     /// From now on a whole request is being served.
     ///
     /// # Errors
-    /// Where the service stops: the request is not to be begun.
+    /// The service stops, and the request must not be served.
     pub fn serve(&mut self) -> Result<(), Closing> {
-        let old = self.place.word.swap(SERVED, Ordering::SeqCst);
+        let old = self.handle.state.swap(SERVED, Ordering::SeqCst);
         self.last |= old & EVICTED != 0;
-        // After the word: either this sees that the service stops, or who stops it sees that a request
-        // is being served, and evicts it no more.
-        if self.place.common.is_closing() {
+        // Checked after the word is set: either this thread sees that the service stops, or the stopping
+        // thread sees that a request is being served, and does not evict the connection.
+        if self.handle.common.is_closing() {
             return Err(Closing);
         }
         Ok(())
     }
 
-    /// From now on it waits for its client again, first for it to take what is being sent. True where the
-    /// connection may go on after that.
+    /// From now on the connection waits for its client again, first to take what is being sent. True if it
+    /// may go on after that.
     pub fn send(&mut self, now: Instant) -> bool {
-        let word = &self.place.word;
-        if word.load(Ordering::Relaxed) == SERVED {
-            let turn = self.place.common.time(now + TURN);
-            word.store(turn | SENDING, Ordering::SeqCst);
+        let state = &self.handle.state;
+        if state.load(Ordering::Relaxed) == SERVED {
+            let turn = self.handle.common.time(now + TURN);
+            state.store(turn | SENDING, Ordering::SeqCst);
         } else {
-            word.fetch_or(SENDING, Ordering::SeqCst);
+            state.fetch_or(SENDING, Ordering::SeqCst);
         }
-        // After the word, as above.
-        !(self.last || self.is_evicted() || self.place.common.is_closing())
+        // Checked after the word is set, as in `serve`.
+        !(self.last || self.is_evicted() || self.handle.common.is_closing())
     }
 
-    /// The client has taken what was sent, and is waited for to send something.
+    /// The client has taken what was sent. Now the connection waits for it to send something.
     pub fn receive(&self) {
-        self.place.word.fetch_and(!SENDING, Ordering::SeqCst);
+        self.handle.state.fetch_and(!SENDING, Ordering::SeqCst);
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.place.word.store(ENDED, Ordering::SeqCst);
+        self.handle.state.store(ENDED, Ordering::SeqCst);
     }
 }
 
@@ -317,10 +318,10 @@ pub mod tests {
         connection().0
     }
 
-    /// Evicts it if it waits.
+    /// Evicts the connection if it waits.
     pub fn evict(permit: &Permit) -> bool {
-        match permit.place().doing() {
-            Doing::Waiting(word) => permit.place().evict(word),
+        match permit.handle().activity() {
+            Activity::Waiting(state) => permit.handle().evict(state),
             _ => false,
         }
     }
@@ -345,16 +346,16 @@ pub mod tests {
         let common = Common::new(Instant::now());
         for _ in 0..2000 {
             let mut permit = permit(&common, 1);
-            let place = permit.place().clone();
-            let Doing::Waiting(word) = place.doing() else {
+            let handle = permit.handle().clone();
+            let Activity::Waiting(state) = handle.activity() else {
                 panic!()
             };
             thread::scope(|scope| {
-                let evicting = scope.spawn(|| place.evict(word));
+                let evicting = scope.spawn(|| handle.evict(state));
                 permit.serve().unwrap();
-                assert_eq!(place.doing(), Doing::Served);
+                assert_eq!(handle.activity(), Activity::Served);
                 let was_evicted = evicting.join().unwrap();
-                assert_eq!(place.doing(), Doing::Served);
+                assert_eq!(handle.activity(), Activity::Served);
                 assert_eq!(permit.send(Instant::now()), !was_evicted);
             });
         }
@@ -365,15 +366,15 @@ pub mod tests {
         for _ in 0..2000 {
             let common = Common::new(Instant::now());
             let mut permit = permit(&common, 1);
-            let place = permit.place().clone();
+            let handle = permit.handle().clone();
             thread::scope(|scope| {
                 let stopping = scope.spawn(|| {
                     common.close();
-                    place.doing()
+                    handle.activity()
                 });
                 let begun = permit.serve();
                 let seen = stopping.join().unwrap();
-                assert!(begun == Err(Closing) || seen == Doing::Served);
+                assert!(begun == Err(Closing) || seen == Activity::Served);
                 assert!(!permit.send(Instant::now()));
             });
         }
@@ -382,8 +383,8 @@ pub mod tests {
     #[test]
     fn a_connection_has_had_its_grace_when_its_time_is_over_and_not_before_its_thread_began() {
         let now = Instant::now();
-        let had = |permit: &Permit, after: Duration| match permit.place().doing() {
-            Doing::Waiting(word) => permit.place().has_had_its_grace(word, now + after),
+        let had = |permit: &Permit, after: Duration| match permit.handle().activity() {
+            Activity::Waiting(state) => permit.handle().is_grace_over(state, now + after),
             _ => false,
         };
         let common = Common::new(now);
@@ -405,8 +406,8 @@ pub mod tests {
     #[test]
     fn a_connection_whose_client_has_sent_something_or_takes_something_is_itself_behind() {
         let (mut permit, (_own, mut end)) = permit_and_ends(&Common::new(Instant::now()), 1);
-        let is_behind = |permit: &Permit| match permit.place().doing() {
-            Doing::Waiting(word) => permit.place().is_behind(word),
+        let is_behind = |permit: &Permit| match permit.handle().activity() {
+            Activity::Waiting(state) => permit.handle().is_behind(state),
             _ => false,
         };
         assert!(!is_behind(&permit));

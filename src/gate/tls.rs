@@ -1,6 +1,6 @@
 //! The certificate that clients see, and its key.
 //!
-//! Not here: the handshake, which is the connection's own.
+//! Not here: the handshake (`wire`).
 
 use std::fmt;
 use std::fs;
@@ -12,7 +12,7 @@ use rustls::ServerConfig;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
-/// A PEM file and what was last read from it.
+/// A PEM file and the certificate and key that were last read from it.
 pub struct Identity {
     path: PathBuf,
     config: Mutex<Arc<ServerConfig>>,
@@ -23,14 +23,14 @@ impl Identity {
     /// blocks in it are skipped.
     ///
     /// # Errors
-    /// What is wrong with the file, as the end of a sentence about it.
+    /// The text says what is wrong with the file, and continues a sentence that begins with its path.
     pub fn load(path: PathBuf) -> Result<Self, String> {
         let config = Mutex::new(read(&path)?);
         Ok(Self { path, config })
     }
 
-    /// Reads the file again, for connections that begin from now on. The old certificate stays in
-    /// use where that fails.
+    /// Reads the file again, for connections that begin from now on. If that fails, the old certificate stays
+    /// in use.
     ///
     /// # Errors
     /// As for [`Identity::load`].
@@ -40,7 +40,7 @@ impl Identity {
         Ok(())
     }
 
-    /// Where it was read from.
+    /// The PEM file.
     pub fn path(&self) -> &PathBuf {
         &self.path
     }

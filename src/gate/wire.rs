@@ -1,6 +1,6 @@
-//! A client's socket, and TLS around it where there is a certificate.
+//! A client's connection, plain or with TLS.
 //!
-//! Not here: which deadline is for what.
+//! Not here: which deadline is for what (`connection`).
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::sync::Arc;
@@ -11,21 +11,21 @@ use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
 use crate::socket::Socket;
 
-/// The way to a client.
+/// A connection to a client.
 pub enum Wire {
-    /// HTTP as it is.
+    /// HTTP without TLS.
     Plain(Socket),
     /// HTTPS.
     Tls(Box<StreamOwned<ServerConnection, Socket>>),
 }
 
 impl Wire {
-    /// Waits for the client's first byte and makes the TLS handshake, if there is to be one. Says
-    /// when the client has sent its first message whole.
+    /// Makes the TLS handshake if there is a `config`. Calls `begun` when the client's first message is
+    /// complete. Blocks until the socket's deadline.
     ///
     /// # Errors
-    /// Where the client leaves, takes too long, or the two find no common ground. A client that
-    /// speaks plain HTTP to a TLS port gets [`Wire::Plain`] with `ErrorKind::InvalidInput`.
+    /// The client leaves, takes too long, or the handshake fails. A client that speaks plain HTTP to a
+    /// TLS port gets [`Wire::Plain`] with `ErrorKind::InvalidInput`.
     pub fn accept(
         mut socket: Socket,
         config: Option<Arc<ServerConfig>>,
@@ -60,12 +60,12 @@ impl Wire {
         }
     }
 
-    /// From now on everything must be over at this moment.
+    /// Everything that is read or written from now on must be over by then.
     pub fn set_deadline(&mut self, deadline: Instant) {
         self.socket().set_deadline(deadline);
     }
 
-    /// The socket below.
+    /// The socket below TLS.
     pub fn socket(&mut self) -> &mut Socket {
         match self {
             Self::Plain(socket) => socket,
@@ -73,7 +73,7 @@ impl Wire {
         }
     }
 
-    /// Says that nothing more will be sent. Errors are of no interest any more.
+    /// Tells the client that nothing more will be sent. Errors no longer matter.
     pub fn end(&mut self) {
         if let Self::Tls(stream) = self {
             stream.conn.send_close_notify();
@@ -87,8 +87,8 @@ impl Read for Wire {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::Plain(socket) => socket.read(buffer),
-            // Without a close_notify the end of the connection is an error to rustls. A request says
-            // itself how long it is, so here it is just the end.
+            // An end of stream without close_notify is an error to rustls, to guard against truncation.
+            // A request states its own length, so here it is just the end.
             Self::Tls(stream) => match stream.read(buffer) {
                 Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(0),
                 read => read,
@@ -113,7 +113,7 @@ impl Write for Wire {
     }
 }
 
-/// Reads the message that a client begins a TLS handshake with.
+/// Reads the message with which a client begins a TLS handshake.
 fn client_hello(socket: &mut Socket) -> io::Result<Accepted> {
     let mut acceptor = Acceptor::default();
     loop {
@@ -128,7 +128,7 @@ fn client_hello(socket: &mut Socket) -> io::Result<Accepted> {
     }
 }
 
-/// Tells the client why there is no handshake; whether that arrives changes nothing.
+/// Tells the client why the handshake failed. It does not matter whether that arrives.
 fn alert((error, mut alert): (rustls::Error, AcceptedAlert), socket: &mut Socket) -> io::Error {
     let _ = alert.write_all(socket);
     io::Error::new(ErrorKind::InvalidData, error)

@@ -1,7 +1,7 @@
-//! Copies what can be read of one database into another, new one: from a damaged one, or from one of an
-//! earlier release. A page that went bad costs the exports that are on it, and no others.
+//! Copies what can be read of a database, damaged or of an earlier release, into a new one. A bad page
+//! costs the exports that are on it, and no others.
 //!
-//! Not here: which file takes the place of which ([`super::opening`]).
+//! Not here: replacing the old file ([`super::opening`]).
 
 use std::collections::HashMap;
 
@@ -14,25 +14,25 @@ use super::reading::value;
 use super::{Error, schema};
 use crate::export::{ExtResponse, FailureReport, Millis, QueueId};
 
-/// So many numbers behind a damaged page are tried one by one, before the steps get longer: a page
-/// has a few rows, but those between may have been deleted.
+/// This many row numbers behind a damaged page are tried one by one before the steps get longer. A page
+/// has only a few rows, but rows between them may have been deleted.
 const SMALL_STEPS: u32 = 4096;
 
-/// How a version of the tables is read.
+/// How one version of the tables is read.
 struct Layout {
-    /// What is in front of an export's large columns, and identifies it.
+    /// The columns of [`Head`]: those before an export's large columns, which identify it.
     head: &'static str,
-    /// All the rest. Exports with the same position are in the order of the second column.
+    /// The columns of [`Rest`]. Exports with the same position are in the order of the second one.
     rest: &'static str,
-    /// Owner, destination, failures, next attempt, failing since, last error, and the number if it is
-    /// to stay.
+    /// A query for owner, destination, failures, next attempt, failing since, last error, and the number
+    /// if that stays the same.
     queues: &'static str,
     /// The same from an index of the table, which is on other pages.
     queues_by_index: Option<&'static str>,
-    /// The running time, if it was counted.
+    /// A query for the running time, if this version counted it.
     running: Option<&'static str>,
-    /// By how much positions are multiplied: exports that were moved behind the same one had the same
-    /// position once, and get different ones.
+    /// The factor by which positions are multiplied. In older versions, exports that were moved behind the
+    /// same one shared its position; this makes room for different ones.
     spread: i64,
 }
 
@@ -40,7 +40,7 @@ const FIRST: Layout = Layout {
     head: "id, owner, destination, NULL, seq, 0, NULL, NULL",
     rest: "coalesce(turn, seq), moved_at, accepted_at, 0, attempts, NULL, finished_at,
         idempotency_key, fingerprint, last_error, response, payload",
-    // Waits were stored by the wall clock, which may have been wrong then.
+    // Waits were stored by the wall clock, which may have been wrong at the time.
     queues: "SELECT owner, destination, failures,
             min(max(max(coalesce(next_attempt_at, 0)) - unixepoch() * 1000, 0), 3600000), 0,
             last_error, NULL
@@ -74,21 +74,21 @@ const CURRENT: Layout = Layout {
     spread: 1,
 };
 
-/// More than any count ever comes to, so that no number that was changed by hand is taken for damage.
+/// Counts are limited to this, so that one that was changed by hand is not taken for damage.
 const MOST: i64 = u32::MAX as i64;
 
-/// What became of the rows.
+/// What came of the rows.
 #[derive(Default)]
 pub struct Copied {
     /// How many were copied whole.
     pub whole: u64,
-    /// Those copied without their payload or result: they will be finished as lost.
+    /// Those copied without their payload or result, which are lost.
     pub damaged: Vec<Uuid>,
-    /// Those known by their id alone, and not copied.
+    /// Those of which only the id could be read. They were not copied.
     pub gone: Vec<Uuid>,
     /// The running time.
     pub running: Millis,
-    /// Something was damaged, if only an index.
+    /// Whether anything was damaged, if only an index.
     damage: bool,
 }
 
@@ -102,12 +102,12 @@ impl Layout {
 }
 
 impl Copied {
-    /// Whether nothing was damaged.
+    /// Whether nothing was found damaged.
     pub fn is_whole(&self) -> bool {
         !self.damage
     }
 
-    /// `None` for what cannot be read because of damage.
+    /// None for what cannot be read because of damage, which is noted.
     fn undamaged<T>(&mut self, result: Result<T, Error>) -> Result<Option<T>, Error> {
         match result {
             Ok(value) => Ok(Some(value)),
@@ -120,11 +120,11 @@ impl Copied {
     }
 }
 
-/// Copies everything that can be read. `from` has tables of this version, `to` has empty ones. `running`
-/// is the running time as far as it is known.
+/// Copies everything that can be read. `from` has tables of this version, `to` has empty ones of the
+/// current one. `running` is the running time as far as it is known.
 ///
 /// # Errors
-/// Where something other than damage is in the way: nothing is to be given up for that.
+/// Something other than damage prevents the copy: no export may be given up for that.
 pub fn copy(
     from: &Connection,
     version: i32,
@@ -155,7 +155,7 @@ pub fn copy(
     Ok(copying.copied)
 }
 
-/// What an export has in front of its large columns.
+/// An export's columns before its large ones.
 struct Head {
     id: Uuid,
     owner: Option<Vec<u8>>,
@@ -167,8 +167,7 @@ struct Head {
     finished_at: Option<i64>,
 }
 
-/// The columns of `rest`, as they are written after the row's number, its id and its queue; but
-/// for the second one.
+/// The columns of [`Layout::rest`]. All but the second are written after the row's number, id and queue.
 type Rest = [Value; COLUMNS];
 const COLUMNS: usize = 12;
 const TURN: usize = 0;
@@ -182,9 +181,9 @@ struct Copying<'a> {
     to: &'a Connection,
     layout: &'a Layout,
     running: Millis,
-    /// How many exports were copied of each queue that is known.
+    /// How many exports of each known queue were copied.
     queues: HashMap<QueueId, i64>,
-    /// Position, order among those at the same position, and row of those that were moved.
+    /// Position, order among those at the same position, and row number of the exports that were moved.
     moved: Vec<(i64, i64, i64)>,
     copied: Copied,
 }
@@ -244,7 +243,7 @@ impl Copying<'_> {
         Ok(())
     }
 
-    /// The first row that can be found at or behind `from`.
+    /// The first row number at or behind `from` that can be found.
     fn next(&mut self, from: i64) -> Result<Option<i64>, Error> {
         let connection = self.from;
         let find = |from: i64| {
@@ -268,7 +267,7 @@ impl Copying<'_> {
                 step = step.saturating_mul(2);
             }
         };
-        // What a long step has left out.
+        // Look for rows that a long step has skipped.
         while found.0 - bad > 1 {
             let middle = bad + (found.0 - bad) / 2;
             match self.copied.undamaged(find(middle))? {
@@ -295,7 +294,7 @@ impl Copying<'_> {
         })
     }
 
-    /// The rest of a row, if it is one that this program can have written.
+    /// The rest of a row, if this program can have written it.
     fn rest(&self, seq: i64) -> Result<Rest, Error> {
         let mut statement = self.select(self.layout.rest)?;
         let mut rows = statement.query([seq])?;
@@ -330,7 +329,7 @@ impl Copying<'_> {
         Ok(self.from.prepare_cached(&sql)?)
     }
 
-    /// Writes a row, unless one with its id, number or key is there already.
+    /// Writes a row, unless there is one with its id, number or key.
     fn insert(&mut self, seq: i64, head: Head, rest: Option<Rest>) -> Result<(), Error> {
         let Some(queue) = self.queue(&head)? else {
             self.copied.damage = true;
@@ -365,7 +364,7 @@ impl Copying<'_> {
         Ok(())
     }
 
-    /// The new number of an export's queue; none where nothing is known of it.
+    /// The new number of an export's queue. None if nothing is known of the queue.
     fn queue(&mut self, head: &Head) -> Result<Option<QueueId>, Error> {
         if let Some(queue) = head.queue {
             return Ok(self.queues.contains_key(&queue).then_some(queue));
@@ -387,7 +386,7 @@ impl Copying<'_> {
         self.moved.sort_unstable();
         let mut before = i64::MIN;
         for (turn, _, seq) in &self.moved {
-            // In front of them is the export behind which they were moved.
+            // Right before them is the export behind which they were moved.
             before = (*turn).max(before).saturating_add(1);
             self.to
                 .prepare_cached("UPDATE exports SET turn = ? WHERE seq = ?")?
@@ -396,7 +395,7 @@ impl Copying<'_> {
         Ok(())
     }
 
-    /// Notes how many exports each queue has, and leaves out those that have none.
+    /// Stores how many exports each queue has, and deletes queues that have none.
     fn count(&self) -> Result<(), Error> {
         for (queue, exports) in &self.queues {
             self.to
@@ -429,7 +428,7 @@ impl Copying<'_> {
         Ok(())
     }
 
-    /// Names exports whose rows could not be read. The index of ids is on other pages than they are.
+    /// Notes the ids of exports whose rows could not be read. The index of ids is on other pages.
     fn name_gone(&mut self) -> Result<(), Error> {
         if !self.copied.damage {
             return Ok(());
@@ -456,8 +455,8 @@ impl Copying<'_> {
     }
 }
 
-/// What is written in place of what cannot be read. One that was finished stays so; others will be found
-/// without their payload.
+/// The rest of a row that cannot be read. An export that was finished stays so, with `lost` for a result.
+/// Another one has no payload, by which the worker finds that it is lost.
 fn lost(head: &Head, running: Millis) -> Rest {
     let mut rest = [const { Value::Null }; COLUMNS];
     rest[TURN] = head.turn.into();
@@ -479,7 +478,7 @@ fn lost(head: &Head, running: Millis) -> Rest {
     rest
 }
 
-/// An id as any version has stored it.
+/// An id as any version of the tables stores it.
 fn uuid(stored: ValueRef<'_>) -> Option<Uuid> {
     match stored {
         ValueRef::Text(text) => Uuid::try_parse_ascii(text).ok(),

@@ -1,7 +1,8 @@
-//! The data folder, before SQLite opens what is in it: locked, writable, and synced, so that nothing
-//! is shown that a power cut could still undo.
+//! The data folder, before SQLite opens the database: locked, writable, and synced, so that nothing is
+//! shown that a power cut could still undo.
 //!
-//! A file that SQLite has open is never opened here: to close it again would release SQLite's locks.
+//! A file that SQLite has open must not be opened here: closing it would release SQLite's locks (POSIX
+//! locks belong to the process).
 //!
 //! Not here: what the database holds ([`super`]).
 
@@ -13,31 +14,30 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::{FILE, OpenError};
 
-/// What the lock file says once there was a database, so that it is missed when it is gone.
+/// The lock file's text once the folder has had a database, so that its loss is noticed.
 const IN_USE: &[u8] = b"exports.db was created here\n";
 
-/// A copy of the database, while it is made.
+/// The name of a copy of the database while it is written.
 const NEW: &str = "exports.db.new";
 
-/// No database is smaller, as its header alone has this many bytes.
+/// The size of a database's header: none is smaller.
 const SMALLEST: u64 = 100;
 
-/// A data folder that is locked for this process. Dropping it gives the folder free for another one;
-/// the operating system does so in any case.
+/// A data folder that is locked for this process, until it is dropped or the process ends.
 pub struct Folder {
     path: PathBuf,
     lock: File,
-    /// The lock file says that there was a database.
+    /// Whether the folder has had a database, by its lock file.
     pub in_use: bool,
 }
 
 impl Folder {
-    /// Creates and locks the folder and the file for the database, unless they are there. Blocks
-    /// until the disk has all that was found.
+    /// Creates the folder and the database's file if they do not exist, and locks the folder. Blocks until
+    /// everything found there is synced.
     ///
     /// # Errors
-    /// Where the folder is in use, something in it cannot be written or synced, or the database that
-    /// it had is gone.
+    /// The folder is in use, something in it cannot be written or synced, or the database that it had is
+    /// gone.
     pub fn open(folder: &Path) -> Result<Self, OpenError> {
         create(folder).map_err(|error| unusable(folder, "create", &error))?;
         let path = folder
@@ -65,7 +65,7 @@ impl Folder {
         let in_use = marked.len() > 0;
         let folder = Self { path, lock, in_use };
         folder.check_database_is_there()?;
-        // Left by a kill. It has payloads in it.
+        // A kill may have left one, with payloads in it.
         folder
             .remove_new_database()
             .map_err(|error| unusable(&folder.path, "use", &error))?;
@@ -79,7 +79,7 @@ impl Folder {
         self.path.join(FILE)
     }
 
-    /// An error for what SQLite says when it opens the database.
+    /// The error for a database that SQLite cannot open.
     pub fn unusable(&self, error: &dyn std::fmt::Display) -> OpenError {
         let file = self.database();
         OpenError(format!(
@@ -90,10 +90,10 @@ impl Folder {
         ))
     }
 
-    /// An empty file for a database that is to replace the one there.
+    /// Creates an empty file for a database that is to replace the present one.
     ///
     /// # Errors
-    /// Where it cannot be created.
+    /// It cannot be created.
     pub fn new_database(&self) -> io::Result<PathBuf> {
         self.remove_new_database()?;
         let new = self.path.join(NEW);
@@ -107,11 +107,11 @@ impl Folder {
         remove(&new)
     }
 
-    /// Puts `new` in place of the database, which nobody has open. At no time is there none. A damaged
-    /// one is kept under another name, which is returned.
+    /// Puts `new` in place of the database, which must not be open. There is a database at any time. A
+    /// damaged one stays under another name, which is returned.
     ///
     /// # Errors
-    /// Where a name cannot be given.
+    /// The new file cannot be synced, or a file cannot be linked or renamed.
     pub fn replace_database(&self, new: &Path, damaged: bool) -> io::Result<Option<PathBuf>> {
         let database = self.database();
         File::open(new)?.sync_all()?;
@@ -128,10 +128,10 @@ impl Folder {
         Ok(kept)
     }
 
-    /// Notes that the folder has a database, which is there and on disk.
+    /// Notes in the lock file that the folder has a database, which must be synced by now.
     ///
     /// # Errors
-    /// Where that cannot be written.
+    /// The lock file cannot be written.
     pub fn mark_in_use(&mut self) -> Result<(), OpenError> {
         if !self.in_use {
             let marked = self
@@ -144,24 +144,24 @@ impl Folder {
         Ok(())
     }
 
-    /// Syncs the folder's entries, and its own in those above. SQLite syncs only the folder, and takes
-    /// no notice of failures.
+    /// Syncs the folder and those above it, which hold its name. SQLite syncs only the folder, and ignores
+    /// failures.
     ///
     /// # Errors
-    /// Where that fails.
+    /// A sync fails.
     pub fn sync(&self) -> Result<(), OpenError> {
         let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev());
         let own = device(&self.path).map_err(|error| unusable(&self.path, "use", &error))?;
         for path in self.path.ancestors() {
-            // Where this file system begins, nothing was created above by us.
+            // Nothing was created above the root of this file system.
             if !device(path).is_ok_and(|device| device == own) {
                 break;
             }
             match File::open(path).and_then(|opened| opened.sync_all()) {
                 Ok(()) => {}
-                // Who may not read a folder has hardly created anything in it.
+                // A user who may not read a folder is unlikely to have created anything in it.
                 Err(error) if error.kind() == ErrorKind::PermissionDenied && path != self.path => {}
-                // A file system that has no sync for folders, or is never written.
+                // A file system that cannot sync folders, or is never written.
                 Err(error)
                     if matches!(
                         error.kind(),
@@ -175,7 +175,7 @@ impl Folder {
         Ok(())
     }
 
-    /// SQLite takes an empty file for a new database, and throws the log beside it away.
+    /// Guards against SQLite taking an empty file for a new database and discarding the WAL beside it.
     fn check_database_is_there(&self) -> Result<(), OpenError> {
         let size = |path: &Path| match fs::metadata(path) {
             Ok(metadata) => Ok(Some(metadata.len())),
@@ -200,7 +200,7 @@ impl Folder {
         )))
     }
 
-    /// What was written just before the last process was killed may be in memory only.
+    /// Syncs what a process that was killed may have left in the page cache only.
     fn sync_files(&self) -> Result<(), OpenError> {
         let file = self.database();
         private_file(&file).map_err(|error| unwritable(&file, &error))?;
@@ -223,7 +223,7 @@ fn remove(file: &Path) -> io::Result<()> {
     }
 }
 
-/// A file that SQLite keeps beside the database.
+/// The path of a file beside the database whose name ends in `end`, as SQLite's own do.
 pub fn beside(database: &Path, end: &str) -> PathBuf {
     let mut path = database.as_os_str().to_owned();
     path.push(end);
@@ -261,7 +261,7 @@ fn unsynced(path: &Path, error: &io::Error) -> OpenError {
     ))
 }
 
-/// Creates a folder that only its owner may look into.
+/// Creates a folder that only its owner may read.
 fn create(folder: &Path) -> io::Result<()> {
     if folder.is_dir() {
         return Ok(());
@@ -269,8 +269,8 @@ fn create(folder: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(folder)
 }
 
-/// Opens a file that only its owner may read, and creates it where it does not exist. SQLite
-/// gives its log the same permissions.
+/// Opens a file, or creates one that only its owner may read. SQLite gives its WAL the database's
+/// permissions.
 fn private_file(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .read(true)

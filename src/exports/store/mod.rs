@@ -1,11 +1,11 @@
-//! The store on disk, which is the queue too: every export from its acceptance until its result
+//! The store on disk, which is the queue too. It holds every export from its acceptance until its result
 //! expires. All SQL is here and in the modules below.
 //!
 //! SQLite in WAL mode with `synchronous=FULL`: a commit that returned survives loss of power.
-//! One [`Store`] owns the only connection that writes; [`Reader`]s see committed rows only and, in a
-//! file, are never held up by it. Payloads are overwritten with zeros once an export is finished.
+//! One [`Store`] owns the only connection that changes rows. [`Reader`]s see committed rows only, and in
+//! a file never wait for it. Payloads are overwritten with zeros once an export is finished.
 //!
-//! Not here: which thread writes when, and what is kept in memory (`exports`).
+//! Not here: which thread writes when, and what memory holds (`exports`).
 
 mod copying;
 mod folder;
@@ -34,7 +34,7 @@ pub use writing::wal_size;
 /// The file's name in the data folder.
 pub const FILE: &str = "exports.db";
 
-/// SQLite's write-ahead log is begun anew at about this many bytes, unless somebody reads the store.
+/// The write-ahead log (WAL) is restarted at about this many bytes, unless another process reads the store.
 pub const ORDINARY_WAL: u64 = 4 * 1024 * 1024;
 /// The same in pages.
 const ORDINARY_WAL_PAGES: i32 = 1024;
@@ -42,14 +42,14 @@ const ORDINARY_WAL_PAGES: i32 = 1024;
 /// Where the exports are kept.
 #[derive(Clone, Debug)]
 pub enum Place {
-    /// In this folder, which is created where it does not exist.
+    /// In this folder, which is created if it does not exist.
     Folder(PathBuf),
     /// In memory, lost with the process (`--ephemeral`).
     Memory,
 }
 
 impl Place {
-    /// The folder, if it is one.
+    /// The folder; none for memory.
     pub fn folder(&self) -> Option<&Path> {
         match self {
             Self::Folder(folder) => Some(folder),
@@ -73,10 +73,9 @@ impl std::fmt::Display for OpenError {
 pub enum Error {
     /// There is no room left on the disk.
     Full,
-    /// A page of the file cannot be made sense of, or a row holds what no version of this program
-    /// writes.
+    /// A page of the file makes no sense to SQLite, or a row holds what no version of this program writes.
     Damaged,
-    /// Somebody else has the store open, and is in the way.
+    /// Another process has the store open, and is in the way.
     InUse,
     /// Anything else SQLite reports.
     Failed(rusqlite::Error),
@@ -109,7 +108,7 @@ impl From<rusqlite::Error> for Error {
             Some(ErrorCode::DatabaseCorrupt) => Self::Damaged,
             Some(_) => Self::Failed(error),
             None => match error {
-                // The tables are strict: no such value gets into them by a statement.
+                // The tables are strict, so no statement can have written such a value.
                 rusqlite::Error::FromSqlConversionFailure(..)
                 | rusqlite::Error::IntegralValueOutOfRange(..)
                 | rusqlite::Error::InvalidColumnType(..)
@@ -120,19 +119,19 @@ impl From<rusqlite::Error> for Error {
     }
 }
 
-/// A new export as it goes into the store.
+/// A new export, to be written.
 pub struct NewExport {
     /// Its public id.
     pub id: Uuid,
     /// The identifier of the macaroon it came with.
     pub owner: Vec<u8>,
-    /// Where it goes.
+    /// With the owner, this determines its queue.
     pub destination: Destination,
-    /// What goes there.
+    /// Stored until the export is finished.
     pub payload: Vec<u8>,
     /// Unix milliseconds.
     pub accepted_at: i64,
-    /// The same in running time.
+    /// The same moment in running time.
     pub running: i64,
     /// The idempotency key, if the submission had one.
     pub key: Option<IdempotencyKey>,
@@ -142,41 +141,41 @@ pub struct NewExport {
 pub struct IdempotencyKey {
     /// 1 to 255 visible ASCII characters.
     pub key: String,
-    /// Tells whether a second submission under the key is the same one.
+    /// SHA-256 of destination and payload: tells a repeat from another submission under the same key.
     pub fingerprint: [u8; 32],
 }
 
-/// One thing for [`Store::commit`] to write down.
+/// One thing for [`Store::commit`] to write.
 pub enum Change<'a> {
     /// A new export.
     Accept(&'a NewExport),
-    /// ExportUpdate of an export that was accepted before.
+    /// What came of an attempt on an export, or that it was given up.
     Report(&'a Report),
 }
 
-/// What became of an export, to be written down.
+/// What came of an export, to be written.
 pub struct Report {
     /// Its public id.
     pub id: Uuid,
-    /// Its row.
+    /// Its row. Nothing is written if that has another id by now.
     pub seq: i64,
     /// The queue it is in.
     pub queue: QueueId,
     /// Its result, or that it is tried again.
     pub update: ExportUpdate,
-    /// What is known of its queue by that.
+    /// What that says about its queue.
     pub queue_update: QueueUpdate,
 }
 
-/// What there is to say of one export.
+/// What changes in an export's row.
 pub enum ExportUpdate {
     /// It is finished.
     Finished {
         /// The `ext_response` object.
         response: Arc<RawValue>,
-        /// What it takes of the memory that all of them share.
+        /// The part of the shared response memory that it takes until it is written.
         memory: Option<Reservation>,
-        /// Whether its queue waits for this to be in the store.
+        /// Whether its queue is paused until this is in the store.
         resumes: bool,
     },
     /// An attempt failed, and there will be another.
@@ -185,26 +184,26 @@ pub enum ExportUpdate {
         attempts: u32,
         /// Why the last attempt failed: `kind` and `message`.
         error: Arc<RawValue>,
-        /// Whether it goes to the end of its queue.
+        /// Whether it moves to the end of its queue.
         to_end: bool,
-        /// When it first did, in running time.
+        /// When it first moved there, in running time.
         first_moved_at: Option<i64>,
     },
 }
 
-/// What there is to say of a queue.
+/// What changes in a queue's row.
 pub enum QueueUpdate {
     /// Nothing.
     AsBefore,
-    /// It is not failing, or has no exports left.
+    /// It is no longer failing, or has no exports left.
     Recovered,
-    /// Its last attempt failed: its backoff, and why.
+    /// Its last attempt failed: its backoff, and `kind` and `message` of the failure.
     Failing(Backoff, Arc<RawValue>),
 }
 
 /// What became of a [`Change`].
 pub enum Effect {
-    /// The export is in this queue, or its result is in the store.
+    /// The change was written. The export belongs to this queue.
     Written(QueueId),
     /// The idempotency key was used before for the same submission, which is this export.
     Repeat(Uuid, Stored),
@@ -214,23 +213,23 @@ pub enum Effect {
     NoRoom(export::Error),
 }
 
-/// The one connection that writes. Dropping it gives the folder free for another process.
+/// The only connection that changes rows. Dropping it releases the folder for another process.
 ///
-/// Times come and go as the process counts them, which a clock that is set does not change, and
-/// are stored by the wall clock: see [`Store::clock_was_set`].
+/// Times are passed in and out as the process counts them, unaffected by a clock that is set, and are
+/// stored by the wall clock: see [`Store::clock_was_set`].
 pub struct Store {
     connection: Connection,
-    /// What the wall clock is ahead of the process's count, in milliseconds.
+    /// By how many milliseconds the wall clock is ahead of the process's count.
     clock_offset: i64,
-    /// The running time as it was stored last.
+    /// The running time that was stored last.
     running: i64,
-    /// The last position that was given to an export.
+    /// The highest position that an export was given.
     last_turn: i64,
-    /// How many pages SQLite's write-ahead log had after the last commit.
+    /// How many pages the WAL had after the last commit.
     wal_pages: Arc<AtomicI32>,
     /// The file, or a URI for a database in memory.
     path: PathBuf,
-    /// The folder, locked, and the files that SQLite has open in it; none for a database in memory.
+    /// The locked folder, and the files that SQLite has open in it. None for a database in memory.
     on_disk: Option<(folder::Folder, opening::Files)>,
 }
 
@@ -427,7 +426,7 @@ mod tests {
                 report(store, &next, 1, finished(), finished_at);
             }
         };
-        // An earlier run's, by the right time; then this one's, which starts three days late.
+        // One of an earlier run, by the right time; then two of this one, whose clock is three days behind.
         submit(&mut store, 100 * DAY, 100 * DAY + 1);
         let start = 101 * DAY;
         submit(&mut store, start + 2, start + 3);
@@ -444,7 +443,7 @@ mod tests {
                 (right + 7, None),
             ]
         );
-        // Expiry counts on evenly: what is older by the right time goes, and no more.
+        // Expiry goes by the process's count: what is older by the right time goes, and nothing else.
         assert_eq!(store.expire(start - DAY).unwrap(), (1, Some(start + 3)));
 
         // Set back to before everything: nothing is left in the future.
@@ -468,7 +467,7 @@ mod tests {
                 .pragma_query_value(None, name, value)
                 .unwrap()
         };
-        // 2 is FULL: the log is synced at every commit.
+        // 2 is FULL: the WAL is synced at every commit.
         assert_eq!(pragma("synchronous"), 2.into());
         assert_eq!(pragma("journal_mode"), "wal".to_owned().into());
         assert_eq!(pragma("secure_delete"), 1.into());

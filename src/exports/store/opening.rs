@@ -1,8 +1,8 @@
-//! Opening the store: nothing is shown before it is sure that a power cut cannot undo it. A file of an
-//! earlier release is taken over, and what a damaged one still has is saved.
+//! Opening the store. Nothing is shown to clients before it is certain that a power cut cannot undo it. A
+//! file of an earlier release is migrated, and what can be read of a damaged one is saved.
 //!
-//! Both make a new file beside the old one and put it in its place when it is whole, so that a kill in
-//! between leaves the old one as it was.
+//! Both are done by writing a new file beside the old one and renaming it when it is complete, so that a
+//! kill in between leaves the old one as it was.
 //!
 //! Not here: which rows are copied and how ([`super::copying`]).
 
@@ -32,19 +32,19 @@ use crate::export::{Backoff, Millis, QueueId, StoredQueue};
 /// `--ephemeral` mode, ever holds one.
 pub(super) const BUSY: Duration = Duration::from_secs(10);
 
-/// How the store is opened to write; a file exists by then, a database in memory does not.
+/// How the store is opened to write. A file exists by then; a database in memory is created.
 pub(super) const WRITING: OpenFlags =
     OpenFlags::SQLITE_OPEN_READ_WRITE.union(OpenFlags::SQLITE_OPEN_CREATE);
 
-/// How the URI of a database in memory begins; paths of files are absolute, so none begins so.
+/// How the URI of a database in memory begins. No file's path does, as those are absolute.
 pub(super) const MEMORY: &str = "file:";
 
 impl Store {
-    /// Opens the store, creates it where there is none, and locks it against other processes. Blocks
-    /// for as long as it takes to copy all of it where an earlier release wrote it.
+    /// Opens the store, creates it if there is none, and locks it against other processes. Blocks while
+    /// all of it is copied, if an earlier release wrote it or it is damaged.
     ///
     /// # Errors
-    /// Where the folder cannot be used, is in use, or holds what this program cannot read.
+    /// The folder cannot be used, is in use, or holds what this program cannot read.
     pub fn open(place: &Place) -> Result<Self, OpenError> {
         let mut store = match place {
             Place::Folder(folder) => Self::open_folder(folder)?,
@@ -88,25 +88,25 @@ impl Store {
         let found = Scan::of(&log).map_err(|error| folder.unusable(&error))?;
         let mut connection = connect(&path, WRITING).map_err(unusable)?;
         schema::recognise(&connection, &path, folder.in_use)?;
-        // SQLite has read the log by now, if there is one, and says how much of it.
+        // SQLite has read the WAL by now, if there is one, and says how much of it.
         let read = connection
             .query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |row| {
                 row.get::<_, i64>(1)
             })
             .map_err(unusable)?;
-        // -1 without a log.
+        // -1 without a WAL.
         warn_of_skipped(&found.skipped(read.max(0).unsigned_abs()), &log);
         let pages = Arc::new(AtomicI32::new(0));
         set_wal(&mut connection, pages.clone()).map_err(|error| folder.unusable(&error))?;
         let version = schema::version(&connection).map_err(unusable)?;
         if matches!(version, 0 | schema::VERSION) {
             match schema::create(&mut connection).map_err(Error::from) {
-                // What can be read of it is saved below.
+                // `open` saves what can be read of it.
                 Err(Error::Damaged) if version != 0 => {}
                 created => created.map_err(|error| folder.unusable(&error))?,
             }
         }
-        // The log has been created, or it was before.
+        // The WAL exists by now.
         folder.sync()?;
         folder.mark_in_use()?;
         let files = Files::find(&path).map_err(|error| folder.unusable(&error))?;
@@ -138,10 +138,11 @@ impl Store {
         Ok(())
     }
 
-    /// Every queue that has exports without a result. Reads an index entry for each of these exports.
+    /// Calls `each` for every queue that has exports without a result. Reads an index entry for each of
+    /// these exports.
     ///
     /// # Errors
-    /// Where the store cannot be read, or holds a row that no version of this program wrote.
+    /// The store cannot be read, or holds a row that no version of this program wrote.
     pub fn queues(&mut self, mut each: impl FnMut(QueueId, StoredQueue)) -> Result<(), Error> {
         let mut statement = self.connection.prepare(
             "SELECT queue, exports, first, last, failures, next_attempt_at, failing_since, last_error
@@ -152,7 +153,7 @@ impl Store {
         )?;
         let mut rows = statement.query([])?;
         while let Some(row) = rows.next()? {
-            // Null where an export's queue is not there, which is damage like any other null here.
+            // Null if the export's queue is missing, which is damage like any other null here.
             let backoff = Backoff {
                 failures: row.get(4)?,
                 not_before: row.get(5)?,
@@ -170,20 +171,19 @@ impl Store {
         Ok(())
     }
 
-    /// Puts what can still be read into a new file in place of the damaged one, which is kept beside it.
-    /// Says so in the log. The readers are of this store, and are opened anew. Blocks for as long as it
-    /// takes to read and write all of it.
+    /// Copies what can still be read to a new file in place of the damaged one, which is kept beside it, and
+    /// logs what is lost. `readers` are all of this store's, and are reopened. Blocks while all of it is
+    /// read and written.
     ///
     /// # Errors
-    /// Where the new file cannot be written, or the old one is in use by somebody else. Then everything is
-    /// as it was.
+    /// The new file cannot be written, or another process uses the old one. Then everything is as it was.
     pub fn repair(&mut self, readers: &mut [&mut Reader]) -> Result<(), Error> {
         self.copy(readers)
     }
 
     fn copy(&mut self, readers: &mut [&mut Reader]) -> Result<(), Error> {
         let Some((folder, files)) = self.on_disk.take() else {
-            // A database in memory has no pages that go bad.
+            // A database in memory has no pages that can go bad.
             return Err(Error::Damaged);
         };
         let done = self.copy_in(&folder, readers);
@@ -195,11 +195,11 @@ impl Store {
         let version = schema::version(&self.connection)?;
         let new = folder.new_database()?;
         let copied = copy_into(&new, &self.connection, version, self.running)?;
-        // Empty, it can neither be taken for the new file's nor be missed by who looks at the old one.
+        // An empty WAL cannot be mistaken for the new file's, and the old file is complete without it.
         if !self.truncate_wal()? {
             return Err(Error::InUse);
         }
-        // All closed before the files change places: the last to be closed removes the log.
+        // All are closed before the files change places: the last one to close removes the WAL.
         for reader in readers.iter_mut() {
             reader.connection = Connection::open_in_memory()?;
         }
@@ -211,7 +211,7 @@ impl Store {
             SettingError::Failed(error) => error,
             SettingError::Refused(..) => Error::Damaged,
         })?;
-        // Writes something, so that there is a log.
+        // Writes something, so that there is a WAL.
         schema::create(&mut self.connection)?;
         self.running = self.running.max(copied.running);
         for reader in readers {
@@ -229,7 +229,7 @@ impl Store {
     /// Opens another connection for reading.
     ///
     /// # Errors
-    /// Where the file cannot be opened a second time.
+    /// The file cannot be opened again.
     pub fn reader(&self) -> Result<Reader, Error> {
         self.open_reader(false)
     }
@@ -237,7 +237,7 @@ impl Store {
     /// Opens another connection for checkpoints.
     ///
     /// # Errors
-    /// Where the file cannot be opened a second time.
+    /// The file cannot be opened again.
     pub fn checkpointer(&self) -> Result<Reader, Error> {
         self.open_reader(true)
     }
@@ -253,18 +253,18 @@ impl Store {
         Ok(Reader { connection, writes })
     }
 
-    /// A file that was removed or replaced, while what is written still goes to the old one.
+    /// A file that was removed or replaced at its path, although SQLite still writes to the old one.
     pub fn missing_file(&self) -> Option<&Path> {
         let (_, files) = self.on_disk.as_ref()?;
         files.missing()
     }
 
-    /// The file, for messages.
+    /// The database's path, for messages.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The running time as it was stored last.
+    /// The running time that was stored last, in milliseconds.
     pub fn running(&self) -> Millis {
         self.running
     }
@@ -311,7 +311,7 @@ fn warn_of_skipped(skipped: &Skipped, log: &Path) {
     }
 }
 
-/// What is said where [`Store::repair`] has failed.
+/// The message for when [`Store::repair`] has failed.
 pub fn cannot_repair(path: &Path, error: &Error) -> String {
     format!(
         "{} is damaged, and cannot be mended: {error}; put a copy of it back, or move it away, and what \
@@ -346,8 +346,8 @@ impl std::fmt::Display for SettingError {
     }
 }
 
-/// Each setting is read back: without the write-ahead log or its syncs, a power cut undoes what was
-/// accepted. From then on `pages` is the length of that log.
+/// Turns the WAL and its syncs on. Each setting is read back, as without it a power cut undoes what was
+/// accepted. From then on `pages` is the WAL's length.
 fn set_wal(connection: &mut Connection, pages: Arc<AtomicI32>) -> Result<(), SettingError> {
     schema::configure(connection)?;
     // Sets the mode and returns the one in force, so it is a query.
@@ -364,9 +364,9 @@ fn set_wal(connection: &mut Connection, pages: Arc<AtomicI32>) -> Result<(), Set
             synchronous.to_string(),
         ));
     }
-    // In place of the hook that makes checkpoints inside commits: a thread of its own does that.
+    // Replaces the hook that makes checkpoints inside commits: the checkpoint thread does that.
     connection.wal_hook(Some(move |_: &mut Wal, length| {
-        // Relaxed: a number that nothing else is ordered by.
+        // Relaxed: nothing is ordered by this number.
         pages.store(length, Ordering::Relaxed);
         Ok(())
     }))?;
@@ -384,7 +384,7 @@ impl Files {
         Ok(Self([database?, log?]))
     }
 
-    /// One that is no longer at its path.
+    /// A file that is no longer at its path.
     fn missing(&self) -> Option<&Path> {
         let missing = |(path, was): &&(PathBuf, (u64, u64))| match identity(path) {
             Ok(is) => is != *was,
@@ -400,7 +400,7 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 }
 
 pub(super) fn connect(path: &Path, access: OpenFlags) -> Result<Connection, rusqlite::Error> {
-    // NO_MUTEX: each connection is used by one thread at a time, which Rust sees to.
+    // NO_MUTEX: Rust guarantees that one thread at a time uses each connection.
     let mut flags = access | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     if path.starts_with(MEMORY) {
         flags |= OpenFlags::SQLITE_OPEN_URI;
@@ -409,8 +409,8 @@ pub(super) fn connect(path: &Path, access: OpenFlags) -> Result<Connection, rusq
     // Else SQLite plans a statement again whenever another value is bound, which costs more than to run it.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     if path.starts_with(MEMORY) {
-        // SQLite's own handler sleeps for up to 100 ms, and all polls share one reader. Here it is always
-        // another thread of ours that has the lock, for less than a millisecond mostly.
+        // SQLite's own handler sleeps for up to 100 ms, and all polls share one reader. Here the lock is
+        // always held by another thread of this process, mostly for less than a millisecond.
         connection.busy_handler(Some(|tried: i32| {
             thread::sleep(Duration::from_millis(1));
             u128::from(tried.unsigned_abs()) < BUSY.as_millis()

@@ -1,6 +1,6 @@
-//! What is read from the store while the service runs.
+//! Reads from the store while the service runs.
 //!
-//! Not here: what is read at its start ([`super::opening`]).
+//! Not here: what is read at the start ([`super::opening`]).
 
 use std::sync::Arc;
 
@@ -11,19 +11,19 @@ use uuid::Uuid;
 use super::Error;
 use crate::export::{Millis, QueueId};
 
-/// An export as it is found in the store.
+/// What a poll reads of an export.
 pub struct Stored {
-    /// Its queue.
+    /// The queue it waits in, or waited in.
     pub queue: QueueId,
     /// The identifier of the macaroon it came with.
     pub owner: Vec<u8>,
-    /// Where it goes or went.
+    /// Its URL.
     pub destination: String,
     /// How often it was tried.
     pub attempts: u32,
-    /// Why its last attempt failed.
+    /// `kind` and `message` of its last failed attempt.
     pub last_error: Option<Arc<RawValue>>,
-    /// Its result, if it is finished.
+    /// The `ext_response` object, if it is finished.
     pub response: Option<Arc<RawValue>>,
 }
 
@@ -33,9 +33,9 @@ pub struct Queued {
     pub seq: i64,
     /// Its public id.
     pub id: Uuid,
-    /// Its position.
+    /// Its position in its queue.
     pub turn: i64,
-    /// Where it goes.
+    /// Its URL.
     pub destination: String,
     /// When it was accepted, in running time.
     pub accepted_at: Millis,
@@ -43,20 +43,20 @@ pub struct Queued {
     pub attempts: u32,
     /// When it was first moved to the end of its queue, in running time.
     pub first_moved_at: Option<Millis>,
-    /// Why its last attempt failed.
+    /// `kind` and `message` of its last failed attempt.
     pub last_error: Option<Arc<RawValue>>,
-    /// What goes to its destination; none where somebody took it away, or it was not asked for.
+    /// None if it was removed by hand, or not asked for.
     pub payload: Option<Vec<u8>>,
 }
 
-/// A connection for one thread at a time.
+/// A connection that reads, or makes checkpoints, for one thread at a time.
 pub struct Reader {
     pub(super) connection: Connection,
-    /// Whether it makes checkpoints.
+    /// Whether it was opened to write, which checkpoints need.
     pub(super) writes: bool,
 }
 
-/// The columns of a [`Queued`], but for its payload.
+/// The columns of a [`Queued`] except its payload.
 macro_rules! queued {
     ($rest:literal) => {
         concat!(
@@ -68,10 +68,10 @@ macro_rules! queued {
 }
 
 impl Reader {
-    /// Looks an export up.
+    /// Looks an export up by its public id.
     ///
     /// # Errors
-    /// Where the store cannot be read.
+    /// The store cannot be read.
     pub fn find(&self, id: Uuid) -> Result<Option<Stored>, Error> {
         let mut statement = self.connection.prepare_cached(
             "SELECT queue, owner, destination, attempts, exports.last_error, response
@@ -84,7 +84,7 @@ impl Reader {
     /// The first export of a queue behind the position `after`, with its payload.
     ///
     /// # Errors
-    /// Where the store cannot be read.
+    /// The store cannot be read.
     pub fn next(&self, queue: QueueId, after: i64) -> Result<Option<Queued>, Error> {
         let mut statement = self.connection.prepare_cached(queued!(
             ", payload FROM exports JOIN queues ON queues.id = queue
@@ -105,15 +105,15 @@ impl Reader {
     /// is the first of them.
     ///
     /// # Errors
-    /// Where the store cannot be read.
+    /// The store cannot be read.
     pub fn oldest(&self, queue: QueueId, after: i64) -> Result<Option<(Queued, bool)>, Error> {
         let read = |sql| {
             let mut statement = self.connection.prepare_cached(sql)?;
             let mut rows = statement.query(params![queue, after])?;
             rows.next()?.map(|row| queued(row)).transpose()
         };
-        // Those that were never moved are in the order of their age, and behind one that was moved
-        // stand only younger ones: so it is the first, or one of those that were moved.
+        // Exports that were never moved are in order of age, so the oldest is the first one or one that
+        // was moved.
         let first: Result<_, Error> = read(queued!(
             "FROM exports JOIN queues ON queues.id = queue
              WHERE queue = ? AND turn > ? AND finished_at IS NULL ORDER BY turn LIMIT 1"
@@ -132,7 +132,7 @@ impl Reader {
     }
 }
 
-/// What one of the statements above has read.
+/// Reads the columns of `queued!`.
 fn queued(row: &Row<'_>) -> Result<Queued, Error> {
     Ok(Queued {
         seq: row.get(0)?,
@@ -147,7 +147,7 @@ fn queued(row: &Row<'_>) -> Result<Queued, Error> {
     })
 }
 
-/// An export from columns in this order: queue, owner, destination, attempts, last_error, response.
+/// Reads columns in this order: queue, owner, destination, attempts, last_error, response.
 pub(super) fn stored(row: &Row<'_>) -> Result<Stored, Error> {
     Ok(Stored {
         queue: row.get(0)?,
@@ -159,13 +159,13 @@ pub(super) fn stored(row: &Row<'_>) -> Result<Stored, Error> {
     })
 }
 
-/// JSON as it stands in a row.
+/// Checks that a column holds JSON.
 pub(super) fn json(text: Option<String>) -> Result<Option<Arc<RawValue>>, Error> {
     let parsed = text.map(RawValue::from_string).transpose();
     Ok(parsed.map_err(|_| Error::Damaged)?.map(Arc::from))
 }
 
-/// The only value of a query that may have none.
+/// The first value of a query's first row, if there is one.
 pub(super) fn value<T: rusqlite::types::FromSql>(
     connection: &Connection,
     sql: &str,

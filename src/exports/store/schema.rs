@@ -1,6 +1,6 @@
-//! What the tables look like, and whose file it is.
+//! The tables, and recognising whose file and which version it is.
 //!
-//! Not here: what an older file's rows become ([`super::copying`]).
+//! Not here: migrating older files ([`super::copying`]).
 
 use std::path::Path;
 
@@ -8,25 +8,25 @@ use rusqlite::{Connection, ErrorCode};
 
 use super::{FILE, OpenError};
 
-/// "EXPS", so that `file` and SQLite itself can tell whose database this is.
+/// "EXPS" in ASCII, so that `file` and other programs can tell whose database this is.
 const APPLICATION_ID: i32 = 0x4558_5053;
 
-/// What the tables look like that are written now.
+/// The version of the tables that this release writes.
 pub const VERSION: i32 = 3;
 
-/// `queues` has every queue that an export belongs to, finished or not, and how many those are.
-/// `failures` are the attempts that failed since the last success, `last_error` is why the last did.
+/// `queues` has every queue that an export belongs to, finished or not. `exports` counts these. `failures`
+/// counts the attempts that failed since the last success, and `last_error` is why the last one did.
 ///
-/// `turn` is the order of delivery in a queue. `response` is null until an export is finished, and
-/// `payload` is from then on. `last_error` is the export's own. `first_moved_at` is when it was first
-/// moved to the end of its queue. `fingerprint` tells a repeat of the same submission from another one
-/// under the same idempotency key, when the payload itself is gone already. What is long comes last,
-/// where it does not get into the way of the rest.
+/// `exports.turn` is the order of delivery in a queue. `response` is null until an export is finished, and
+/// `payload` is null from then on. `last_error` is the export's own. `first_moved_at` is when it was first
+/// moved to the end of its queue. `fingerprint` tells a repeat from another submission under the same
+/// idempotency key, even when the payload is gone. Long columns come last, so that reading the others
+/// touches fewer pages.
 ///
-/// `accepted_at` and `finished_at` are Unix milliseconds by the wall clock, all other times running
-/// time in milliseconds: see `Exports::running`. How much of that has passed is in `running`.
+/// `accepted_at` and `finished_at` are Unix milliseconds by the wall clock. All other times are running
+/// time in milliseconds: see `Exports::running`. `running` has the last running time that was stored.
 ///
-/// `overview` is for people.
+/// `overview` is for people with sqlite3.
 const TABLES: &str = "
     CREATE TABLE queues (
         id              INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -76,10 +76,10 @@ const TABLES: &str = "
         FROM exports JOIN queues ON queues.id = queue;
 ";
 
-/// The version of a database; 0 for an empty one.
+/// The version of a database's tables; 0 without tables.
 ///
 /// # Errors
-/// Where it cannot be read.
+/// It cannot be read.
 pub fn version(connection: &Connection) -> Result<i32, rusqlite::Error> {
     connection.pragma_query_value(None, "user_version", |row| row.get(0))
 }
@@ -87,18 +87,18 @@ pub fn version(connection: &Connection) -> Result<i32, rusqlite::Error> {
 /// Sets what a connection that writes needs.
 ///
 /// # Errors
-/// Where a setting is not taken.
+/// SQLite refuses a setting.
 pub fn configure(connection: &Connection) -> Result<(), rusqlite::Error> {
     connection.pragma_update(None, "cache_size", -1024)?;
     connection.pragma_update(None, "temp_store", "memory")?;
     connection.pragma_update(None, "secure_delete", true)
 }
 
-/// Creates the tables in an empty database, all or none. One that has them is written to, so that it
-/// is known that it can be.
+/// Creates the tables in an empty database, all or none. Writes something in any case, which proves that
+/// the database can be written.
 ///
 /// # Errors
-/// Where it cannot be written.
+/// It cannot be written.
 pub fn create(connection: &mut Connection) -> Result<(), rusqlite::Error> {
     let transaction = connection.transaction()?;
     if version(&transaction)? < VERSION {
@@ -110,10 +110,11 @@ pub fn create(connection: &mut Connection) -> Result<(), rusqlite::Error> {
     transaction.commit()
 }
 
-/// Says no to a file that is not ours, or from the future. `in_use` says that there was one before.
+/// Refuses a database of another program or of a newer release. `in_use` says that the folder has had a
+/// database, so that an empty one is refused too.
 ///
 /// # Errors
-/// What it is instead, and what to do.
+/// The text says what the file is instead, and what to do.
 pub fn recognise(connection: &Connection, path: &Path, in_use: bool) -> Result<(), OpenError> {
     let number =
         |pragma: &str| connection.pragma_query_value(None, pragma, |row| row.get::<_, i32>(0));

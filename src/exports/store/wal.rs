@@ -1,48 +1,48 @@
-//! Looks whether SQLite reads all of a write-ahead log: it reads one as far as it is sound, and says
-//! nothing of the rest.
+//! Finds out whether SQLite has read all of a write-ahead log (WAL): it reads a WAL up to the first bad
+//! frame, and says nothing about the rest. The format is in SQLite's "WAL-mode File Format".
 //!
-//! Not here: what is in it.
+//! Not here: the contents of its pages.
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// Bytes in front of the frames.
+/// Bytes before the first frame.
 const HEADER: u64 = 32;
-/// Bytes in front of the page in each frame.
+/// Bytes before the page in each frame.
 const FRAME_HEADER: usize = 24;
 
-/// What was found in a log before SQLite opened it. Frames count from 1.
+/// What was found in a WAL before SQLite opened it. Frames count from 1.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Scan {
-    /// The header is not one: SQLite reads nothing of this log.
+    /// The header is invalid: SQLite reads nothing of this WAL.
     broken: bool,
-    /// The last frame of this generation. Those of an earlier one, which are in the database by now, stay
-    /// behind it until they are overwritten.
+    /// The last complete frame since the WAL was last restarted. Older frames, which are in the database by
+    /// now, stay behind it until they are overwritten.
     last: u64,
-    /// The last one that ends a transaction.
+    /// The last such frame that ends a transaction.
     last_commit: u64,
-    /// Another one has begun and is not whole.
+    /// Another such frame begins at the end of the file, and is incomplete.
     torn: bool,
 }
 
-/// What SQLite has left out of a log.
+/// What SQLite has not read of a WAL.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Skipped {
     /// Nothing.
     Nothing,
-    /// Transactions that were complete once.
+    /// Transactions that were committed.
     Transactions,
     /// The beginning of a transaction, as after a kill in the middle of one.
     Beginning,
 }
 
 impl Scan {
-    /// Reads what is in front of each page of the log, which may not be there.
+    /// Reads the headers of the WAL and its frames. The file may be missing.
     ///
     /// # Errors
-    /// Where it cannot be read.
+    /// The file cannot be read.
     pub fn of(path: &Path) -> io::Result<Self> {
         match File::open(path) {
             Ok(file) => Self::read(&file, file.metadata()?.len()),
@@ -85,7 +85,7 @@ impl Scan {
         Ok(scan)
     }
 
-    /// What was left out, where SQLite has read so many frames.
+    /// What SQLite has skipped if it has read this many frames.
     pub fn skipped(&self, read: u64) -> Skipped {
         if self.broken || self.last_commit > read {
             Skipped::Transactions
@@ -103,8 +103,8 @@ fn number(bytes: &[u8], at: usize) -> u32 {
         .fold(0, |number, byte| number << 8 | u32::from(*byte))
 }
 
-/// Whether the checksum in a header is right. The last bit of the first number tells the order of bytes
-/// that it was made with.
+/// Whether a header's checksum is right. The last bit of the magic number tells the byte order that it was
+/// computed with.
 fn is_sound(header: &[u8; HEADER as usize]) -> bool {
     let magic = number(header, 0);
     if magic & !1 != 0x377f_0682 {
@@ -132,7 +132,7 @@ mod tests {
 
     const FRAME: usize = 4096 + FRAME_HEADER;
 
-    /// A log of two generations: the file has frames of the first behind those of the second.
+    /// A WAL that was restarted: frames from before that follow the current ones.
     fn log() -> (TempDir, PathBuf) {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("a");
@@ -159,7 +159,7 @@ mod tests {
         (folder, log)
     }
 
-    /// How many frames SQLite reads of a log, and what that leaves out.
+    /// How many frames SQLite reads of a WAL, and what it skips.
     fn skipped(log: &Path) -> (u64, Skipped) {
         let found = Scan::of(log).unwrap();
         let database = log.with_file_name("b");

@@ -1,4 +1,4 @@
-//! What is written to the store while the service runs.
+//! Writes to the store while the service runs.
 //!
 //! Not here: when that happens (`exports::writer`).
 
@@ -17,21 +17,21 @@ use super::{Change, Effect, Error, ExportUpdate, IdempotencyKey, NewExport, Queu
 use super::{ORDINARY_WAL, ORDINARY_WAL_PAGES, Reader, Report, Store};
 use crate::export::{self, Millis, QueueId};
 
-/// The running time is stored with any commit when so much of it has passed, in milliseconds.
+/// A commit also stores the running time when this many milliseconds of it have passed.
 const RUNNING_STEP: Millis = 10_000;
 
-/// Rows deleted in one go once they expired: a few milliseconds even on an SD card.
+/// Expired rows that one transaction deletes: a few milliseconds even on an SD card.
 const EXPIRY_STEP: u32 = 100;
 
 impl Store {
-    /// Writes all of `changes` in one transaction and returns what became of each, in order.
-    /// `has_room` is asked about each new export, but for repeats of an earlier submission, which
-    /// need none; it is told its queue, if there is one, and how many of these changes were added to
-    /// that so far. `now` are Unix milliseconds, `running` is the running time. Blocks until the disk
-    /// has them: that is what a 200 to an app stands for.
+    /// Writes all of `changes` in one transaction and returns the effect of each, in order. `has_room`
+    /// decides on each new export that is not a repeat. It is passed the export, its queue if that exists,
+    /// and how many of these changes were added to that queue so far. `now` is in Unix milliseconds,
+    /// `running` is the running time. Blocks until the disk has everything, which is what a 200 to an app
+    /// means.
     ///
     /// # Errors
-    /// Nothing of it was written.
+    /// Nothing was written.
     pub fn commit(
         &mut self,
         changes: &[Change<'_>],
@@ -43,7 +43,7 @@ impl Store {
             matches!(change, Change::Report(report)
                 if matches!(report.queue_update, QueueUpdate::Failing(..)))
         };
-        // Waits are counted from the time that is stored with them.
+        // After a restart, waits are counted from the running time that was stored with them.
         let save = running - self.running >= RUNNING_STEP || changes.iter().any(failing);
         let mut writing = Writing {
             transaction: self.connection.transaction()?,
@@ -80,24 +80,23 @@ impl Store {
     /// Stores the running time.
     ///
     /// # Errors
-    /// Where the store cannot be written.
+    /// The store cannot be written.
     pub fn save_running(&mut self, running: Millis) -> Result<(), Error> {
         save_running(&self.connection, running)?;
         self.running = running;
         Ok(())
     }
 
-    /// Whether SQLite's write-ahead log is so long that it should be begun anew.
+    /// Whether the WAL is so long that it should be restarted.
     pub fn is_wal_long(&self) -> bool {
         self.wal_pages.load(Ordering::Relaxed) >= ORDINARY_WAL_PAGES
     }
 
-    /// How many bytes of the disk hold exports and results; free pages of the file do not count. The
-    /// write-ahead log counts where it is larger than it should be: it grows for as long as somebody
-    /// reads what has been changed since.
+    /// How many bytes exports and results take on disk. Free pages of the file do not count. The WAL counts
+    /// as far as it is longer than usual: it grows while another process stays in a read transaction.
     ///
     /// # Errors
-    /// Where the store cannot be read.
+    /// The store cannot be read.
     pub fn size(&self) -> Result<u64, Error> {
         let pages = self
             .connection
@@ -110,11 +109,11 @@ impl Store {
         Ok(pages.unsigned_abs().saturating_add(log))
     }
 
-    /// Deletes some results that were finished at or before `limit` (Unix milliseconds), and queues
-    /// that have no other. Says how many, and when the oldest one left was finished.
+    /// Deletes some exports that were finished at or before `limit` (Unix milliseconds), and queues that
+    /// have none left. Returns how many, and when the oldest one left was finished.
     ///
     /// # Errors
-    /// Where the store cannot be written.
+    /// The store cannot be written.
     pub fn expire(&mut self, limit: i64) -> Result<(usize, Option<i64>), Error> {
         let limit = limit.saturating_add(self.clock_offset);
         let oldest = "SELECT min(finished_at) FROM exports WHERE finished_at NOT NULL";
@@ -134,18 +133,18 @@ impl Store {
         ))
     }
 
-    /// What the wall clock is known to be ahead of the process's count, in milliseconds.
+    /// By how many milliseconds the wall clock is known to be ahead of the process's count.
     pub fn clock_offset(&self) -> i64 {
         self.clock_offset
     }
 
-    /// The wall clock was set forward by so many milliseconds: moves the times that were stored since
-    /// the process started, and those to come. Results from a future that the clock has taken back
-    /// are taken for finished now, or they would be kept until then. `started` and `now` are as the
-    /// process counts them.
+    /// Notes that the wall clock was set forward by this many milliseconds, or back if negative: moves the
+    /// times stored since the process started, and those to come. Results that now lie in the future
+    /// count as finished now, or they would expire too late. `started` and `now` are as the process counts
+    /// them.
     ///
     /// # Errors
-    /// Where the store cannot be written; then everything is as it was, and can be tried again.
+    /// The store cannot be written. Then everything is as it was, and can be tried again.
     pub fn clock_was_set(&mut self, started: i64, now: i64, by: i64) -> Result<(), Error> {
         let (from, to) = (started + self.clock_offset, now + self.clock_offset);
         let transaction = self.connection.transaction()?;
@@ -165,10 +164,10 @@ impl Store {
         Ok(())
     }
 
-    /// See [`Reader::truncate_wal`].
+    /// See [`Reader::truncate_wal`]. True for a database in memory, which has no WAL.
     ///
     /// # Errors
-    /// Where the store cannot be written; nothing is lost by that.
+    /// The store cannot be written; nothing is lost by that.
     pub fn truncate_wal(&mut self) -> Result<bool, Error> {
         if self.path.starts_with(MEMORY) {
             return Ok(true);
@@ -176,28 +175,27 @@ impl Store {
         truncate_wal(&self.connection)
     }
 
-    /// Whether there is a write-ahead log.
+    /// Whether there is a WAL: true for a file.
     pub fn has_wal(&self) -> bool {
         !self.path.starts_with(MEMORY)
     }
 }
 
 impl Reader {
-    /// Moves what the write-ahead log holds into the database and empties the log, which until
-    /// then still has every payload in it. False where somebody who reads the file, or writes it, is in
-    /// the way; it is not waited for.
+    /// Copies the WAL into the database and truncates it, as it holds erased payloads until then. False if
+    /// another connection that reads or writes is in the way, which is not waited for.
     ///
     /// # Errors
-    /// Where the store cannot be written; nothing is lost by that.
+    /// The store cannot be written; nothing is lost by that.
     pub fn truncate_wal(&self) -> Result<bool, Error> {
         truncate_wal(&self.connection)
     }
 
-    /// Moves what it can from the write-ahead log into the database, beside those who read and write.
-    /// True where that is all of it: the next commit begins the log anew then.
+    /// Copies as much of the WAL into the database as other connections allow, without blocking them. True
+    /// if that was all of it: then the next commit restarts the WAL.
     ///
     /// # Errors
-    /// Where the store cannot be written; nothing is lost by that.
+    /// The store cannot be written; nothing is lost by that.
     pub fn checkpoint(&self) -> Result<bool, Error> {
         let passive = "PRAGMA wal_checkpoint(PASSIVE)";
         let pages = |row: &Row<'_>| Ok((row.get::<_, i64>(1)?, row.get::<_, i64>(2)?));
@@ -206,7 +204,7 @@ impl Reader {
     }
 }
 
-/// How many bytes the write-ahead log of a database has; it may be larger than what is in it.
+/// The size of a database's WAL file in bytes, which may be more than its contents.
 pub fn wal_size(database: &Path) -> u64 {
     let log = fs::metadata(beside(database, "-wal"));
     log.map_or(0, |log| log.len())
@@ -244,12 +242,12 @@ fn expire_step(transaction: &Transaction<'_>, limit: i64) -> Result<usize, Error
     Ok(expired.len())
 }
 
-/// A transaction that is being filled.
+/// A transaction that changes are written to.
 struct Writing<'a, R> {
     transaction: Transaction<'a>,
     clock_offset: i64,
     last_turn: i64,
-    /// How many exports were added to each queue.
+    /// How many exports this transaction has added to each queue.
     added: HashMap<QueueId, usize>,
     has_room: R,
 }
@@ -300,7 +298,7 @@ where
         Ok(Effect::Written(queue))
     }
 
-    /// What was submitted before to the same queue under the same key, if anything was.
+    /// The effect of a submission whose key was used before in the same queue. None for a new key.
     fn earlier(&self, queue: QueueId, key: &IdempotencyKey) -> Result<Option<Effect>, Error> {
         let mut statement = self.transaction.prepare_cached(
             "SELECT queue, owner, destination, attempts, exports.last_error, response, exports.id,
