@@ -1,4 +1,4 @@
-//! Where a POST may go: which addresses a destination's name may stand for; pure.
+//! Which addresses a destination's name may have; pure.
 //!
 //! Not here: looking names up and connecting ([`super::connect`]).
 
@@ -7,9 +7,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-/// Whether a URL's host, without brackets, is an address as it stands: in the usual spelling, or in
-/// one of those that systems take for an IPv4 address too (one to four numbers, decimal, octal or
-/// hexadecimal, as in inet_aton(3)).
+/// Whether a URL's host, without brackets, is a literal address: in the usual notation, or in one that
+/// systems also take for an IPv4 address (one to four numbers, decimal, octal or hexadecimal, as in
+/// inet_aton(3)).
 pub fn is_literal(host: &str) -> bool {
     let number = |text: &str| match text.strip_prefix("0x").or(text.strip_prefix("0X")) {
         _ if !text.bytes().all(|byte| byte.is_ascii_alphanumeric()) => None,
@@ -54,7 +54,7 @@ const SPECIAL_V4: [(Ipv4Net, &str); 16] = [
 /// The only IPv6 block that is the public internet.
 const GLOBAL_V6: Ipv6Net = v6([0x2000, 0, 0], 3);
 
-/// What is not, within it: documentation, and what carries an IPv4 address or no host's.
+/// Blocks within it that are not: documentation, and addresses that embed an IPv4 address or are no host's.
 const SPECIAL_V6: [(Ipv6Net, &str); 4] = [
     // Teredo tunnels, ORCHIDs, benchmarks and more.
     (v6([0x2001, 0, 0], 23), "reserved for protocols"),
@@ -77,15 +77,15 @@ const fn v6([a, b, c]: [u16; 3], prefix: u8) -> Ipv6Net {
 /// Which addresses may be sent to, beside public ones over TLS.
 #[derive(Clone, Debug)]
 pub struct Rules {
-    /// Networks that are allowed though they are private, over plain HTTP too.
+    /// Networks that are allowed even if they are private, also over plain HTTP.
     pub allowed: Vec<IpNet>,
     /// The port this service listens on: no export may be a request to the service itself.
     pub own_port: u16,
 }
 
 impl Rules {
-    /// Judges one address that a destination's name stands for. `encrypted` says whether the
-    /// URL is `https`, `is_own` whether an address is one of this machine's.
+    /// Judges one address of a destination. `encrypted` says whether the URL is `https`, `is_own` whether an
+    /// address is one of this machine's.
     ///
     /// # Errors
     /// Why nothing may be sent there.
@@ -120,11 +120,11 @@ impl Rules {
 /// Why nothing may be sent to an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Forbidden {
-    /// It is not public; what it is instead.
+    /// It is not public. The text says what it is instead.
     Network(IpAddr, &'static str),
     /// It is public, and the URL is plain `http`.
     Plain(IpAddr),
-    /// It is this service.
+    /// It is this service's own.
     Itself(SocketAddr),
 }
 
@@ -156,7 +156,7 @@ impl fmt::Display for Forbidden {
     }
 }
 
-/// The address that is meant: the IPv4 address inside an IPv6 one where there is one.
+/// The address that packets are sent to: the IPv4 address that an IPv6 one embeds, if it does.
 fn canonical(ip: IpAddr) -> IpAddr {
     let IpAddr::V6(v6) = ip else {
         return ip;

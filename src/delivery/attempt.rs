@@ -1,7 +1,7 @@
-//! One attempt: one POST over ureq within one limit of time, and what came of it.
+//! One attempt: one POST over ureq under one deadline, and its outcome.
 //!
-//! Not here: how the destination is found and reached ([`super::connect`]), whether a failed attempt is tried
-//! again ([`super::retry`]), and what the app is told of it.
+//! Not here: looking the destination up and connecting ([`super::connect`]), whether a failed export is tried
+//! again ([`super::retry`]), and the result that the app reads ([`super::worker`]).
 
 use std::fmt;
 use std::io::{self, ErrorKind, Read};
@@ -21,19 +21,19 @@ use crate::destination::Destination;
 use crate::dial::{LookUpError, Names};
 use crate::memory::{Budget, Reservation};
 
-/// What all bodies that are being read may take together, in bytes, and at least twice the limit of one.
+/// Bytes that all bodies being read may take together, unless twice the limit of one body is more.
 const BODIES: usize = 16 * 1024 * 1024;
-/// A body of so many bytes is not counted: as many attempts as there can be have room for theirs.
+/// Bodies of up to this many bytes are not counted: there is memory for one of these for each attempt.
 const SMALL: usize = 64 * 1024;
-/// How much is read of a body at once, in bytes.
+/// The most bytes of a body that are read at once.
 const READ: usize = 16 * 1024;
 
 const USER_AGENT: &str = concat!("export-service/", env!("CARGO_PKG_VERSION"));
 
-/// What one attempt led to.
+/// The outcome of one attempt.
 #[derive(Debug)]
 pub enum Outcome {
-    /// The destination answered, with whatever status.
+    /// The destination answered, with any status.
     Answered(Answer),
     /// There was no HTTP response.
     Failed(Failure),
@@ -45,16 +45,16 @@ pub struct Answer {
     pub status: u16,
     /// The body, up to the limit.
     pub body: Vec<u8>,
-    /// Whether the body went on past the limit, or broke off before its end.
+    /// Whether the body exceeded the limit, or broke off before its end.
     pub truncated: bool,
-    /// The header `Retry-After`, as it was sent.
+    /// The header `Retry-After`, unparsed.
     pub retry_after: Option<String>,
-    /// The body's part of the memory that all of them share.
+    /// The body's part of the memory that all bodies share.
     pub memory: Option<Reservation>,
 }
 
 impl fmt::Debug for Answer {
-    /// Without the body, which is the app's business alone.
+    /// Leaves the body out, which is private.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Answer({}, {} bytes)", self.status, self.body.len())
     }
@@ -65,9 +65,9 @@ impl fmt::Debug for Answer {
 pub struct Failure {
     /// What went wrong, for programs.
     pub kind: Kind,
-    /// What went wrong, for people: which host, why. Holds no path, query, payload or token.
+    /// What went wrong, for people: which host, and why. Has no path, query, payload or token.
     pub message: String,
-    /// Whether a connection stood, so that the export itself may be the cause.
+    /// Whether there was a connection, so that the export itself may be the cause.
     pub connected: bool,
 }
 
@@ -76,17 +76,17 @@ pub struct Failure {
 pub enum Kind {
     /// The name has no address.
     Dns,
-    /// No connection came about.
+    /// No connection was made.
     Connect,
     /// The TLS handshake failed: most often the certificate.
     Tls,
-    /// A step took longer than it may.
+    /// The attempt's deadline passed.
     Timeout,
     /// The connection ended before a response.
     Closed,
-    /// What came back was not HTTP/1.
+    /// The answer was not HTTP/1.
     Protocol,
-    /// The name stands for an address that nothing may be sent to.
+    /// The name has an address that nothing may be sent to.
     ForbiddenAddress,
     /// The URL is plain `http`, and the address is not in an allowed network.
     ForbiddenHttp,
@@ -95,7 +95,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// The word for it on the wire and in the log.
+    /// Its name in results and in the log.
     pub fn name(self) -> &'static str {
         match self {
             Self::Dns => "dns",
@@ -111,22 +111,22 @@ impl Kind {
     }
 }
 
-/// What every attempt is made with.
+/// The settings of a [`Client`].
 #[derive(Debug)]
 pub struct Settings {
     /// How long a whole attempt may take, the response's body included.
     pub timeout: Duration,
-    /// How many bytes are kept of a response's body.
+    /// How many bytes of a response's body are stored.
     pub max_response: usize,
     /// Which addresses may be sent to.
     pub rules: Rules,
     /// Which certificates are trusted.
     pub trust: Trust,
-    /// What exports are signed with, if they are.
+    /// The key that exports are signed with, if they are signed.
     pub signing_key: Option<SigningKey>,
 }
 
-/// Makes attempts, and keeps connections to destinations open between them for a while.
+/// Makes attempts, and reuses connections to destinations.
 #[derive(Clone)]
 pub struct Client {
     agent: Agent,
@@ -142,7 +142,7 @@ impl Client {
         Self::with_names(settings, Names::default())
     }
 
-    /// A client that has `names` look names up.
+    /// A client that looks names up with `names`.
     pub fn with_names(settings: Settings, names: impl LookUp) -> Self {
         let Settings {
             timeout,
@@ -166,17 +166,17 @@ impl Client {
             agent,
             timeout,
             max_response,
-            // One more than that may be read to its end.
+            // One body may exceed the budget, by up to its limit.
             bodies: Budget::new(BODIES.max(2 * max_response) - max_response),
             signing_key,
         }
     }
 
-    /// POSTs `payload` once and reads the response. Blocks, for the attempt's timeout at most.
+    /// POSTs `payload` once and reads the response. Blocks for at most the attempt's timeout.
     ///
-    /// A kept connection that the destination has closed in the meantime says nothing about the
-    /// destination, so such a failure leads to another try on the next connection, until one is
-    /// new. The export's id goes along as `webhook-id`, by which a receiver can drop a repeat.
+    /// If the destination has closed an idle connection in the meantime, that says nothing about the
+    /// destination, so the POST is repeated on the next connection, until one is new. The export's id is
+    /// sent as `webhook-id`, by which a receiver can drop a repeat.
     pub fn post(&self, id: Uuid, destination: &Destination, payload: &[u8]) -> Outcome {
         let started = Instant::now();
         loop {
@@ -233,8 +233,8 @@ impl Client {
         })
     }
 
-    /// Reads a body up to the limit; true where that is all of it. The status has arrived by now, so one
-    /// that breaks off is an answer cut short.
+    /// Reads a body up to the limit. True if that is all of it. If it breaks off, the answer counts
+    /// nevertheless, as its status has arrived.
     fn read_body(
         &self,
         source: &mut impl Read,
@@ -253,7 +253,7 @@ impl Client {
             let room = self.max_response - body.len();
             let length = body.len() + read.min(room);
             if length > body.capacity() {
-                // In steps, so that a body takes no more memory than it is counted for.
+                // In steps, so that a body takes no more memory than is reserved.
                 let capacity = (body.len() + SMALL).max(length).min(self.max_response);
                 if capacity > SMALL && !memory.grow(capacity, deadline) {
                     return false;
@@ -267,7 +267,7 @@ impl Client {
         }
     }
 
-    /// Puts a failed attempt into words.
+    /// Kind and message of a failed attempt.
     fn explain(&self, error: &ureq::Error, destination: &Destination) -> Failure {
         let host = destination.authority();
         let step = connect::step();
@@ -313,7 +313,7 @@ impl Client {
     }
 }
 
-/// What a destination did not do in time.
+/// What did not happen in time.
 fn late(step: Step, host: &str) -> String {
     match step {
         Step::LookingUp => format!("no name server said what address {host} has"),
@@ -323,7 +323,7 @@ fn late(step: Step, host: &str) -> String {
     }
 }
 
-/// Puts into words what an attempt was ended for by something of ours.
+/// Kind and message of an error that our own parts of ureq's transport have returned.
 fn explain_other(error: &(dyn std::error::Error + 'static), host: &str) -> (Kind, String) {
     if let Some(forbidden) = error.downcast_ref::<Forbidden>() {
         let kind = match forbidden {
@@ -347,7 +347,7 @@ fn explain_other(error: &(dyn std::error::Error + 'static), host: &str) -> (Kind
     )
 }
 
-/// The same of a look-up, with what to do about it.
+/// Why a look-up failed, and what to do about it.
 pub fn explain_look_up(error: LookUpError, host: &str) -> String {
     match error {
         LookUpError::NoAddress => {
@@ -360,7 +360,7 @@ pub fn explain_look_up(error: LookUpError, host: &str) -> String {
     }
 }
 
-/// Why no connection came about, with what that means.
+/// Why no connection was made, and what that means.
 pub fn refusal(error: &io::Error, host: &str) -> String {
     match error.kind() {
         ErrorKind::ConnectionRefused => {

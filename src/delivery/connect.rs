@@ -1,11 +1,11 @@
-//! How ureq gets at a destination: addresses that were judged, a connection to one of them, TLS around
-//! it, and the answer in a spelling that ureq reads.
+//! ureq's way to a destination: a look-up whose addresses are checked, a connection to one of them, TLS,
+//! and the answer in a form that ureq can parse.
 //!
-//! The addresses of a destination are judged where ureq asks for them, at every attempt, so that what was judged
-//! is what is dialled. A kept connection is used only while its peer is among the addresses that were judged
-//! just now: a name that moves is followed.
+//! A destination's addresses are judged by the rules at every attempt, when ureq asks for them, so that only
+//! judged addresses are dialled. An idle connection is reused only if its peer is among the addresses just
+//! judged, so that a name that moves is followed.
 //!
-//! Not here: what is sent and what comes of it ([`super::attempt`]), and how an answer is read ([`super::response`]).
+//! Not here: the request and its outcome ([`super::attempt`]), and parsing an answer ([`super::response`]).
 
 use std::cell::RefCell;
 use std::fmt;
@@ -27,7 +27,7 @@ use crate::destination::bare;
 use crate::dial::{self, Late, LookUpError, Names};
 use crate::socket::Socket;
 
-/// What is sent at once, and read at once, in bytes.
+/// The most bytes that are sent or read at once.
 const BUFFER: usize = 16 * 1024;
 
 /// Longer than any attempt takes.
@@ -36,20 +36,20 @@ const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 /// How far an attempt has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Step {
-    /// The name is looked up and its addresses are judged.
+    /// The name is being looked up, and its addresses judged.
     #[default]
     LookingUp,
-    /// The addresses may be sent to. Nothing more is noted of an attempt on a kept connection.
+    /// The addresses may be sent to. An attempt on a reused connection gets no further than this.
     Judged,
     /// A new connection is being made.
     Connecting,
-    /// The new connection stands, and TLS is agreed on.
+    /// The TLS handshake on the new connection is under way.
     Handshaking,
     /// The new connection can be used.
     Connected,
 }
 
-/// What is noted of the attempt of this thread.
+/// The progress of this thread's attempt.
 #[derive(Default)]
 struct Progress {
     step: Step,
@@ -57,17 +57,17 @@ struct Progress {
 }
 
 thread_local! {
-    /// ureq makes all of an attempt on the caller's thread, and has no other way to hand something on
-    /// from the resolver to the connection.
+    /// Thread-local, as ureq makes all of an attempt on the caller's thread, and cannot pass values from the
+    /// resolver to the connector.
     static PROGRESS: RefCell<Progress> = RefCell::default();
 }
 
-/// An attempt begins on this thread.
+/// Notes that an attempt begins on this thread.
 pub fn begin() {
     PROGRESS.with_borrow_mut(|progress| progress.step = Step::LookingUp);
 }
 
-/// How far the attempt of this thread has come.
+/// How far this thread's attempt has come.
 pub fn step() -> Step {
     PROGRESS.with_borrow(|progress| progress.step)
 }
@@ -78,7 +78,7 @@ fn set_step(step: Step) {
 
 /// Says which addresses a host has, as [`Names::look_up`] does.
 pub trait LookUp: fmt::Debug + Send + Sync + 'static {
-    /// The addresses of a host with this port. Blocks until `deadline` at the most.
+    /// The addresses of a host, with this port. Blocks until `deadline` at most.
     ///
     /// # Errors
     /// Why there is none.
@@ -89,7 +89,7 @@ pub trait LookUp: fmt::Debug + Send + Sync + 'static {
         deadline: Instant,
     ) -> Result<Vec<SocketAddr>, LookUpError>;
 
-    /// What has come of it since. Blocks until `until` at the most.
+    /// The addresses that have arrived since. Blocks until `until` at most.
     fn late(&self, host: &str, port: u16, until: Instant) -> Late;
 }
 
@@ -108,10 +108,10 @@ impl LookUp for Names {
     }
 }
 
-/// Knows which addresses a destination has, and lets them pass only if all of them may be sent to.
+/// Looks a destination's addresses up, and returns them only if all of them may be sent to.
 #[derive(Debug)]
 pub struct Judge<L> {
-    /// What says which addresses a name has.
+    /// Looks names up.
     pub names: L,
     /// Which addresses may be sent to.
     pub rules: Rules,
@@ -158,7 +158,7 @@ fn host_and_port(uri: &Uri) -> (&str, u16) {
     (bare(uri.host().unwrap_or_default()), port)
 }
 
-/// Tells ureq where a destination is, once that may be sent to.
+/// Tells ureq a destination's addresses, if they may be sent to.
 #[derive(Debug)]
 pub struct JudgingResolver<L>(pub Arc<Judge<L>>);
 
@@ -170,7 +170,7 @@ impl<L: LookUp> Resolver for JudgingResolver<L> {
         timeout: NextTimeout,
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
         let found = self.0.look_up(uri, timeout)?;
-        // ureq has room for a few, and wants to see one; all of them are dialled.
+        // ureq has room for a few and needs to see one. The dialler knows all of them.
         let mut seen = self.empty();
         seen.push(*found.first().ok_or(ureq::Error::HostNotFound)?);
         PROGRESS.with_borrow_mut(|progress| {
@@ -183,7 +183,7 @@ impl<L: LookUp> Resolver for JudgingResolver<L> {
 
 /// Whether an address is one of this machine's.
 pub fn is_own(ip: IpAddr) -> bool {
-    // Only those can be bound to, unless the system was told to let any be.
+    // Only a machine's own addresses can be bound to, unless the system is set to allow any.
     ip.is_loopback()
         || UdpSocket::bind((ip, 0)).is_ok() && (!any_can_be_bound_to(ip) || has_interface(ip))
 }
@@ -194,7 +194,7 @@ fn any_can_be_bound_to(ip: IpAddr) -> bool {
     setting.is_ok_and(|setting| setting.trim() != "0")
 }
 
-/// True also where the system does not tell.
+/// Whether a network interface has this address. True if the system does not say.
 fn has_interface(ip: IpAddr) -> bool {
     match if_addrs::get_if_addrs() {
         Ok(interfaces) => interfaces.iter().any(|interface| interface.ip() == ip),
@@ -203,14 +203,14 @@ fn has_interface(ip: IpAddr) -> bool {
 }
 
 fn deadline(timeout: NextTimeout) -> Instant {
-    // Every attempt has a limit of its own; this only keeps the sum in range.
+    // Every attempt has its own limit; this only keeps the sum in range.
     Instant::now() + (*timeout.after).min(LONGEST)
 }
 
-/// Makes new connections, which ureq asks for only when no kept one will do.
+/// Makes new connections, which ureq asks for only if no idle one can be used.
 #[derive(Debug)]
 pub struct Dialler<L> {
-    /// What judges the addresses that are heard of late.
+    /// Judges addresses that arrive late.
     pub judge: Arc<Judge<L>>,
     /// Which certificates are trusted.
     pub trust: Trust,
@@ -253,7 +253,7 @@ impl<L: LookUp> Connector for Dialler<L> {
     }
 }
 
-/// The way to a destination.
+/// A connection to a destination, with TLS or without.
 enum Wire {
     Plain(Socket),
     Tls(Box<StreamOwned<ClientConnection, Socket>>),
@@ -270,8 +270,8 @@ impl Wire {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::Plain(socket) => socket.read(buffer),
-            // Without a close_notify the end is an error (`UnexpectedEof`), as it has to be here: what
-            // came before may have been cut off by anybody on the way.
+            // An end without close_notify is an error (`UnexpectedEof`), as it must be here: anybody on
+            // the way may have cut off the rest.
             Self::Tls(stream) => stream.read(buffer),
         }
     }
@@ -284,22 +284,22 @@ impl Wire {
     }
 }
 
-/// A connection over which ureq sends requests and reads answers, one at a time.
+/// A connection on which ureq sends requests and reads answers, one at a time.
 pub struct Exchange {
     wire: Wire,
     peer: SocketAddr,
     output: Vec<u8>,
-    /// What has arrived and was not read yet.
+    /// Bytes that have arrived and were not parsed yet.
     arrived: Vec<u8>,
     reader: Reader,
-    /// What ureq is to read, from `read` on.
+    /// The answer in ureq's form, which ureq has read up to `read`.
     answer: Vec<u8>,
     read: usize,
-    /// Whether ureq could do something with what it saw last.
+    /// Whether ureq could use some of what it saw last.
     progress: bool,
-    /// The peer takes nothing more. It may have answered before it has read all of a request: too large,
-    /// say.
-    deaf: bool,
+    /// The peer has closed its receiving side. It may have answered before it had read all of the request,
+    /// for example that it is too large.
+    peer_stopped_reading: bool,
 }
 
 impl Exchange {
@@ -313,11 +313,11 @@ impl Exchange {
             answer: Vec::new(),
             read: 0,
             progress: false,
-            deaf: false,
+            peer_stopped_reading: false,
         }
     }
 
-    /// Reads what has arrived; true where that is something for ureq.
+    /// Parses what has arrived. True if that gives ureq something to read.
     fn digest(&mut self) -> Result<bool, ureq::Error> {
         self.answer.drain(..self.read);
         self.read = 0;
@@ -340,13 +340,13 @@ impl Transport for Exchange {
         if self.reader.is_done() {
             self.reader = Reader::new();
         }
-        if self.deaf {
+        if self.peer_stopped_reading {
             return Ok(());
         }
         self.wire.socket().set_deadline(deadline(timeout));
         match self.wire.write_all(&self.output[..amount]) {
             Err(error) if is_closed(&error) => {
-                self.deaf = true;
+                self.peer_stopped_reading = true;
                 Ok(())
             }
             Err(error) if error.kind() == ErrorKind::TimedOut => {
@@ -375,7 +375,7 @@ impl Transport for Exchange {
             let in_order = matches!(read, Ok(0));
             match read {
                 Ok(length) if length > 0 => {}
-                // What is known of it by now is the answer.
+                // What has arrived by now is the answer.
                 _ if self.reader.end(in_order, &mut self.answer) => {
                     if self.read < self.answer.len() {
                         return Ok(true);
@@ -390,9 +390,10 @@ impl Transport for Exchange {
     }
 
     fn is_open(&mut self) -> bool {
-        let rests = self.reader.is_done() && self.arrived.is_empty() && !self.deaf;
+        let is_idle =
+            self.reader.is_done() && self.arrived.is_empty() && !self.peer_stopped_reading;
         let judged = PROGRESS.with_borrow(|progress| progress.judged.contains(&self.peer));
-        rests && judged && self.wire.socket().is_quiet()
+        is_idle && judged && self.wire.socket().is_quiet()
     }
 
     fn is_tls(&self) -> bool {
@@ -410,7 +411,7 @@ impl Buffers for Exchange {
         &self.answer[self.read..]
     }
 
-    /// Not used: what ureq reads is written by `digest`.
+    /// Not used: `digest` writes what ureq reads.
     fn input_append_buf(&mut self) -> &mut [u8] {
         &mut []
     }
@@ -422,7 +423,7 @@ impl Buffers for Exchange {
         self.read = (self.read + amount).min(self.answer.len());
     }
 
-    /// Only a body of unknown length would need room beside the output, and ours have one.
+    /// Only a request body of unknown length would need a temporary buffer, and ours have a known one.
     fn tmp_and_output(&mut self) -> (&mut [u8], &mut [u8]) {
         self.output.resize(BUFFER, 0);
         (&mut [], &mut self.output)
@@ -434,13 +435,13 @@ impl Buffers for Exchange {
 }
 
 impl fmt::Debug for Exchange {
-    /// Without anything of what is sent or read.
+    /// Shows nothing of what is sent or read.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Exchange({})", self.peer)
     }
 }
 
-/// Whether the peer has closed a connection.
+/// Whether an error means that the peer has closed the connection.
 pub fn is_closed(error: &io::Error) -> bool {
     matches!(
         error.kind(),

@@ -1,6 +1,6 @@
-//! Getting a payload to its destination.
+//! Delivers payloads to their destinations.
 //!
-//! Not here: what is queued and what becomes of a result (`exports`).
+//! Not here: the queues, and storing results (`exports`).
 
 pub mod addresses;
 pub mod attempt;

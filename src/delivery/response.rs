@@ -1,27 +1,27 @@
-//! From the bytes that a destination answers with to one response in one spelling; pure.
+//! Rewrites a destination's response into a canonical form; pure.
 //!
-//! ureq reads strictly what the world writes loosely: no headers on a 100, no folded lines, a hundred
-//! headers, twenty bytes for the line of a chunk's size. A destination that was answered for has the data, so
-//! its answer must be read. So [`Reader`] reads as curl does, and writes what ureq is to read: a head with
-//! what this program looks at, and the body in chunks of its own, whatever its framing was. A body that ends
-//! with its framing gets its last chunk; one that breaks off does not.
+//! ureq's parser is stricter than servers are: it accepts no headers on a 100, no folded lines, at most a
+//! hundred headers, and twenty bytes for the line with a chunk's size. But a destination that answers has the
+//! data, so its answer must be understood. So [`Reader`] is as lenient as curl, and writes what ureq can
+//! parse: a head with the headers that this program uses, and the body re-chunked, whatever its framing was.
+//! A body that ends by its framing gets a last chunk; one that breaks off does not.
 //!
-//! Not here: sockets ([`super::connect`]), and what becomes of the answer ([`super::attempt`]).
+//! Not here: sockets ([`super::connect`]), and what the answer means ([`super::attempt`]).
 
 use std::fmt;
 use std::io::Write as _;
 use std::mem;
 
-/// What heads, trailers and interim responses may have in all, in bytes.
+/// Bytes that head, trailers and interim responses may have together.
 const MOST_HEAD: usize = 300 * 1024;
-/// What is kept of a line; what follows is read and forgotten.
+/// Bytes of a line that are used. The rest is read and ignored.
 const MOST_LINE: usize = 8 * 1024;
 /// The longest `Retry-After` that is passed on.
 const MOST_RETRY_AFTER: usize = 128;
 /// The most digits of a chunk's size: those of a 64-bit number.
 const MOST_DIGITS: usize = 16;
 
-/// What came is not HTTP/1.
+/// The answer is not HTTP/1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotHttp;
 
@@ -33,12 +33,12 @@ impl fmt::Display for NotHttp {
     }
 }
 
-/// Reads one response, in pieces of any size. Keeps a line of it at the most.
+/// Reads one response, in pieces of any size. Buffers at most one line of it.
 #[derive(Debug)]
 pub struct Reader {
     part: Part,
     line: Vec<u8>,
-    /// Bytes of lines so far, those that were not kept included.
+    /// Bytes of lines so far, including those that were ignored.
     head_bytes: usize,
     status: u16,
     old: bool,
@@ -52,7 +52,7 @@ enum Part {
     Body(Framing),
     /// The last byte was read.
     Done,
-    /// The rest cannot be read, or never came. It is a response all the same.
+    /// The rest cannot be read, or has not arrived. It is a response nevertheless.
     Broken,
 }
 
@@ -68,14 +68,14 @@ enum Framing {
     Trailers,
 }
 
-/// What counts of a head.
+/// What is used of a head.
 #[derive(Debug, Default)]
 struct Headers {
-    /// Of the header that comes next; a folded line goes on with it.
+    /// The latest header, which a folded line may continue.
     last: Option<(String, Vec<u8>)>,
     length: Option<Result<u64, ()>>,
     chunked: bool,
-    /// The body is in a coding that nobody here undoes.
+    /// The body has a transfer coding other than chunked, which is not supported.
     coded: bool,
     close: bool,
     keep_alive: bool,
@@ -101,7 +101,7 @@ impl Reader {
         }
     }
 
-    /// Whether not a byte of it has come.
+    /// Whether not a byte of it has arrived.
     pub fn is_new(&self) -> bool {
         self.part == Part::Status && self.head_bytes == 0
     }
@@ -116,11 +116,11 @@ impl Reader {
         matches!(self.part, Part::Done | Part::Broken)
     }
 
-    /// Takes bytes in and appends what they mean to `out`; says how many it has used, which are all
-    /// unless the response ends before.
+    /// Parses bytes and appends the canonical form to `out`. Returns how many bytes it has used: all of
+    /// them, unless the response ends before.
     ///
     /// # Errors
-    /// Where it does not begin as HTTP/1 does. After the status line nothing is an error any more.
+    /// The response does not begin as HTTP/1 does. After the status line nothing is an error.
     pub fn feed(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<usize, NotHttp> {
         let mut used = 0;
         while used < input.len() && !self.is_over() {
@@ -138,8 +138,8 @@ impl Reader {
         Ok(used)
     }
 
-    /// There is nothing more: the peer has said so (`in_order`), or the connection broke, or time is
-    /// over. Appends what that means to `out`. False where there was no response yet.
+    /// Notes that no more bytes will arrive: the peer has closed its side (`in_order`), the connection broke,
+    /// or the deadline has passed. Appends what follows from that to `out`. False if there is no response.
     pub fn end(&mut self, in_order: bool, out: &mut Vec<u8>) -> bool {
         match self.part {
             Part::Status => {
@@ -176,7 +176,7 @@ impl Reader {
         length
     }
 
-    /// Takes a line, or as much of it as is there.
+    /// Takes a line, or as much of it as has arrived.
     fn take_line(&mut self, rest: &[u8], out: &mut Vec<u8>) -> Result<usize, NotHttp> {
         let end = rest.iter().position(|byte| *byte == b'\n');
         let used = end.map_or(rest.len(), |end| end + 1);
@@ -205,7 +205,7 @@ impl Reader {
 
     fn read_line(&mut self, line: &[u8], out: &mut Vec<u8>) -> Result<(), NotHttp> {
         match self.part {
-            // Some servers end an earlier body with a line end too many.
+            // Some servers send an extra line end after a body.
             Part::Status if line.is_empty() => {}
             Part::Status => {
                 self.read_status(line)?;
@@ -217,7 +217,7 @@ impl Reader {
                 Some(0) => self.part = Part::Body(Framing::Trailers),
                 Some(size) => {
                     self.part = Part::Body(Framing::Chunk(size));
-                    // Each line counts as long as nothing comes of it.
+                    // Lines count only until some of the body arrives.
                     self.head_bytes = 0;
                 }
                 None => self.part = Part::Broken,
@@ -266,7 +266,7 @@ impl Reader {
         }
     }
 
-    /// Whether the response that counts comes after this one (RFC 9110, section 15.2).
+    /// Whether this is an interim response, which the final one follows (RFC 9110, section 15.2).
     fn is_interim(&self) -> bool {
         matches!(self.status, 100 | 102..200)
     }
@@ -275,7 +275,7 @@ impl Reader {
         matches!(self.status, 101 | 204 | 304)
     }
 
-    /// The end of the response, in order.
+    /// Ends the response by its framing.
     fn finish(&mut self, out: &mut Vec<u8>) {
         if self.headers.coded && !self.has_no_body() {
             self.part = Part::Broken;
@@ -287,7 +287,7 @@ impl Reader {
         self.part = Part::Done;
     }
 
-    /// The rest of the head cannot be read: what is known by now is the response.
+    /// Ends a head whose rest cannot be read: what is known by now is the response.
     fn break_off(&mut self, out: &mut Vec<u8>) {
         self.headers.flush();
         self.headers.close = true;
@@ -331,7 +331,7 @@ impl Headers {
             return;
         }
         self.flush();
-        // A line without a colon is no header, and says nothing.
+        // A line without a colon is not a header, and is ignored.
         let mut parts = line.splitn(2, |byte| *byte == b':');
         if let (Some(name), Some(value)) = (parts.next(), parts.next()) {
             let name = String::from_utf8_lossy(name.trim_ascii()).to_ascii_lowercase();
@@ -339,7 +339,7 @@ impl Headers {
         }
     }
 
-    /// Takes the header that is whole by now into account.
+    /// Evaluates the latest header, which is complete now.
     fn flush(&mut self) {
         let Some((name, value)) = self.last.take() else {
             return;
@@ -384,15 +384,15 @@ impl Headers {
     }
 }
 
-/// Whether a status line can begin like this, but for empty lines and blanks before it.
+/// Whether a status line can begin like this, apart from empty lines and spaces before it.
 fn may_be_status(line: &[u8]) -> bool {
     let line = line.trim_ascii_start();
     let known = line.len().min(5);
     line[..known] == b"HTTP/"[..known]
 }
 
-/// The status in a status line, and whether it is of HTTP/1.0. There may be no reason phrase, and a
-/// version that nobody has asked for.
+/// The status in a status line, and whether the version is HTTP/1.0. The reason phrase may be missing, and
+/// the version may be one that was not asked for.
 fn status_of(line: &[u8]) -> Option<(u16, bool)> {
     let line = line.trim_ascii_start().strip_prefix(b"HTTP/")?;
     let blank = line.iter().position(u8::is_ascii_whitespace)?;
@@ -417,7 +417,7 @@ fn content_length(text: &[u8]) -> Result<u64, ()> {
     digits.and_then(|text| text.parse().ok()).ok_or(())
 }
 
-/// The size in the line before a chunk; extensions do not count, however long they are.
+/// The size in the line before a chunk. Extensions are ignored, however long they are.
 fn chunk_size(line: &[u8]) -> Option<u64> {
     let line = line.trim_ascii_start();
     let digits = line
@@ -452,8 +452,8 @@ mod tests {
         Reset,
     }
 
-    /// What was read, in pieces of so many bytes: status, body and whether it is whole. None where it
-    /// was no response.
+    /// Feeds a response in pieces of this many bytes. Returns status, body and whether it is complete; none
+    /// if it was not a response.
     fn read(input: &[u8], piece: usize, end: End) -> Option<(u16, Vec<u8>, bool)> {
         let (mut reader, mut out) = (Reader::new(), Vec::new());
         let mut rest = input;

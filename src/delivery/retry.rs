@@ -1,6 +1,6 @@
-//! What an attempt's outcome means: whether it is final, or how the export is tried again; pure.
+//! Decides whether an attempt's outcome is final, or how the export is tried again; pure.
 //!
-//! Not here: when that is (`exports::queues`).
+//! Not here: when it is tried again (`exports::queues`).
 
 use std::time::{Duration, SystemTime};
 
@@ -25,7 +25,7 @@ pub fn retry(
                 .as_deref()
                 .and_then(|text| retry_after(text, now));
             Some(Retry {
-                // These two speak of the destination, any other of what it was sent.
+                // These two are about the destination, any other status about what it was sent.
                 to_end: !matches!(answer.status, 429 | 503),
                 least_wait: asked.unwrap_or(0),
             })
@@ -42,7 +42,7 @@ pub fn retry(
             {
                 None
             }
-            // Routers without a line, captive portals and clocks give wrong answers for a while.
+            // These may pass: routers that are offline, captive portals and wrong clocks cause them.
             Kind::Dns
             | Kind::Connect
             | Kind::Tls
@@ -56,12 +56,13 @@ pub fn retry(
     }
 }
 
-/// Whether a destination can never be sent to, whatever its name stands for.
+/// Whether a destination can never be sent to, whatever addresses its name has.
 pub fn is_hopeless(destination: &Destination, plain_allowed: bool) -> bool {
     !destination.is_encrypted() && !plain_allowed
 }
 
-/// How long `Retry-After` asks to wait (RFC 9110 section 10.2.3): seconds, or a date.
+/// How long `Retry-After` asks to wait: seconds, or a date (RFC 9110, section 10.2.3). None if it is
+/// neither.
 fn retry_after(text: &str, now: SystemTime) -> Option<Millis> {
     let text = text.trim();
     let wait = match text.parse::<u64>() {

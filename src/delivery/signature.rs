@@ -1,7 +1,7 @@
-//! Signatures by which a receiver can tell that an export came from this box, as Standard
-//! Webhooks 1.0 defines them (section "Signature scheme", symmetric).
+//! Signatures by which a receiver can tell that an export came from this box: the symmetric "Signature
+//! scheme" of Standard Webhooks 1.0.
 //!
-//! Not here: the headers they go into ([`super::attempt`]).
+//! Not here: the headers that carry them ([`super::attempt`]).
 
 use std::fmt;
 
@@ -10,9 +10,9 @@ use base64::engine::general_purpose::STANDARD;
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
-/// What a secret begins with, by the standard.
+/// The prefix that the standard gives secrets.
 const PREFIX: &str = "whsec_";
-/// The shortest and the longest key that the standard permits, in bytes.
+/// The lengths of a key that the standard permits, in bytes.
 const KEY_BYTES: std::ops::RangeInclusive<usize> = 24..=64;
 
 /// The key shared with receivers.
@@ -20,13 +20,13 @@ const KEY_BYTES: std::ops::RangeInclusive<usize> = 24..=64;
 pub struct SigningKey(Vec<u8>);
 
 impl SigningKey {
-    /// Reads a secret, `whsec_` and base64 of 24 to 64 bytes. `None` where it is none.
+    /// Reads a secret: `whsec_` and base64 of 24 to 64 bytes. `None` for anything else.
     pub fn read(secret: &str) -> Option<Self> {
         let key = STANDARD.decode(secret.strip_prefix(PREFIX)?).ok()?;
         KEY_BYTES.contains(&key.len()).then_some(Self(key))
     }
 
-    /// The value of `webhook-signature` for a message of this id, sent at this Unix second.
+    /// The value of `webhook-signature` for a message with this id. `timestamp` is in Unix seconds.
     pub fn sign(&self, id: &str, timestamp: u64, payload: &[u8]) -> String {
         // HMAC takes a key of any length (RFC 2104 section 3), so this cannot fail.
         let mut mac =

@@ -1,6 +1,6 @@
-//! TLS to destinations: which certificates are trusted, the handshake, and what went wrong in it.
+//! TLS to destinations: which certificates are trusted, the handshake, and why it failed.
 //!
-//! Mozilla's roots and those of `--ca-file` are one list; nothing turns verification off.
+//! Mozilla's roots and those of `--ca-file` form one list. Nothing turns verification off.
 //!
 //! Not here: the connection below ([`super::connect`]), and HTTP over it ([`super::attempt`]).
 
@@ -18,7 +18,7 @@ use time::OffsetDateTime;
 
 use crate::socket::Socket;
 
-/// What certificates of destinations are verified against, and how.
+/// The roots that destinations' certificates are verified against.
 #[derive(Clone)]
 pub struct Trust {
     verifier: Arc<WebPkiServerVerifier>,
@@ -29,7 +29,7 @@ impl Trust {
     /// Trusts Mozilla's roots and every certificate in `more`, which is PEM text.
     ///
     /// # Errors
-    /// What is wrong with `more`, as the end of a sentence about it.
+    /// The text says what is wrong with `more`, and continues a sentence that begins with its path.
     pub fn new(more: Option<&[u8]>) -> Result<Self, String> {
         let mut roots = RootCertStore {
             roots: webpki_roots::TLS_SERVER_ROOTS.to_vec(),
@@ -65,13 +65,13 @@ impl Trust {
 }
 
 impl fmt::Debug for Trust {
-    /// Without the hundred roots.
+    /// Leaves the hundred roots out.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Trust")
     }
 }
 
-/// Puts a failed handshake into words.
+/// The message for a failed handshake.
 pub fn explain(error: &rustls::Error, host: &str) -> String {
     let certificate = format!("certificate of {host}");
     match error {
@@ -88,7 +88,7 @@ pub fn explain(error: &rustls::Error, host: &str) -> String {
                 format!("{certificate} is not valid yet: check this box's clock")
             }
             CertificateError::NotValidForNameContext { presented, .. } => {
-                // What a stranger wrote into a certificate is not to flood a message.
+                // A stranger's certificate must not be able to flood a message.
                 let names: Vec<_> = presented
                     .iter()
                     .take(5)
@@ -106,7 +106,7 @@ pub fn explain(error: &rustls::Error, host: &str) -> String {
                 "{certificate} is self-signed, or of a CA that is not trusted here: if the server is \
                  your own, give its CA's certificate with --ca-file"
             ),
-            // What rustls says of a self-signed certificate that may sign others.
+            // How rustls reports a self-signed certificate that may sign others.
             CertificateError::Other(_) | CertificateError::InvalidPurpose => format!(
                 "{certificate} is self-signed or not meant for a server: if it is your own server, \
                  give it a certificate of a CA, and that CA's certificate with --ca-file"
@@ -117,7 +117,7 @@ pub fn explain(error: &rustls::Error, host: &str) -> String {
     }
 }
 
-/// A day in the notation of RFC 3339.
+/// A date in the format of RFC 3339.
 pub fn date(time: UnixTime) -> String {
     let seconds = i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
     match OffsetDateTime::from_unix_timestamp(seconds) {
@@ -126,11 +126,11 @@ pub fn date(time: UnixTime) -> String {
     }
 }
 
-/// Agrees with a server on TLS. `host` is without brackets. Blocks until the socket's deadline at the
+/// Makes the TLS handshake with a server. `host` is without brackets. Blocks until the socket's deadline at
 /// most.
 ///
 /// # Errors
-/// Those of the socket; what [`cause`] finds in it, where the two find no common ground.
+/// Those of the socket. If the handshake failed, [`cause`] finds why in the error.
 pub fn handshake(
     trust: &Trust,
     host: &str,
@@ -146,7 +146,7 @@ pub fn handshake(
 
 /// The name that a certificate must have.
 fn server_name(host: &str) -> Option<ServerName<'static>> {
-    // A certificate's name has no dot at its end, as a name in a URL may.
+    // A name in a URL may end with a dot, a certificate's may not.
     ServerName::try_from(host.trim_end_matches('.').to_owned()).ok()
 }
 
@@ -155,11 +155,11 @@ pub fn cause(error: &io::Error) -> Option<&rustls::Error> {
     error.get_ref()?.downcast_ref()
 }
 
-/// Far enough ahead that every certificate has expired by then.
+/// So far ahead that every certificate has expired by then.
 const CENTURIES: Duration = Duration::from_secs(500 * 365 * 24 * 60 * 60);
 
-/// When the certificate that a verified peer has shown expires. rustls does not tell, except as
-/// the reason why it is not valid at some later time; so that is what it is asked for.
+/// When a verified peer's certificate expires. None if that is unknown. rustls tells this only as the reason
+/// why a certificate is not valid, so it is verified for a time far ahead.
 pub fn expiry(trust: &Trust, connection: &ClientConnection, host: &str) -> Option<UnixTime> {
     let name = server_name(host)?;
     let certificates = connection.peer_certificates()?;

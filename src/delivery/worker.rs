@@ -1,13 +1,13 @@
-//! The worker: takes what is due, makes one attempt, hands over what came of it, and repeats.
+//! The worker: takes an export that is due, makes one attempt, reports its outcome, and repeats.
 //!
-//! Leader and followers: exactly one thread has the *lead* at any time, with all that feeds it, and
-//! decides. Before an attempt it hands the lead over. If the attempt is over soon,
-//! it takes the lead back; if not, the follower takes it and goes on, and the thread that is stuck
-//! reports to it later. So the usual case costs one thread (and a follower for a while), a distant
-//! destination does not slow the others down, and a hanging one holds up nobody.
+//! The threads are leader and followers. Exactly one at a time has the *lead*, which comes with the
+//! worker's channels, and decides what to do. It makes the lead available before an attempt. If the attempt
+//! is short it takes the lead back. If not, the follower takes the lead and goes on, and the thread that is
+//! stuck reports to it later. So usually one thread does the work (and a follower exists for a while), a
+//! distant destination does not slow the others down, and one that hangs holds up nobody.
 //!
-//! Not here: whose turn it is and how a result is kept (`exports`), how a POST is made
-//! ([`super::attempt`]), and what is tried again ([`super::retry`]).
+//! Not here: whose turn it is and storing results (`exports`), making a POST ([`super::attempt`]), and what
+//! is tried again ([`super::retry`]).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -27,25 +27,25 @@ use crate::exports::queues::Turn;
 use crate::logging::millis;
 use crate::threads;
 
-/// After so long in an attempt a thread loses the lead.
-const PATIENCE: Duration = Duration::from_millis(100);
-/// A follower that was not needed for so long ends.
-const FOLLOWING: Duration = Duration::from_secs(10);
+/// After this long in an attempt a thread loses the lead.
+const TAKEOVER: Duration = Duration::from_millis(100);
+/// A follower that was not needed for this long ends.
+const FOLLOWER_IDLE: Duration = Duration::from_secs(10);
 
-/// How the worker goes about its work.
+/// The worker's settings.
 #[derive(Debug)]
 pub struct Settings {
     /// Statuses that count as failed attempts.
     pub retry_on: Vec<u16>,
     /// Whether there is any network that plain `http` may go to.
     pub plain_allowed: bool,
-    /// How many attempts there may be at a time, at least one.
+    /// How many attempts there may be at a time; at least one.
     pub max_concurrent_attempts: usize,
 }
 
-/// Starts the worker. It delivers what there is, and looks again whenever something comes through
-/// `woken`, until `stop` is dropped; attempts under way then are still finished. What is returned is
-/// closed after the last of them.
+/// Starts the worker. It delivers what is due, and looks again after each message through `woken`, until
+/// `stop` is dropped. Attempts under way then are still finished. The returned channel is disconnected after
+/// the last of them.
 pub fn start(
     woken: Receiver<()>,
     stop: Receiver<()>,
@@ -75,27 +75,27 @@ pub fn start(
     ended
 }
 
-/// What only the thread that leads may touch.
+/// State that only the leading thread may touch.
 struct Lead {
     woken: Receiver<()>,
     /// From threads that have lost the lead.
-    reported: Receiver<Report>,
+    reported: Receiver<FinishedTurn>,
     stop: Receiver<()>,
     under_way: usize,
-    /// Those of them whose queue's attempt before has failed.
+    /// Those of them whose queue was failing already.
     failing_under_way: usize,
-    /// Dropped with the lead, to say that all is over.
+    /// Dropped with the lead, to say that the worker has ended.
     _running: Sender<()>,
 }
 
 /// A turn that is over.
-struct Report {
+struct FinishedTurn {
     failing: bool,
-    /// None where there was nothing to send.
+    /// None if there was nothing to send.
     attempt: Option<Attempt>,
 }
 
-/// What came of an attempt.
+/// An attempt that was made.
 struct Attempt {
     export: Export,
     bytes: usize,
@@ -103,22 +103,22 @@ struct Attempt {
     outcome: Outcome,
 }
 
-/// What all threads of the worker share.
+/// Shared by all threads of the worker.
 struct Workers {
     exports: Arc<Exports>,
     client: Client,
     settings: Settings,
-    reports: Sender<Report>,
-    /// Held for moments only, never during an attempt or while deciding.
+    reports: Sender<FinishedTurn>,
+    /// Locked briefly, and never during an attempt or while deciding.
     handover: Mutex<Handover>,
     changed: Condvar,
 }
 
-/// Where the lead is while the thread that had it makes an attempt.
+/// Holds the lead while the thread that had it makes an attempt.
 #[derive(Default)]
 struct Handover {
     lead: Option<Box<Lead>>,
-    /// From when on the follower may take it; set only while there is one.
+    /// When the follower may take the lead. Set only while there is a follower.
     takeover_at: Option<Instant>,
     follower: Follower,
     /// Threads that have lost the lead and are still in their attempt.
@@ -126,21 +126,21 @@ struct Handover {
     closed: bool,
 }
 
-/// What the thread does that may take the lead next.
+/// What the thread that may take the lead next is doing.
 #[derive(Clone, Copy, Default, PartialEq)]
 enum Follower {
     /// There is none.
     #[default]
     None,
-    /// It looks every now and then, and need not be woken for each attempt: in a long row of short ones
-    /// that would cost more than all else.
+    /// It polls, and need not be woken for each attempt. In a long row of short attempts, waking it would
+    /// cost more than everything else.
     Watching,
     /// It sleeps until it is woken.
     Asleep,
 }
 
 impl Workers {
-    /// What each thread of the worker does, beginning with the lead or as a follower.
+    /// The body of each thread, which begins with the lead or as a follower.
     fn run(self: Arc<Self>, mut lead: Option<Box<Lead>>) {
         while let Some(taken) = lead.take().or_else(|| self.follow()) {
             if !self.work(taken) {
@@ -149,15 +149,15 @@ impl Workers {
         }
     }
 
-    /// Decides and makes attempts for as long as this thread has the lead. True where it has lost it
-    /// and is to follow now; false where it is no longer needed.
+    /// Decides and makes attempts while this thread has the lead. True if it has lost the lead and is to
+    /// follow now; false if it is no longer needed.
     fn work(self: &Arc<Self>, mut lead: Box<Lead>) -> bool {
         while let Some(turn) = lead.next(self) {
             lead.under_way += 1;
             lead.failing_under_way += usize::from(turn.failing);
             if self.most_without_lead() == 0 {
                 let report = self.attempt(&turn);
-                lead.book(report, self);
+                lead.record(report, self);
                 continue;
             }
             self.hand_over(lead, turn.slow);
@@ -165,11 +165,10 @@ impl Workers {
             match self.take_back() {
                 Some(taken) => {
                     lead = taken;
-                    lead.book(report, self);
+                    lead.record(report, self);
                 }
                 None => {
-                    // The thread with the lead has the other end, and waits for all reports
-                    // before it ends.
+                    // The leading thread waits for all reports before it ends, so this cannot fail.
                     let _ = self.reports.send(report);
                     let mut handover = self.handover.lock();
                     let is_alone = handover.follower == Follower::None;
@@ -189,8 +188,8 @@ impl Workers {
         self.settings.max_concurrent_attempts - 1
     }
 
-    /// Leaves the lead to the follower, at once or when patience is over; or, where there are as many
-    /// attempts as there may be, to the first thread that comes back from one.
+    /// Makes the lead available to the follower, at once if `slow`, else after [`TAKEOVER`]. At the limit of
+    /// concurrent attempts, the first thread that returns from one takes it.
     fn hand_over(self: &Arc<Self>, lead: Box<Lead>, slow: bool) {
         let mut handover = self.handover.lock();
         handover.lead = Some(lead);
@@ -198,9 +197,9 @@ impl Workers {
             return;
         }
         let now = Instant::now();
-        handover.takeover_at = Some(if slow { now } else { now + PATIENCE });
+        handover.takeover_at = Some(if slow { now } else { now + TAKEOVER });
         match handover.follower {
-            // It looks within `PATIENCE`.
+            // It looks within `TAKEOVER`.
             Follower::Watching if !slow => {}
             Follower::Watching | Follower::Asleep => {
                 self.changed.notify_one();
@@ -209,27 +208,27 @@ impl Workers {
                 let workers = self.clone();
                 match threads::try_spawn("worker", move || workers.run(None)) {
                     Ok(_) => handover.follower = Follower::Watching,
-                    // Then this attempt is waited for; the next one tries again.
+                    // This thread takes the lead back after its attempt, and the next attempt tries again.
                     Err(error) => log::warn!(reason:% = error; "no thread to follow the worker"),
                 }
             }
         }
     }
 
-    /// Takes the lead back after an attempt: this thread's own, or one that another has handed over
-    /// when there could be no follower. `None` where it was taken meanwhile.
+    /// Takes the lead after an attempt, whether this thread made it available or, when there could be no
+    /// follower, another one. `None` if it was taken meanwhile.
     fn take_back(&self) -> Option<Box<Lead>> {
         let mut handover = self.handover.lock();
         let lead = handover.lead.take();
         match lead {
             Some(_) => handover.takeover_at = None,
-            // Whoever has the lead instead was counted in this one's place.
+            // This thread was counted when the follower took the lead.
             None => handover.without_lead -= 1,
         }
         lead
     }
 
-    /// Waits until the lead may be taken. `None` when no follower is needed any longer.
+    /// Waits until this thread may take the lead. `None` when no follower is needed any longer.
     fn follow(&self) -> Option<Box<Lead>> {
         let mut handover = self.handover.lock();
         let mut idle_since = Instant::now();
@@ -249,12 +248,12 @@ impl Workers {
                     self.changed.wait_until(&mut handover, at);
                     idle_since = Instant::now();
                 }
-                None if idle_since.elapsed() < 2 * PATIENCE => {
-                    self.changed.wait_for(&mut handover, PATIENCE);
+                None if idle_since.elapsed() < 2 * TAKEOVER => {
+                    self.changed.wait_for(&mut handover, TAKEOVER);
                 }
                 None => {
                     handover.follower = Follower::Asleep;
-                    let wait = self.changed.wait_for(&mut handover, FOLLOWING);
+                    let wait = self.changed.wait_for(&mut handover, FOLLOWER_IDLE);
                     if wait.timed_out() && handover.takeover_at.is_none() {
                         handover.follower = Follower::None;
                         return None;
@@ -265,9 +264,9 @@ impl Workers {
         }
     }
 
-    fn attempt(&self, turn: &Turn) -> Report {
+    fn attempt(&self, turn: &Turn) -> FinishedTurn {
         let taken = self.exports.begin(turn);
-        Report {
+        FinishedTurn {
             failing: turn.failing,
             attempt: taken.map(|taken| self.post(taken)),
         }
@@ -279,7 +278,7 @@ impl Workers {
         let outcome = match &payload {
             Some(payload) => {
                 let outcome = self.client.post(export.id, &export.destination, payload);
-                self.say_what_cannot_change(outcome, &export)
+                self.prefer_forbidden_http(outcome, &export)
             }
             None => Outcome::Failed(Failure {
                 kind: Kind::Lost,
@@ -297,9 +296,9 @@ impl Workers {
         }
     }
 
-    /// Where nothing may be sent whatever the name stands for, that a look-up of it has failed is
-    /// beside the point.
-    fn say_what_cannot_change(&self, outcome: Outcome, export: &Export) -> Outcome {
+    /// Reports that plain `http` is forbidden instead of another failure, such as a failed look-up, if the
+    /// destination could not be sent to at any address.
+    fn prefer_forbidden_http(&self, outcome: Outcome, export: &Export) -> Outcome {
         let forbidden = |kind| matches!(kind, Kind::ForbiddenAddress | Kind::ForbiddenHttp);
         match outcome {
             Outcome::Failed(failure)
@@ -322,17 +321,17 @@ impl Workers {
 }
 
 impl Lead {
-    /// Waits for the next turn, and books what is reported meanwhile. `None` when it is
-    /// time to stop and nothing is under way any more.
+    /// Waits for the next turn, and records what is reported meanwhile. `None` when it is time to stop and
+    /// no attempt is under way any longer.
     fn next(&mut self, workers: &Workers) -> Option<Turn> {
         loop {
             while let Ok(report) = self.reported.try_recv() {
-                self.book(report, workers);
+                self.record(report, workers);
             }
             if self.stop.try_recv() == Err(TryRecvError::Disconnected) {
                 while self.under_way > 0 {
                     let report = self.reported.recv().ok()?;
-                    self.book(report, workers);
+                    self.record(report, workers);
                 }
                 return None;
             }
@@ -344,8 +343,8 @@ impl Lead {
         }
     }
 
-    /// Queues whose last attempt failed are likely to hang again: they may take no more than half
-    /// of the threads, and not the last one.
+    /// Whether a failing queue may be tried. Its attempt is likely to hang again, so these may take no more
+    /// than half of the threads, and not the last one.
     fn may_try_failing(&self, workers: &Workers) -> bool {
         let most = workers.most_without_lead();
         most == 0
@@ -359,15 +358,15 @@ impl Lead {
         select! {
             recv(self.woken) -> _ => {}
             recv(self.reported) -> report => if let Ok(report) = report {
-                self.book(report, workers);
+                self.record(report, workers);
             },
             recv(self.stop) -> _ => {}
             recv(timer) -> _ => {}
         }
     }
 
-    /// Decides what an attempt's outcome means, and tells the exports.
-    fn book(&mut self, report: Report, workers: &Workers) {
+    /// Decides what an attempt's outcome means, and reports it to `exports`.
+    fn record(&mut self, report: FinishedTurn, workers: &Workers) {
         self.under_way -= 1;
         self.failing_under_way -= usize::from(report.failing);
         let Some(attempt) = report.attempt else {
@@ -395,7 +394,7 @@ impl Lead {
         log_attempt(&export, bytes, took, &outcome, again.is_some());
         match (again, outcome) {
             (Some(again), outcome) => {
-                let (kind, message) = words(&outcome, &export);
+                let (kind, message) = kind_and_message(&outcome, &export);
                 let error = LastError {
                     kind,
                     message: &message,
@@ -416,12 +415,12 @@ impl Lead {
     }
 }
 
-/// Finishes an export that has been tried for long enough, with the last error.
+/// Finishes an export that was tried for long enough, with its last error.
 fn give_up(mut given_up: GivenUp, workers: &Workers) {
     let Export { id, attempts, .. } = given_up.export;
     log::warn!(id:%, attempts; "given up");
     let (kind, message) = given_up.reason.take().unwrap_or_else(|| {
-        // Not reached: its queue has failed, and that has a reason.
+        // Not reached: its queue is failing, and so has a reason.
         let message = "there was no turn in time";
         (Kind::Timeout.name().into(), message.into())
     });
@@ -452,8 +451,8 @@ fn log_attempt(export: &Export, bytes: usize, took: Duration, outcome: &Outcome,
     }
 }
 
-/// Kind and message of an attempt that counts as failed.
-fn words(outcome: &Outcome, export: &Export) -> (&'static str, String) {
+/// Kind and message for an attempt that counts as failed.
+fn kind_and_message(outcome: &Outcome, export: &Export) -> (&'static str, String) {
     match outcome {
         Outcome::Failed(failure) => (failure.kind.name(), failure.message.clone()),
         Outcome::Answered(answer) => {
@@ -479,7 +478,8 @@ fn answered(answer: Answer) -> ExtResponse {
     }
 }
 
-/// A cut may fall inside a character: text whose only flaw is its last character is text still.
+/// The body fields for cut text that is not valid UTF-8. A cut may fall inside a character: if only the last
+/// one is incomplete, the rest is text.
 fn cut_text(error: std::string::FromUtf8Error) -> (String, Option<String>) {
     let flaw = error.utf8_error();
     let bytes = error.into_bytes();
@@ -489,7 +489,7 @@ fn cut_text(error: std::string::FromUtf8Error) -> (String, Option<String>) {
     }
 }
 
-/// A result of this service's own, where there was no response for good.
+/// The result of an export that ends without a final response.
 fn failed(kind: String, message: String, attempts: u32) -> ExtResponse {
     let is = |one: Kind| kind == one.name();
     let status = if is(Kind::Timeout) {
@@ -509,7 +509,7 @@ fn failed(kind: String, message: String, attempts: u32) -> ExtResponse {
     }
 }
 
-/// The registered reason phrase: HTTP clients do not pass on the one that was sent.
+/// The registered reason phrase. ureq does not pass on the one that was sent.
 fn reason(status: u16) -> &'static str {
     StatusCode::from_u16(status)
         .ok()
