@@ -1,7 +1,7 @@
-//! What a client is told: responses and refusals, and the one place where an error becomes an HTTP
-//! status: see [`Refusal`].
+//! What a client is told: responses and refusals. [`Refusal`] is the one place where an error becomes an
+//! HTTP status.
 //!
-//! Not here: why a request is refused (`routes`, `gate`), and how an answer is written (`gate`).
+//! Not here: deciding whether a request is refused (`routes`, `gate`), and writing an answer (`gate`).
 
 use std::borrow::Cow;
 use std::fmt;
@@ -15,52 +15,52 @@ use crate::auth::secret::Missing;
 use crate::destination::BadUrl;
 use crate::export::{self, State, View};
 
-/// How soon a client may come back after a 429 or 503, in seconds.
+/// How soon a client may retry after a 429 or 503, in seconds.
 const RETRY_AFTER: u32 = 5;
 
-/// The same where only its connection was one too many.
+/// The same if there were only too many connections or large requests.
 const RETRY_AFTER_BUSY: u32 = 1;
 
 /// Why a request is not carried out.
 #[derive(Debug, PartialEq)]
 pub enum Refusal {
-    /// The path is none of the three.
+    /// The path is not one of the three.
     NoSuchPath,
-    /// The path is there, but not for this method; these are allowed.
+    /// The path does not have this method, but these.
     Method(&'static str),
-    /// There is no key yet to check tokens with.
+    /// There is no key yet for checking tokens.
     NoSecret(Missing),
-    /// There is no token, or none that covers the request.
+    /// There is no token, or it does not cover the request.
     Denied(Denial),
-    /// The body is not what it must be; the text says which part and how.
+    /// The body is not as it must be. The text says which part, and how.
     Malformed(Cow<'static, str>),
     /// The body is larger than this many bytes.
     TooLarge(usize),
-    /// The client broke off before its whole body was there.
+    /// The client closed its side before the whole body had arrived.
     Incomplete,
-    /// It is not HTTP/1.1, or can be read in more than one way; the text says where.
+    /// It is not HTTP/1.1, or is ambiguous. The text says where.
     BadRequest(&'static str),
-    /// The client took too long to send it.
+    /// The client took too long to send the request.
     Slow,
-    /// It has a body, and does not say how long that is.
+    /// It should have a body, and does not say how long that is.
     LengthRequired,
-    /// Its body is compressed, or encoded in some other way.
+    /// Its body is compressed, or encoded in another way.
     ContentEncoding,
-    /// It expects something that nobody here knows.
+    /// It has an expectation other than `100-continue`.
     Expectation,
-    /// Its request line and headers are too large, or too many.
+    /// Its request line and headers are too large, or there are too many headers.
     HeadTooLarge,
-    /// It needs something that is not there; the text says what.
+    /// It needs something that is not implemented. The text says what.
     NotImplemented(&'static str),
-    /// It is of an HTTP version that is not served.
+    /// Its HTTP version is not served.
     Version,
-    /// There are too many connections, or too many large requests at the same time.
+    /// There are too many connections, or too many large requests at a time.
     Busy,
-    /// The service is about to end.
+    /// The service is stopping.
     Stopping,
-    /// The service has taken it and did not answer.
+    /// The service has taken the request and did not answer.
     Unanswered,
-    /// The exports say no.
+    /// `exports` has refused it.
     Export(export::Error),
 }
 
@@ -77,8 +77,8 @@ impl From<BadUrl> for Refusal {
 }
 
 impl Refusal {
-    /// The HTTP status and the word for it in the error body. Listed in full, so that a new
-    /// reason does not compile before someone decided what callers see.
+    /// The HTTP status, and the code in the error body. Listed in full, so that a new reason does not
+    /// compile until someone has decided what callers see.
     pub fn status(&self) -> (u16, &'static str) {
         match self {
             Self::NoSuchPath => (404, "no_such_path"),
@@ -180,7 +180,7 @@ impl fmt::Display for Refusal {
 pub struct Response {
     /// The HTTP status.
     pub status: u16,
-    /// Headers beside those that every response has.
+    /// Headers in addition to those that every response has.
     pub headers: Vec<(&'static str, String)>,
     /// The whole body.
     pub body: String,
@@ -203,7 +203,7 @@ pub fn view(view: &View) -> Response {
         state: State,
         ext_response: ExtResponse<'a>,
         #[serde(flatten, skip_serializing_if = "Option::is_none")]
-        trouble: Option<Trouble<'a>>,
+        failure: Option<Failure<'a>>,
     }
     #[derive(Serialize)]
     #[serde(untagged)]
@@ -212,7 +212,7 @@ pub fn view(view: &View) -> Response {
         None {},
     }
     #[derive(Serialize)]
-    struct Trouble<'a> {
+    struct Failure<'a> {
         attempts: u32,
         last_error: &'a RawValue,
         #[serde(skip_serializing_if = "Option::is_none")]
@@ -226,7 +226,7 @@ pub fn view(view: &View) -> Response {
             id: view.id.to_string(),
             state: view.state,
             ext_response: response.map_or(ExtResponse::None {}, ExtResponse::Result),
-            trouble: view.last_error.as_deref().map(|last_error| Trouble {
+            failure: view.last_error.as_deref().map(|last_error| Failure {
                 attempts: view.attempts,
                 last_error,
                 next_attempt_in: view.next_attempt_in.map(seconds),
@@ -235,7 +235,7 @@ pub fn view(view: &View) -> Response {
     )
 }
 
-/// The answer to a request that is not carried out.
+/// The answer to a refused request.
 pub fn refusal(refusal: &Refusal) -> Response {
     #[derive(Serialize)]
     struct Body {
@@ -286,8 +286,8 @@ fn json(status: u16, body: &impl Serialize) -> Response {
     Response {
         status,
         headers: vec![("Content-Type", "application/json".into())],
-        // Structs of strings and of JSON that was read already: nothing here can fail. The
-        // newline keeps a shell's prompt and a script's lines apart from the answer.
+        // Structs of strings and of valid JSON: this cannot fail. The newline separates the answer from a
+        // shell's prompt or a script's next line.
         body: serde_json::to_string(body).expect("a response serialises") + "\n",
     }
 }

@@ -1,29 +1,29 @@
-//! How long to wait after failures: exponential backoff with jitter; pure but for [`jitter`].
+//! How long to wait after failures: exponential backoff with jitter; pure except for [`jitter`].
 //!
 //! Not here: what is waited for.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::Duration;
 
-/// Waits differ by up to this part either way, so that boxes do not come back all at once.
+/// Waits differ by up to this fraction either way, so that boxes do not all retry at the same time.
 const SPREAD: f64 = 0.2;
-/// More doublings than any wait here has, few enough not to overflow.
+/// More doublings than any wait here needs, and few enough not to overflow.
 const MOST_DOUBLINGS: u32 = 20;
 
-/// The wait after so many failures in a row: `first` after one, twice that after two and so on, `longest` at the
-/// most, with jitter by `jitter`, which is evenly spread from 0 to 1.
+/// The wait after this many failures in a row: `first` after one, twice that after two and so on, at most
+/// `longest`, spread by `jitter` from 0 to 1: see [`jittered`].
 pub fn backoff(first: Duration, longest: Duration, failures: u32, jitter: f64) -> Duration {
     let doublings = failures.saturating_sub(1).min(MOST_DOUBLINGS);
     jittered((first * (1 << doublings)).min(longest), jitter)
 }
 
-/// A wait that differs by up to a fifth from `wait`, by `jitter`.
+/// A wait that differs from `wait` by up to a fifth: less for a `jitter` of 0, more for 1, none for 0.5.
 pub fn jittered(wait: Duration, jitter: f64) -> Duration {
     wait.mul_f64(1.0 + SPREAD * (2.0 * jitter - 1.0))
 }
 
-/// A number evenly spread from 0 to 1. std seeds its hash maps from the system's randomness, and
-/// waits need no better.
+/// A random number, uniform from 0 to 1. std seeds its hash maps from the system's randomness, which is good
+/// enough for waits.
 pub fn jitter() -> f64 {
     RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64
 }

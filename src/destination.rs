@@ -1,6 +1,6 @@
-//! Where exports go: what a destination's URL must look like; pure.
+//! Destinations: what their URLs must look like; pure.
 //!
-//! Not here: which addresses its name may stand for (`delivery::addresses`).
+//! Not here: which addresses a host may have (`delivery::addresses`).
 
 use std::fmt;
 use std::net::Ipv6Addr;
@@ -8,11 +8,11 @@ use std::sync::Arc;
 
 use ureq::http::Uri;
 
-/// Longer URLs are refused: every waiting export keeps its own in memory.
+/// The longest URL that is accepted, in bytes.
 pub const LONGEST_URL: usize = 8 * 1024;
 
-/// A destination whose URL is well formed. The text is kept exactly as it was given, since
-/// tokens name destinations by their exact text.
+/// A destination whose URL is well formed. Its text stays exactly as it was given, since tokens name
+/// destinations by their exact text.
 #[derive(Clone)]
 pub struct Destination {
     url: Arc<str>,
@@ -20,11 +20,10 @@ pub struct Destination {
 }
 
 impl Destination {
-    /// Checks a URL: `http` or `https`, a host that there could be, no userinfo, no fragment, ASCII
-    /// only.
+    /// Checks a URL: `http` or `https`, a possible host, no userinfo, no fragment, ASCII only.
     ///
     /// # Errors
-    /// What is wrong with it; the text never quotes the URL, whose path may be a secret.
+    /// What is wrong with it. The text never quotes the URL, whose path may be a secret.
     pub fn parse(url: &str) -> Result<Self, BadUrl> {
         if has_zone(url) {
             return Err(BadUrl::Zone);
@@ -32,7 +31,7 @@ impl Destination {
         if url.len() > LONGEST_URL {
             return Err(BadUrl::TooLong);
         }
-        // http::Uri lets bytes over 127 pass and drops a fragment without a word.
+        // http::Uri accepts bytes over 127 and drops a fragment silently.
         if !url.is_ascii() {
             return Err(BadUrl::NotAscii);
         }
@@ -51,7 +50,7 @@ impl Destination {
         if host.is_empty() || host == "[]" {
             return Err(BadUrl::NoHost);
         }
-        // What stands behind the host must be a port that fits, or nothing.
+        // Only a valid port may follow the host.
         let behind = authority.strip_prefix(host).unwrap_or(authority);
         let port = behind.strip_prefix(':').filter(|port| {
             let digits = port.bytes().all(|byte| byte.is_ascii_digit());
@@ -61,7 +60,7 @@ impl Destination {
             return Err(BadUrl::Port);
         }
         check_host(host)?;
-        // The authority stands right behind "scheme://" in the text as it was given.
+        // The authority follows "scheme://" in the given text.
         let scheme = url.find("://").map_or(0, |at| at + 3);
         let origin = scheme + authority.len();
         Ok(Self {
@@ -75,21 +74,8 @@ impl Destination {
         &self.url
     }
 
-    /// The whole URL, without a copy of it.
-    pub fn shared(&self) -> Arc<str> {
-        self.url.clone()
-    }
-
-    /// The same URL in the memory of another text of it.
-    pub fn sharing(mut self, url: &Arc<str>) -> Self {
-        if self.url == *url {
-            self.url = url.clone();
-        }
-        self
-    }
-
-    /// Scheme, host and port: what logs and error messages may show. Paths and queries stay
-    /// out of them, because with many webhooks they are the credential.
+    /// Scheme, host and port, which logs and error messages may show. Paths and queries may not appear
+    /// there, because for many webhooks they are the credential.
     pub fn origin(&self) -> &str {
         &self.url[..self.origin]
     }
@@ -102,7 +88,7 @@ impl Destination {
             .is_some_and(|byte| byte.eq_ignore_ascii_case(&b's'))
     }
 
-    /// The host, an IPv6 address without its brackets, and the port that is meant.
+    /// The host, without brackets around an IPv6 address, and the port, which may be the scheme's default.
     pub fn host_and_port(&self) -> (&str, u16) {
         let default = if self.is_encrypted() { 443 } else { 80 };
         let port = self.authority()[self.host().len()..].strip_prefix(':');
@@ -110,7 +96,7 @@ impl Destination {
         (bare(self.host()), port)
     }
 
-    /// The host, an IPv6 address with its brackets.
+    /// The host, with brackets around an IPv6 address.
     fn host(&self) -> &str {
         let authority = self.authority();
         match authority.rsplit_once(':') {
@@ -120,7 +106,7 @@ impl Destination {
         }
     }
 
-    /// Host and port if one is given, for messages.
+    /// The host, and the port if the URL has one, for messages.
     pub fn authority(&self) -> &str {
         self.origin()
             .split_once("://")
@@ -128,8 +114,8 @@ impl Destination {
     }
 }
 
-/// Whether a URL's host is an IPv6 address with the name of a network interface, in whatever
-/// spelling (RFC 4007 section 11, RFC 6874).
+/// Whether a URL's host is an IPv6 address with a zone, which names a network interface, in any notation
+/// (RFC 4007 section 11, RFC 6874).
 fn has_zone(url: &str) -> bool {
     let behind = url.split_once("://").map_or("", |(_, behind)| behind);
     let authority = behind.split(['/', '?', '#']).next().unwrap_or_default();
@@ -138,8 +124,8 @@ fn has_zone(url: &str) -> bool {
         .is_some_and(|(address, _)| !authority.contains('@') && address.matches(':').count() > 1)
 }
 
-/// Refuses hosts that no look-up could find, which would be tried again for a day. It is not for
-/// this to say what a good name is: `_`, `127.1` and `0x7f.1` are for the look-up.
+/// Refuses hosts that no look-up can find, which would be tried again for a day. Does not otherwise judge
+/// names: whether `_`, `127.1` or `0x7f.1` mean something is up to the look-up.
 fn check_host(host: &str) -> Result<(), BadUrl> {
     if host.starts_with('[') {
         return match bare(host).parse::<Ipv6Addr>() {
@@ -147,7 +133,7 @@ fn check_host(host: &str) -> Result<(), BadUrl> {
             Err(_) => Err(BadUrl::Brackets),
         };
     }
-    // Of a name as the DNS has it (RFC 1035, sections 2.3.4 and 3.1); the dot of the root may be there.
+    // The DNS's limits for names (RFC 1035, sections 2.3.4 and 3.1). The root's dot may be there.
     let name = host.strip_suffix('.').unwrap_or(host);
     let is_label = |label: &str| (1..=63).contains(&label.len());
     if name.len() <= 253 && name.split('.').all(is_label) {
@@ -157,7 +143,7 @@ fn check_host(host: &str) -> Result<(), BadUrl> {
     }
 }
 
-/// A URL's host without the brackets that an IPv6 address has there (RFC 3986 section 3.2.2).
+/// A URL's host without the brackets around an IPv6 address (RFC 3986, section 3.2.2).
 pub fn bare(host: &str) -> &str {
     host.strip_prefix('[')
         .and_then(|host| host.strip_suffix(']'))
@@ -179,17 +165,17 @@ pub enum BadUrl {
     NotAscii,
     /// It has a `#`, which is never sent to a server.
     Fragment,
-    /// It is no URL by RFC 3986.
+    /// It is not a URL by RFC 3986.
     Malformed,
     /// It is relative, or of another scheme.
     Scheme,
     /// It names no host.
     NoHost,
-    /// Its host is an IPv6 address with the name of a network interface.
+    /// Its host is an IPv6 address with a zone, which names a network interface.
     Zone,
-    /// Its host is in brackets, and no IPv6 address.
+    /// Its host is in brackets, and not an IPv6 address.
     Brackets,
-    /// Its host is neither an address nor a name that the DNS could hold.
+    /// Its host is neither an address nor a possible DNS name.
     Name,
     /// It holds a user name or a password.
     UserInfo,
@@ -198,7 +184,7 @@ pub enum BadUrl {
 }
 
 impl fmt::Display for BadUrl {
-    /// As what follows the name by which the reader knows the URL.
+    /// Continues a sentence that begins with the URL's name.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::TooLong => "is longer than 8,192 bytes",

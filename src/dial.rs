@@ -1,10 +1,10 @@
-//! From a name to its addresses, and from addresses to a connection, each under a deadline.
+//! Looks names up and connects to their addresses, each under a deadline.
 //!
-//! The two families of addresses are looked up side by side, so that an unanswered AAAA does not lose
-//! the A, and dialled as RFC 8305 ("Happy Eyeballs") says, so that a dead address costs a quarter of a
-//! second and not the attempt.
+//! IPv6 and IPv4 addresses are looked up in parallel, so that a missing answer to AAAA does not lose the A.
+//! They are dialled by RFC 8305 ("Happy Eyeballs"), so that a dead address costs a quarter of a second and
+//! not the attempt.
 //!
-//! Not here: which addresses may be dialled (`delivery`), and what is said over a connection.
+//! Not here: which addresses may be dialled (`delivery`), and what is sent over a connection.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -22,29 +22,28 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
 use crate::threads;
 
-/// How long an answer is good for. A busy queue does not ask at each attempt, and a name that moves
-/// is followed within seconds.
-const REMEMBERED: Duration = Duration::from_secs(3);
-/// How long an answer of one family waits for that of the other (RFC 8305, section 3).
+/// How long an answer is cached. A busy queue need not ask at each attempt, and a name that moves is followed
+/// within seconds.
+const CACHED: Duration = Duration::from_secs(3);
+/// How long one family's answer waits for the other's (RFC 8305, section 3).
 const RESOLUTION_DELAY: Duration = Duration::from_millis(50);
 /// How long an address has to itself before the next one is dialled too (RFC 8305, section 5).
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
-/// Names that are remembered at a time. More have been asked for within seconds only by somebody who
-/// makes them up.
+/// How many names are cached. Only somebody who makes names up asks for more within seconds.
 const NAMES: usize = 1024;
-/// The addresses of a name that are dialled.
+/// How many of a name's addresses are dialled.
 const MOST_ADDRESSES: usize = 64;
 
 /// Why a name has no address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LookUpError {
-    /// The name servers say that there is none, or that there is no such name.
+    /// The name servers say that the name has none, or does not exist.
     NoAddress,
     /// No name server has answered.
     NoAnswer,
     /// There was no answer before the deadline.
     TooSlow,
-    /// The system has no thread for it.
+    /// The system could not start a thread for the look-up.
     NoThread,
 }
 
@@ -61,7 +60,7 @@ impl fmt::Display for LookUpError {
     }
 }
 
-/// What the system's look-up says, remembered for some seconds. Clones share what they remember.
+/// The system's look-up, with a cache of some seconds that clones share.
 #[derive(Clone, Default)]
 pub struct Names {
     shared: Arc<Shared>,
@@ -69,7 +68,7 @@ pub struct Names {
 
 #[derive(Default)]
 struct Shared {
-    /// Held for moments only, never during a look-up.
+    /// Locked briefly, and never during a look-up.
     names: Mutex<HashMap<String, Name>>,
     answered: Condvar,
 }
@@ -95,7 +94,7 @@ struct Name {
 
 #[derive(Default)]
 struct Answers {
-    /// A look-up is under way. There is never a second one beside it, however slow it is.
+    /// A look-up is under way. There is never a second one at the same time, however slow it is.
     asked: bool,
     last: Option<Answer>,
 }
@@ -106,8 +105,8 @@ struct Answer {
 }
 
 impl Names {
-    /// The addresses of a host with this port, those of both families in turns, IPv6 first. A literal
-    /// address is its own answer. Blocks until `deadline` at the most.
+    /// The addresses of a host, with this port, alternating between the families, IPv6 first. A literal
+    /// address is its own answer. Blocks until `deadline` at most.
     ///
     /// # Errors
     /// Why there is none.
@@ -125,7 +124,7 @@ impl Names {
         make_room(&mut names, started);
         let name = names.entry(host.to_owned()).or_default();
         if !name.has_address(started) {
-            // A failure counts for those who have waited for it; whoever comes later asks anew.
+            // A failure is only for callers that have waited for it. Later ones ask anew.
             (name.v6.last, name.v4.last) = (None, None);
         }
         for family in [Family::V6, Family::V4] {
@@ -133,8 +132,8 @@ impl Names {
             if answers.asked || answers.recent(started).is_some() {
                 continue;
             }
-            // The system's look-up has no limit of its own, so it has a thread to itself, which ends
-            // some time later where it is not waited for.
+            // The system's look-up has no deadline, so it gets a thread of its own, which may outlast
+            // the caller.
             let (shared, host) = (self.shared.clone(), host.to_owned());
             let began = threads::try_spawn("look-up", move || shared.ask(&host, family));
             answers.asked = began.is_ok();
@@ -147,7 +146,7 @@ impl Names {
         }
         loop {
             let Some(name) = names.get(host) else {
-                // Not reached: a name that is asked for stays.
+                // Not reached: a name with a look-up under way stays in the map.
                 return Err(LookUpError::NoAnswer);
             };
             let now = Instant::now();
@@ -161,17 +160,17 @@ impl Names {
     }
 }
 
-/// Addresses that may still come, while those that are known are dialled.
+/// Addresses that may still arrive while those already known are dialled.
 pub enum Late {
     /// A look-up is still under way.
     Awaited,
-    /// Nothing more comes: this is all there is.
+    /// All look-ups are done, and these are all addresses.
     All(Vec<SocketAddr>),
 }
 
 impl Names {
-    /// What has become of a look-up of which [`Names::look_up`] has returned the first answer. Blocks
-    /// until there is another one, until `until` at the most.
+    /// All addresses of a name of which [`Names::look_up`] may have returned one family's. Blocks until the
+    /// other family's answer arrives, but not beyond `until`.
     pub fn late(&self, host: &str, port: u16, until: Instant) -> Late {
         let mut names = self.shared.names.lock();
         loop {
@@ -204,7 +203,7 @@ impl Shared {
     }
 }
 
-/// Asks as every program of the system does: the hosts file, name servers, search domains and all.
+/// Asks as every program of the system does, including the hosts file and search domains.
 fn ask_system(host: &str, family: Family) -> Result<Vec<SocketAddr>, LookUpError> {
     let address = match family {
         Family::V6 => AddrFamily::Inet6,
@@ -235,7 +234,7 @@ fn make_room(names: &mut HashMap<String, Name>, now: Instant) {
 }
 
 enum Decision {
-    /// Take what is there.
+    /// Use the addresses that are known.
     Use,
     Fail(LookUpError),
     WaitUntil(Instant),
@@ -261,7 +260,7 @@ impl Name {
         })
     }
 
-    /// What to do for a caller who came at `started`; pure.
+    /// What to do for a caller that has asked at `started`; pure.
     fn decide(&self, started: Instant, now: Instant, deadline: Instant) -> Decision {
         let (v6, v4) = (self.v6.recent(started), self.v4.recent(started));
         let found = self.has_address(started);
@@ -273,7 +272,7 @@ impl Name {
                     Some(Answer { result: Err(a), .. }),
                     Some(Answer { result: Err(b), .. }),
                 ) => {
-                    // Where one family was not heard of, the name may have an address in it.
+                    // Without an answer for one family, the name may have an address in it.
                     let unheard = [*a, *b]
                         .into_iter()
                         .find(|one| *one != LookUpError::NoAddress);
@@ -289,7 +288,7 @@ impl Name {
                 Decision::Fail(LookUpError::TooSlow)
             };
         }
-        // One family is there, and the other one gets a moment more.
+        // One family has arrived, and the other one gets a moment more.
         let at = [v6, v4].into_iter().flatten().map(|answer| answer.at).max();
         let until = at.map_or(now, |at| at + RESOLUTION_DELAY).min(deadline);
         if now < until {
@@ -299,7 +298,7 @@ impl Name {
         }
     }
 
-    /// The addresses of both families with this port, as far as they stand at `now`.
+    /// The addresses of both families that are still valid at `now`, with this port.
     fn addresses(&self, now: Instant, port: u16) -> Vec<SocketAddr> {
         let of = |answers: &Answers| match answers.recent(now) {
             Some(Answer {
@@ -307,7 +306,7 @@ impl Name {
             }) => found.clone(),
             _ => Vec::new(),
         };
-        let mut all = in_turns(of(&self.v6), of(&self.v4));
+        let mut all = alternate(of(&self.v6), of(&self.v4));
         for address in &mut all {
             address.set_port(port);
         }
@@ -316,15 +315,13 @@ impl Name {
 }
 
 impl Answers {
-    /// The last answer, if it still stands at `now`.
+    /// The last answer, if it is still valid at `now`.
     fn recent(&self, now: Instant) -> Option<&Answer> {
-        self.last
-            .as_ref()
-            .filter(|answer| now < answer.at + REMEMBERED)
+        self.last.as_ref().filter(|answer| now < answer.at + CACHED)
     }
 }
 
-fn in_turns(v6: Vec<SocketAddr>, v4: Vec<SocketAddr>) -> Vec<SocketAddr> {
+fn alternate(v6: Vec<SocketAddr>, v4: Vec<SocketAddr>) -> Vec<SocketAddr> {
     let (mut v6, mut v4) = (v6.into_iter(), v4.into_iter());
     let mut all = Vec::with_capacity(v6.len() + v4.len());
     while v6.len() + v4.len() > 0 {
@@ -334,14 +331,13 @@ fn in_turns(v6: Vec<SocketAddr>, v4: Vec<SocketAddr>) -> Vec<SocketAddr> {
     all
 }
 
-/// Connects to one of these addresses (RFC 8305, section 5): the next one is dialled when one has
-/// failed, for whatever reason, or has not answered for a quarter of a second; the first that answers
-/// is taken. `late` is asked for those that the other family's answer brings, and may wait until the time that it is
-/// given. Blocks until `deadline` at the most.
+/// Connects to one of these addresses (RFC 8305, section 5). The next one is dialled when one has failed, or
+/// has not answered for a quarter of a second. The first that answers is used. `late` is asked for addresses
+/// that arrive late, and may block until the time that it is given. Blocks until `deadline` at most.
 ///
 /// # Errors
-/// The most telling one of the addresses; `ErrorKind::TimedOut` where one of them was still silent; those of
-/// `late`.
+/// The most telling error of the addresses, `ErrorKind::TimedOut` if one of them was still silent, or an
+/// error of `late`.
 pub fn connect<E: From<io::Error>>(
     addresses: &[SocketAddr],
     deadline: Instant,
@@ -369,7 +365,7 @@ pub fn connect<E: From<io::Error>>(
             }
         }
         if !complete {
-            // There is nothing else to do where nothing is dialled.
+            // With nothing dialled, there is nothing else to wait for.
             let until = if dialled.is_empty() { deadline } else { now };
             if let Late::All(all) = late(until)? {
                 complete = true;
@@ -394,7 +390,7 @@ pub fn connect<E: From<io::Error>>(
             now + RESOLUTION_DELAY
         };
         let answered = wait(&dialled, until.min(deadline).saturating_duration_since(now))?;
-        // From the last on, so that the numbers before it stay right.
+        // From the last one down, so that the remaining indexes stay valid.
         for at in answered.into_iter().rev() {
             let socket = dialled.remove(at);
             match sockopt::socket_error(&socket) {
@@ -412,7 +408,7 @@ pub fn connect<E: From<io::Error>>(
     }
 }
 
-/// Begins to connect, without waiting for it.
+/// Begins to connect, without blocking.
 fn begin(address: &SocketAddr) -> io::Result<OwnedFd> {
     let family = match address {
         SocketAddr::V4(_) => AddressFamily::INET,
@@ -426,13 +422,13 @@ fn begin(address: &SocketAddr) -> io::Result<OwnedFd> {
     }
 }
 
-/// Waits until some of these have connected or failed, and says which.
+/// Waits until some of these have connected or failed, or `limit` has passed. Returns their indexes.
 fn wait(sockets: &[OwnedFd], limit: Duration) -> io::Result<Vec<usize>> {
     let mut waiting: Vec<_> = sockets
         .iter()
         .map(|socket| PollFd::new(socket, PollFlags::OUT))
         .collect();
-    // Rounded up: the kernel would return at once for what is left of a millisecond.
+    // Rounded up: for less than a millisecond the kernel would return at once.
     let limit = Timespec::try_from(limit + Duration::from_millis(1)).map_err(io::Error::other)?;
     match poll(&mut waiting, Some(&limit)) {
         Ok(_) | Err(Errno::INTR) => {}
@@ -442,8 +438,8 @@ fn wait(sockets: &[OwnedFd], limit: Duration) -> io::Result<Vec<usize>> {
     Ok(waiting.iter().enumerate().filter_map(answered).collect())
 }
 
-/// Of two failures the one to report: what a host has said tells more than that there is no way to
-/// another one.
+/// Which of two failures to report: what a host has answered tells more than that another one cannot be
+/// reached.
 fn more_telling(one: io::Error, other: io::Error) -> io::Error {
     let weight = |error: &io::Error| match error.kind() {
         ErrorKind::NotFound => 0,
@@ -545,7 +541,7 @@ mod tests {
             v6: failed(start, LookUpError::NoAddress),
             v4: answer(start, &["192.0.2.1"]),
         };
-        assert!(name.has_address(later) && !name.has_address(start + REMEMBERED));
+        assert!(name.has_address(later) && !name.has_address(start + CACHED));
     }
 
     #[test]
@@ -596,7 +592,7 @@ mod tests {
         fn families_take_turns_and_keep_their_order(v6 in 0_u16..80, v4 in 0_u8..80) {
             let six: Vec<_> = (0..v6).map(|n| SocketAddr::from(([0x2001, 0, 0, 0, 0, 0, 0, n], 0))).collect();
             let four: Vec<_> = (0..v4).map(|n| SocketAddr::from(([192, 0, 2, n], 0))).collect();
-            let all = in_turns(six.clone(), four.clone());
+            let all = alternate(six.clone(), four.clone());
             let of = |wanted: bool| all.iter().copied().filter(|one| one.is_ipv6() == wanted).collect::<Vec<_>>();
             prop_assert!(six == of(true) && four == of(false));
             let both = six.len().min(four.len());

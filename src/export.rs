@@ -1,6 +1,6 @@
-//! The vocabulary: what an export is, where it is in its life, and what comes of it; no I/O.
+//! The shared vocabulary: exports, their states and their results; no I/O.
 //!
-//! Not here: where exports are kept (`exports`), and how they reach their destination (`delivery`).
+//! Not here: storing exports (`exports`), and delivering them (`delivery`).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,13 +12,13 @@ use uuid::Uuid;
 use crate::destination::Destination;
 use crate::memory::Reservation;
 
-/// Milliseconds: of running time here, of Unix time where it says so.
+/// Milliseconds of running time, unless a comment says Unix time.
 pub type Millis = i64;
 
-/// A queue's number in the store. A queue holds the exports of one owner to one destination.
+/// A queue's number in the store. A queue has the exports of one owner to one destination.
 pub type QueueId = i64;
 
-/// An export that has still to be delivered. Its payload is in the store.
+/// An export that is not finished. Its payload is in the store.
 #[derive(Clone, Debug)]
 pub struct Export {
     /// Its public id.
@@ -27,13 +27,13 @@ pub struct Export {
     pub seq: i64,
     /// The queue it waits in.
     pub queue: QueueId,
-    /// Its position there: lower ones are delivered first.
+    /// Its position there. Lower ones are delivered first.
     pub turn: i64,
-    /// Where it goes.
+    /// The parsed URL.
     pub destination: Destination,
-    /// When it was accepted.
+    /// When it was accepted, in running time.
     pub accepted_at: Millis,
-    /// How often it was tried so far.
+    /// How many attempts have failed so far.
     pub attempts: u32,
     /// When it was first moved to the end of its queue, if it was.
     pub first_moved_at: Option<Millis>,
@@ -42,39 +42,39 @@ pub struct Export {
 /// How an export is tried again after an attempt that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retry {
-    /// Whether the export itself seems to be the cause: it goes to the end of its queue then.
+    /// Whether the export itself seems to be the cause. Then it moves to the end of its queue.
     pub to_end: bool,
-    /// The least wait, which the destination asked for.
+    /// The least wait that the destination asked for; 0 if it did not.
     pub least_wait: Millis,
 }
 
-/// How far a queue's backoff has come.
+/// The state of a queue's backoff. All zero for a queue that is not failing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Backoff {
     /// Attempts that failed since the last success.
     pub failures: u32,
-    /// No attempt before this.
+    /// There is no attempt before this.
     pub not_before: Millis,
-    /// When the first of them failed.
+    /// When the first of these attempts failed.
     pub failing_since: Millis,
 }
 
-/// A queue as a start finds it in the store.
+/// A queue as it is found in the store at the start.
 pub struct StoredQueue {
-    /// How many exports it has that are not finished.
+    /// How many unfinished exports it has.
     pub exports: usize,
-    /// The position of the first.
+    /// The position of the first of them.
     pub first: i64,
-    /// Its backoff, and why its last attempt failed, if that did.
+    /// If its last attempt failed: its backoff, and why as JSON.
     pub failing: Option<(Backoff, Option<Arc<RawValue>>)>,
 }
 
-/// Where an export is in its life.
+/// The state of an export, as apps read it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum State {
-    /// Queued.
+    /// It waits in its queue.
     Pending,
-    /// On the wire.
+    /// It is being sent.
     Processing,
     /// It has a result.
     Finished,
@@ -82,9 +82,9 @@ pub enum State {
 
 /// What an app may see of an export.
 pub struct View {
-    /// Which export.
+    /// The id that the app polls with.
     pub id: Uuid,
-    /// Where it is in its life.
+    /// Not in the store, but known from its queue.
     pub state: State,
     /// The `ext_response` object as JSON, once finished.
     pub response: Option<Arc<RawValue>>,
@@ -92,12 +92,12 @@ pub struct View {
     pub attempts: u32,
     /// Why the last one failed, as JSON.
     pub last_error: Option<Arc<RawValue>>,
-    /// How long until there can be another.
+    /// How long until there may be another attempt, if the queue is failing.
     pub next_attempt_in: Option<Duration>,
 }
 
 impl View {
-    /// A finished one.
+    /// The view of a finished export.
     pub fn finished(id: Uuid, response: Arc<RawValue>) -> Self {
         Self {
             id,
@@ -125,10 +125,10 @@ pub struct ExtResponse {
     /// Whether the body is only the beginning of what was sent.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub truncated: bool,
-    /// Why there was no response; the status is then this service's own.
+    /// Why there was no response. The status is this service's own then.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<FailureReport>,
-    /// What the body takes of the memory that all of them share, until it is in the store.
+    /// The part of the memory shared by all responses that the body takes until it is in the store.
     #[serde(skip)]
     pub memory: Option<Reservation>,
 }
@@ -143,9 +143,9 @@ impl ExtResponse {
         }
     }
 
-    /// As it is stored, and shown.
+    /// The JSON that is stored and shown.
     pub fn to_json(&self) -> String {
-        // A struct of strings and numbers has no way not to become JSON.
+        // Structs of strings and numbers always serialise.
         serde_json::to_string(self).expect("a struct serialises")
     }
 }
@@ -159,7 +159,7 @@ pub struct LastError<'a> {
     pub message: &'a str,
 }
 
-/// Why an export has no response of its destination's.
+/// Why an export has no response from its destination.
 #[derive(Deserialize, Serialize)]
 pub struct FailureReport {
     /// What went wrong, for programs.
@@ -177,14 +177,14 @@ pub enum Error {
     NotFound,
     /// The idempotency key was used before for another submission.
     KeyReused,
-    /// The disk takes longer than submissions keep coming.
+    /// Submissions arrive faster than the disk can store them.
     Overloaded,
     /// The disk is full.
     DiskFull,
-    /// The store cannot be read or written; the log says why.
+    /// The store cannot be read or written. The log says why.
     Storage,
-    /// The queue has this many unfinished exports, and may not have more.
+    /// The queue has this many unfinished exports, which is the limit.
     TooMany(usize),
-    /// The store has reached the size that it may have.
+    /// The store has reached its size limit.
     StoreFull,
 }

@@ -3,27 +3,26 @@
 //! The life of a request, from module to module:
 //!
 //! 1. [`config`] reads arguments and environment once and yields one checked value.
-//! 2. [`gate`] lets connections in, speaks TLS, and passes whole requests on to tiny_http.
-//! 3. [`server`] hands each request to a thread of a fixed pool; the connection meanwhile waits for its
+//! 2. [`gate`] admits connections, speaks TLS, and passes whole requests on to tiny_http.
+//! 3. [`server`] serves each request on a thread of a fixed pool. The connection meanwhile waits for its
 //!    answer in [`waits`].
-//! 4. [`routes`] turns a request into a command; no I/O. It asks [`auth`] what the request's macaroon
-//!    allows; the key to check it with was given, or [`arbiter`] has fetched it.
-//! 5. [`exports`] carries the command out: it writes submissions to the store, which is the queue too,
-//!    parks long polls, and answers through [`reply`] when there is something to say. What it says becomes a
-//!    response in [`answer`].
-//! 6. [`delivery`] is the worker: it asks [`exports`] whose turn it is, POSTs one export after the other to
-//!    its destination, and reports each result back.
+//! 4. [`routes`] turns a request into a command, without I/O. It asks [`auth`] what the request's macaroon
+//!    allows. The key for checking macaroons is given, or [`arbiter`] fetches it.
+//! 5. [`exports`] carries the command out. It writes submissions to the store, which is also the queue,
+//!    parks long polls, and answers through [`reply`]. [`answer`] turns that into a response.
+//! 6. [`delivery`] is the worker: it asks [`exports`] whose turn it is, POSTs exports to their destinations
+//!    one after the other, and reports each result back.
 //!
 //! The nouns, which [`export`] and [`destination`] define: an *export* is one payload on its way to one
-//! *destination*; its *owner* is the identifier of the *macaroon* it came with; a *caveat* limits what a
-//! macaroon is good for; a *long poll* is *parked* while it waits; an *attempt* is one POST, its *outcome* an
-//! answer or a failure; exports of one owner to one destination wait in one *queue*, which has a *backoff*
-//! after failures; an export is *finished* once its *result* is stored.
+//! *destination*. Its *owner* is the identifier of the *macaroon* that it came with. A *caveat* limits what a
+//! macaroon permits. A *long poll* is *parked* while it waits. An *attempt* is one POST; its *outcome* is an
+//! answer or a failure. Exports of one owner to one destination wait in one *queue*, which has a *backoff*
+//! after failures. An export is *finished* once its *result* is stored.
 //!
-//! Below all of them: [`logging`] says what may be shown, [`threads`] makes a panic the end of the
-//! process, [`dial`] looks names up and connects, [`socket`] has one deadline for all that it does, [`memory`]
-//! is shared within a bound, [`backoff`] says how long to wait after failures. Beside
-//! all of it: [`tools`] for a person at the keyboard.
+//! Below all of these: [`logging`] decides what may be shown, [`threads`] makes a panic end the process,
+//! [`dial`] looks names up and connects, [`socket`] puts one deadline on everything that it does, [`memory`]
+//! is a shared budget of bytes, and [`backoff`] says how long to wait after failures. Beside them are the
+//! [`tools`] for a person at the keyboard.
 
 // A line printed in passing would bypass the log and its rules on what may be shown.
 #![warn(clippy::dbg_macro, clippy::print_stdout, clippy::print_stderr)]

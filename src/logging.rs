@@ -1,11 +1,11 @@
 //! Log lines on stderr, as text or JSON.
 //!
-//! Only this program's own lines are shown: libraries log headers and bodies at trace level, and
-//! those hold tokens and payloads. What our own lines may hold: ids, origins of destinations,
-//! sizes, durations, statuses, reasons. Never a payload, a token, a secret or a URL's path.
+//! Only this program's own lines are shown, as libraries log headers and bodies at trace level, with tokens
+//! and payloads in them. Our own lines may have ids, origins of destinations, sizes, durations, statuses and
+//! reasons, but never a payload, a token, a secret or a URL's path.
 //!
-//! Nothing waits for whoever reads them: lines go through a bounded queue to a thread that alone
-//! writes them, and those that find it full are lost and counted.
+//! Nothing waits for the reader of the log: lines go through a bounded queue to the one thread that writes
+//! them. Lines that find the queue full are dropped and counted.
 //!
 //! Levels are a promise: `error` needs someone to act, `warn` is something that did not work,
 //! `info` is one line per request and delivery, `debug` each poll, `trace` each step.
@@ -24,7 +24,7 @@ use serde_json::{Map, Value as Json};
 
 use crate::threads;
 
-/// How a line looks.
+/// The format of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
     /// `TIME LEVEL event key=value …`
@@ -33,10 +33,10 @@ pub enum Format {
     Json,
 }
 
-/// Starts logging, with a thread of its own. A second call changes nothing.
+/// Starts logging, on a thread of its own. A second call changes nothing.
 ///
 /// # Panics
-/// Where the system has no thread to give.
+/// The system cannot start a thread.
 pub fn start(format: Format, level: LevelFilter) {
     let queue = Arc::new(Queue::default());
     let logger = Logger {
@@ -49,28 +49,27 @@ pub fn start(format: Format, level: LevelFilter) {
     }
 }
 
-/// Waits until all lines so far are written, so that the end of the process does not lose them. Blocks
-/// for half a second at most, which is how long a reader that stands still is waited for.
+/// Waits until all lines so far are written, so that the end of the process does not lose them. Blocks for
+/// at most half a second, in case nobody reads them.
 pub fn flush() {
     log::logger().flush();
 }
 
-/// Writes a message to stderr that is no log line: one from before logging begins, or the last.
-/// Blocks for half a second at most.
+/// Writes a message that is not a log line to stderr: one from before logging starts, or the last. Blocks
+/// for at most half a second.
 pub fn print(message: String) {
-    // With nobody to read it, the exit code still says it.
+    // If it cannot be written, the exit code still tells.
     let write = |message: &str| drop(io::stderr().write_all(message.as_bytes()));
     let copy = message.clone();
-    // A thread can be left alone with a reader that stands still.
+    // On a thread, which can be left behind if nobody reads.
     match threads::try_spawn("message", move || write(&copy)) {
         Ok(thread) => drop(thread.ends_within(LAST_LINES)),
         Err(_) => write(&message),
     }
 }
 
-/// Runs `tell`, which logs something that clients cause, unless there have been too many such
-/// lines lately: a client is not to fill the disk with them. How many were left out is told with
-/// the next one.
+/// Runs `tell`, which logs something that clients cause, unless there have been too many such lines lately,
+/// so that a client cannot fill the disk with them. How many were left out is logged with the next one.
 pub fn of_clients(tell: impl FnOnce()) {
     static LINES: Mutex<Bucket> = Mutex::new(Bucket::new());
     let passed = LINES.lock().pass(Instant::now());
@@ -82,9 +81,9 @@ pub fn of_clients(tell: impl FnOnce()) {
     }
 }
 
-/// One line for a request that is not carried out. Of the target only its path is shown, and what is
-/// longer than any that are served is cut, as the method is: what a client sends is not to fill the
-/// log, and may be a token in the wrong place.
+/// Logs a refused request. Of its target only the path is shown. Path and method are cut to the lengths of
+/// those that are served: a client must not fill the log, and what it sends may be a token in the wrong
+/// place.
 pub fn refused(
     method: &str,
     target: &str,
@@ -103,17 +102,17 @@ pub fn refused(
     });
 }
 
-/// What is shown of a path, in characters.
+/// How many characters of a path are shown.
 const LONGEST_PATH: usize = 16;
-/// What is shown of a method.
+/// How many characters of a method are shown.
 const LONGEST_METHOD: usize = 8;
 
-/// How many lines about clients may come at once.
+/// How many lines about clients may be logged at once.
 const BURST: f64 = 100.0;
-/// How many may come in a second for ever.
+/// How many a second may be logged for any length of time.
 const PER_SECOND: f64 = 10.0;
 
-/// A token bucket.
+/// A token bucket, which limits the rate of lines about clients.
 struct Bucket {
     left: f64,
     at: Option<Instant>,
@@ -129,7 +128,7 @@ impl Bucket {
         }
     }
 
-    /// Whether another line may pass, and how many could not since the last one.
+    /// Some if another line may be logged: how many could not since the last one.
     fn pass(&mut self, now: Instant) -> Option<u64> {
         let since = self.at.replace(now).unwrap_or(now);
         let more = now.saturating_duration_since(since).as_secs_f64() * PER_SECOND;
@@ -172,10 +171,10 @@ impl log::Log for Logger {
 
 /// Bytes of lines that may wait to be written: some 800 lines.
 const MOST_WAITING: usize = 128 * 1024;
-/// How long lines are gathered before they are written: to wake a thread and write for each of them
-/// would cost a busy service more than the lines themselves.
+/// How long lines are gathered before they are written: a wake-up and a write for each would cost a busy
+/// service more than the lines themselves.
 const GATHERING: Duration = Duration::from_millis(5);
-/// How long to wait before writing again to what takes nothing more now, but does not block.
+/// How long to wait before writing again to a non-blocking stderr that is full.
 const FULL: Duration = Duration::from_millis(10);
 /// How long the last lines of the process may take.
 const LAST_LINES: Duration = Duration::from_millis(500);
@@ -192,17 +191,17 @@ struct Queue {
 struct Waiting {
     /// Whole lines, each with its end.
     lines: Vec<u8>,
-    /// How many more there were behind these.
+    /// How many were dropped after these.
     lost: u64,
-    /// Bytes that the thread has taken, and not written yet.
+    /// Bytes that the thread has taken and not written yet.
     taken: usize,
 }
 
 impl Queue {
-    /// Adds a line, or counts it where there is no room. Never blocks.
+    /// Adds a line, or counts it if there is no room. Never blocks.
     fn add(&self, line: &str) {
         let mut inner = self.inner.lock();
-        // Behind a line that was lost all are, short ones too, so that the count stands where they
+        // After a dropped line all are dropped, even short ones, so that the count appears where they
         // are missing.
         if inner.lost > 0 || inner.lines.len() + inner.taken + line.len() > MOST_WAITING {
             inner.lost += 1;
@@ -213,7 +212,7 @@ impl Queue {
         self.added.notify_one();
     }
 
-    /// Writes whatever is added, for ever.
+    /// The thread's body: writes whatever is added, for ever.
     fn write_to(&self, out: &mut impl Write, format: Format) {
         let mut batch = Vec::new();
         let mut lost = 0;
@@ -225,8 +224,8 @@ impl Queue {
             let written = write(out, &batch);
             lost = match &batch[written..] {
                 [] => 0,
-                // Told behind the next lines that can be written, then. The line that should have
-                // told it now was not one of those that are lost.
+                // Reported after the next lines that can be written. The unwritten line with the count
+                // is not itself a lost one.
                 rest => lost - u64::from(lost > 0) + lines(rest),
             };
             batch.clear();
@@ -235,7 +234,7 @@ impl Queue {
         }
     }
 
-    /// Waits for lines, moves them to `batch` and returns how many more there were behind them.
+    /// Waits for lines and moves them to `batch`. Returns how many were dropped after them.
     fn take(&self, batch: &mut Vec<u8>) -> u64 {
         let mut inner = self.inner.lock();
         while inner.lines.is_empty() && inner.lost == 0 {
@@ -259,7 +258,7 @@ impl Queue {
     }
 }
 
-/// Writes as much as it can and returns how many bytes those were. Blocks as `out` does.
+/// Writes as much as it can, and returns how many bytes those were. Blocks as `out` does.
 fn write(out: &mut impl Write, bytes: &[u8]) -> usize {
     let mut written = 0;
     while written < bytes.len() {
@@ -278,7 +277,7 @@ fn lines(bytes: &[u8]) -> u64 {
     bytes.iter().filter(|byte| **byte == b'\n').count() as u64
 }
 
-/// The line that stands where others are missing.
+/// The line that is written where others are missing.
 fn lost_lines(format: Format, now: SystemTime, count: u64) -> String {
     let count = [("count", Value::from(count))];
     let record = Record::builder()

@@ -26,18 +26,17 @@ use export_service::{arbiter, logging, threads};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// How long after the signal to stop connections may take to their end: parked polls and submissions
-/// are answered, and clients read that.
+/// How long after the signal to stop connections may still exist: parked polls and submissions are
+/// answered, and clients read their answers.
 const LAST_ANSWERS: Duration = Duration::from_secs(3);
-/// How long after the signal the attempt under way may go on.
+/// How long after the signal attempts under way may go on.
 const LAST_ATTEMPT: Duration = Duration::from_secs(5);
-/// How long after both the last commit may take. Docker kills ten seconds after the signal, and this
-/// makes seven.
+/// How long after both the last commit may take. That makes seven seconds in all; Docker kills after ten.
 const LAST_COMMIT: Duration = Duration::from_secs(2);
 
-/// Exit code for settings that cannot work, as clap has it too.
+/// The exit code for settings that cannot work, which clap uses too.
 const EXIT_USAGE: u8 = 2;
-/// What is added to a signal's number for the exit code, as shells do.
+/// The exit code after a second signal is this plus its number, as in shells.
 const EXIT_SIGNAL: i32 = 128;
 
 fn main() -> ExitCode {
@@ -47,7 +46,7 @@ fn main() -> ExitCode {
             logging::print(error.to_string());
             return ExitCode::from(EXIT_USAGE);
         }
-        // Help, which was asked for.
+        // Help or the version, as asked for.
         Err(help) => help.exit(),
     };
     let command = cli
@@ -87,8 +86,8 @@ fn fail(message: &str, code: u8) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// Starts everything from the disk outwards, so that the first request finds all of it, and on a
-/// signal stops it from the network inwards, so that nothing taken is left unanswered.
+/// Starts everything from the disk outwards, so that it is complete at the first request. On a signal, stops
+/// it from the network inwards, so that no request that was taken is left unanswered.
 fn serve(mut config: Config) -> Result<(), String> {
     logging::start(config.log_format, config.log_level);
     threads::exit_on_panic(logging::flush);
@@ -116,7 +115,7 @@ fn serve(mut config: Config) -> Result<(), String> {
 
     let secret = secret(config.secret, &config.place);
 
-    // These threads stop when the first halves are dropped.
+    // These threads stop when the senders are dropped.
     let (stop_writer, writer_stopping) = bounded::<()>(0);
     let (stop_worker, worker_stopping) = bounded::<()>(0);
     let (stop_checkpoints, checkpoints_stopping) = bounded::<()>(0);
@@ -165,15 +164,15 @@ fn serve(mut config: Config) -> Result<(), String> {
     log::info!(signal; "stopping");
     let stopping = Instant::now();
     let last_attempt = stopping + LAST_ATTEMPT;
-    // First, so that it begins no other attempt meanwhile.
+    // First, so that no further attempt begins.
     drop(stop_worker);
     gate.close();
-    // Parked polls hear what state their exports have.
+    // Parked polls are answered with the state of their exports.
     waits.hurry();
-    // All that was begun is answered while those who answer it are still there.
+    // Requests that were begun are answered while the threads that do so still run.
     gate.drain(stopping + LAST_ANSWERS);
     server.stop();
-    // Nothing is ever sent: it is closed at the end of the last attempt.
+    // Nothing is ever sent: it is disconnected at the end of the last attempt.
     let _ = worker_ended.recv_deadline(last_attempt);
     drop(stop_checkpoints);
     let last_commit = Instant::now() + LAST_COMMIT;
@@ -185,22 +184,22 @@ fn serve(mut config: Config) -> Result<(), String> {
     Ok(())
 }
 
-/// The key that tokens are checked with, or where it will be once the arbiter has given it.
+/// The key for checking tokens, which is given or will come from the arbiter.
 fn secret(source: SecretSource, place: &Place) -> Arc<Secret> {
     match source {
         SecretSource::Given(key) => Arc::new(Secret::given(key)),
         SecretSource::Arbiter(settings) => {
             let secret = Arc::new(Secret::awaited());
             let folder = place.folder().map(Path::to_owned);
-            // Its thread needs no stop: what it writes is whole at any time.
+            // Its thread needs no stop, as it replaces its file atomically.
             arbiter::start(settings, folder, secret.clone());
             secret
         }
     }
 }
 
-/// Sends the first signal that asks the process to stop, and ends it at the second. SIGHUP has the
-/// certificate read again.
+/// Sends the first signal that asks the process to stop through the channel, and exits at the second. At
+/// SIGHUP, reads the certificate again.
 fn signals(identity: Option<Arc<Identity>>) -> io::Result<Receiver<i32>> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
     let (sender, first) = bounded(1);
@@ -214,7 +213,7 @@ fn signals(identity: Option<Arc<Identity>>) -> io::Result<Receiver<i32>> {
                 process::exit(EXIT_SIGNAL + signal);
             } else {
                 stopping = true;
-                // The other end is there for as long as the process runs.
+                // The receiver lives until the process ends.
                 let _ = sender.send(signal);
             }
         }

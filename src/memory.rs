@@ -1,6 +1,6 @@
-//! A bounded amount of memory that several threads share, each growing its part as it needs more.
+//! A bounded amount of memory that several threads share. Each grows its part as it needs more.
 //!
-//! Not here: what it is for.
+//! Not here: what it is used for.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -20,15 +20,15 @@ struct Inner {
 
 struct State {
     free: usize,
-    /// Somebody goes beyond the budget: see [`Reservation::grow`].
+    /// A reservation exceeds the budget: see [`Reservation::grow`].
     exceeded: bool,
-    /// Who waits, in the order of coming.
+    /// The tickets of waiting threads, in order of arrival.
     waiting: BTreeSet<u64>,
     last: u64,
 }
 
 impl Budget {
-    /// So many bytes, all of them free.
+    /// A budget of this many bytes, all of them free.
     pub fn new(bytes: usize) -> Self {
         let state = State {
             free: bytes,
@@ -42,7 +42,7 @@ impl Budget {
         }))
     }
 
-    /// A part of it that is empty at first.
+    /// A new part of the budget, which is empty at first.
     pub fn part(&self) -> Reservation {
         Reservation {
             budget: self.clone(),
@@ -58,7 +58,7 @@ impl fmt::Debug for Budget {
     }
 }
 
-/// A part of a [`Budget`], given back when it is dropped.
+/// A part of a [`Budget`], released when it is dropped.
 #[derive(Debug)]
 pub struct Reservation {
     budget: Budget,
@@ -67,11 +67,11 @@ pub struct Reservation {
 }
 
 impl Reservation {
-    /// Grows to so many bytes, if it has less. Blocks until others have given back enough, first come
-    /// first served, and until `deadline` at the most; false where it stays as it was.
+    /// Grows to this many bytes, if it has fewer. Blocks until others have released enough, first come, first
+    /// served, but not beyond `deadline`. False if it stays as it was.
     ///
-    /// Everybody could have a part and wait for the rest of it, so one at a time may exceed the budget,
-    /// until it is dropped. What is in use is bounded by the budget and the largest single part.
+    /// If all threads held a part and waited for more, they would deadlock. So one at a time may exceed the
+    /// budget, until it is dropped. Memory in use is bounded by the budget plus the largest single part.
     #[must_use]
     pub fn grow(&mut self, bytes: usize, deadline: Instant) -> bool {
         let more = bytes.saturating_sub(self.bytes);
@@ -81,10 +81,10 @@ impl Reservation {
         let inner = &self.budget.0;
         let mut state = inner.state.lock();
         state.last += 1;
-        let place = state.last;
-        state.waiting.insert(place);
+        let ticket = state.last;
+        state.waiting.insert(ticket);
         let grown = loop {
-            if state.waiting.first() == Some(&place) {
+            if state.waiting.first() == Some(&ticket) {
                 if state.free >= more {
                     state.free -= more;
                     self.bytes += more;
@@ -100,7 +100,7 @@ impl Reservation {
                 break false;
             }
         };
-        state.waiting.remove(&place);
+        state.waiting.remove(&ticket);
         drop(state);
         inner.changed.notify_all();
         grown

@@ -1,19 +1,19 @@
-//! The means to answer one submission or poll, at once or later, from whichever thread has the answer.
+//! The means to answer one submission or poll, now or later, from any thread.
 //!
-//! Not here: where the connection waits meanwhile (`waits`), and what an answer says (`answer`).
+//! Not here: the connection that waits meanwhile (`waits`), and what an answer says (`answer`).
 
 use crate::answer::{self, Refusal};
 use crate::export::{Error, View};
 use crate::logging;
 use crate::waits::Answerer;
 
-/// What is logged of a request that is refused.
+/// What is logged of a refused request.
 pub struct RequestLine {
-    /// The method.
+    /// As the client sent it.
     pub method: String,
-    /// Path and query.
+    /// Path and query; only the path is logged.
     pub target: String,
-    /// The client's address.
+    /// The client's address and port.
     pub client: String,
 }
 
@@ -27,14 +27,14 @@ impl RequestLine {
 
 /// Answers one request, once.
 pub struct Reply {
-    /// Where the connection waits for it.
+    /// The connection that waits for it.
     pub to: Answerer,
-    /// The request.
+    /// For the log, if the answer is a refusal.
     pub line: RequestLine,
 }
 
 impl Reply {
-    /// Answers. Does not block, and touches no socket.
+    /// Gives the connection its answer. Does not block: the connection's own thread writes to the socket.
     pub fn answer(self, result: Result<View, Error>) {
         match result {
             Ok(view) => self.to.put(answer::view(&view)),

@@ -1,7 +1,7 @@
-//! From a request to a command: what it asks for, and whether it may; no sockets.
+//! Turns a request into a command: what it asks for, and whether that is allowed; no sockets.
 //!
-//! Not here: what a client is told ([`crate::answer`]), taking requests (`server`), carrying commands out
-//! (`exports`).
+//! Not here: what a client is told ([`crate::answer`]), receiving requests (`server`), and carrying commands
+//! out (`exports`).
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -21,11 +21,11 @@ use crate::destination::Destination;
 use crate::export;
 use crate::exports::{Query, Submission};
 
-/// What a long poll waits where it does not say: the Go client library gives up after 10 s.
+/// How long a long poll waits if it does not say: the Go client library gives up after 10 s.
 const DEFAULT_WAIT: Duration = Duration::from_secs(5);
-/// What a long poll waits at the most.
+/// The longest that a long poll waits.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
-/// The deepest nesting of a payload that is passed on: parsers of destinations give up there.
+/// The deepest nesting of a payload that is accepted: destinations' parsers commonly fail beyond it.
 const DEEPEST: usize = 128;
 /// Credentials of Basic auth are standard base64 (RFC 7617).
 const BASIC: GeneralPurpose = GeneralPurpose::new(
@@ -33,7 +33,7 @@ const BASIC: GeneralPurpose = GeneralPurpose::new(
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
 
-/// The parts of a request that anything here depends on.
+/// The parts of a request that decide about it.
 #[derive(Default)]
 pub struct Request<'a> {
     /// The method, in upper case.
@@ -67,24 +67,24 @@ impl<'a> Request<'a> {
 pub struct Policy {
     /// This service's name, which a token's `target` must be.
     pub name: String,
-    /// Where the root key of all tokens is, once there is one.
+    /// Holds the root key of all tokens, once there is one.
     pub secret: Arc<Secret>,
 }
 
-/// What a request asks for, once it may.
+/// What an allowed request asks for.
 pub enum Command {
-    /// Say that the service is there.
+    /// Say that the service is running.
     Status,
-    /// Take a new export, and answer when it is finished or after so long.
+    /// Accept a new export, and answer when it is finished or after this long.
     Submit(Submission, Duration),
-    /// Tell of an export, and answer when it is finished or after so long.
+    /// Show an export, and answer when it is finished or after this long.
     Poll(Query, Duration),
 }
 
-/// Decides what a request asks for and whether it may. Pure: `now` is for expiring tokens.
+/// Decides what a request asks for, and whether that is allowed. Tokens expire by `now`.
 ///
 /// # Errors
-/// The first reason to refuse it: path, method, no key, token, body, destination, in this order.
+/// The first reason to refuse it, in this order: path, method, no key, token, body, destination.
 pub fn command(
     request: &Request<'_>,
     policy: &Policy,
@@ -199,18 +199,18 @@ fn read_body(body: &[u8]) -> Result<Body<'_>, Refusal> {
     })
 }
 
-/// Byte order marks, which editors and PowerShell write, and which nobody sees: in UTF-8, and in
-/// UTF-16 of both orders.
+/// Byte order marks, which editors and PowerShell write and which are invisible: in UTF-8, and in UTF-16 of
+/// both byte orders.
 const BYTE_ORDER_MARKS: [&[u8]; 3] = [b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"];
 
-/// Says that a text is no JSON, and why where that is invisible.
+/// Says that a text is not JSON, and why if the reason is invisible.
 fn not_json(what: &str, text: &[u8], error: &serde_json::Error) -> Refusal {
     let before = text.split_inclusive(|byte| *byte == b'\n');
     let line: usize = before
         .take(error.line().saturating_sub(1))
         .map(<[u8]>::len)
         .sum();
-    // A column is the number of the byte that does not fit, from 1.
+    // A column is the number of the offending byte, from 1.
     let at = line + error.column().saturating_sub(1);
     let rest = text.get(at..).unwrap_or_default();
     if BYTE_ORDER_MARKS.iter().any(|mark| rest.starts_with(mark)) {
@@ -220,7 +220,7 @@ fn not_json(what: &str, text: &[u8], error: &serde_json::Error) -> Refusal {
     malformed_at(what, error)
 }
 
-/// Without serde_json's own message, which may quote a value.
+/// Leaves serde_json's own message out, which may quote a value.
 fn malformed_at(what: &str, error: &serde_json::Error) -> Refusal {
     let (line, column) = (error.line(), error.column());
     Refusal::Malformed(format!("{what}; see line {line}, column {column}").into())
@@ -245,8 +245,8 @@ fn submission(request: &Request<'_>, body: Body<'_>, grant: &Grant) -> Result<Su
     })
 }
 
-/// The exact text to send for `data`, once it is known to be JSON. It is never parsed into values
-/// and written again: that would change numbers, escapes and the order of keys.
+/// The exact text to send for `data`, after checking that it is JSON. It is never parsed into values and
+/// written again, which would change numbers, escapes and the order of keys.
 fn payload(data: &RawValue) -> Result<Cow<'_, str>, Refusal> {
     let text = match data.get().as_bytes().first() {
         Some(b'{' | b'[') => Cow::Borrowed(data.get()),
@@ -273,8 +273,8 @@ fn payload(data: &RawValue) -> Result<Cow<'_, str>, Refusal> {
     Ok(text)
 }
 
-/// How deep valid JSON is nested. serde_json skips over values without recursion, so it neither
-/// runs out of stack nor counts.
+/// How deep valid JSON is nested. serde_json skips values without recursion, so it has no limit of its own
+/// here.
 fn deepest(json: &str) -> usize {
     let (mut depth, mut deepest) = (0_usize, 0);
     let (mut in_string, mut escaped) = (false, false);

@@ -1,10 +1,10 @@
-//! tiny_http's requests to a fixed pool of threads; the orderly stop.
+//! A fixed pool of threads that serve tiny_http's requests, and its orderly stop.
 //!
-//! A thread of the pool takes a request from tiny_http, has `routes` decide, and hands submissions and polls to
-//! `exports` together with the means to answer: the connection that sent it waits in `waits`. It waits for
-//! no commit and no destination. What tiny_http itself is told to answer is empty.
+//! A pool thread takes a request from tiny_http, has `routes` decide, and passes submissions and polls to
+//! `exports` with the means to answer the connection, which waits in `waits`. So it waits for no commit and
+//! no destination. The answer that it gives tiny_http is always empty.
 //!
-//! Not here: clients. tiny_http trusts them, so it listens on a socket that only `gate` can reach,
+//! Not here: clients. tiny_http trusts its clients, so it listens on a socket that only `gate` can reach,
 //! which sends it whole requests of a bounded size.
 
 use std::env;
@@ -26,22 +26,22 @@ use crate::routes::{self, Command, Policy, Request};
 use crate::threads::{self, Thread};
 use crate::waits::{Answerer, Waits};
 
-/// The header in which the client's address is passed on, for the log.
+/// The header in which `gate` passes the client's address on, for the log.
 pub const CLIENT: &str = "Client-Address";
-/// The header in which the number of its connection is passed on, for the answer.
+/// The header in which `gate` passes the connection's number on, for the answer.
 pub const CONNECTION: &str = "Connection-Number";
 /// How long a stop waits for requests that the pool has begun to serve.
 const STOP: Duration = Duration::from_secs(1);
 /// The name of the private socket in its folder.
 const SOCKET: &str = "http.sock";
 
-/// What every request is served with.
+/// What serving a request needs.
 pub struct Service {
-    /// Which tokens are good.
+    /// Decides which tokens are valid.
     pub policy: Policy,
-    /// Where submissions and polls go.
+    /// Receives submissions and polls.
     pub exports: Arc<Exports>,
-    /// Where connections wait for their answers.
+    /// Holds the connections that wait for their answers.
     pub waits: Arc<Waits>,
 }
 
@@ -54,11 +54,11 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves what arrives at a private socket with `threads` threads. The socket is in the data folder if there is one and it can hold sockets, else
-    /// where temporary files are.
+    /// Serves requests from a private socket with `threads` threads. The socket is in the data folder if
+    /// there is one whose file system has sockets, else in the folder for temporary files.
     ///
     /// # Errors
-    /// Where the socket cannot be made.
+    /// The socket cannot be created.
     pub fn start(data: Option<&Path>, service: Service, threads: usize) -> io::Result<Self> {
         let unnamed = || env::temp_dir().join(format!("export-service-{}", Uuid::now_v7()));
         let in_data = data.map(|data| private_socket(data.join("gate")));
@@ -86,15 +86,15 @@ impl Server {
         })
     }
 
-    /// Where it listens.
+    /// The path of the socket that it listens on.
     pub fn socket(&self) -> PathBuf {
         self.folder.join(SOCKET)
     }
 
-    /// Takes no more requests, and waits until those taken are served, a second at most.
+    /// Takes no more requests, and waits until those taken are served, for at most a second.
     pub fn stop(self) {
         self.stopping.store(true, Ordering::Release);
-        // One thread each, behind the requests that are there.
+        // Each call unblocks one thread, after the requests that are queued.
         for _ in &self.pool {
             self.http.unblock();
         }
@@ -104,7 +104,7 @@ impl Server {
         for thread in self.pool {
             thread.ends_within(deadline.saturating_duration_since(Instant::now()));
         }
-        // tiny_http has removed the socket. What is left over is in nobody's way.
+        // tiny_http has removed the socket. A folder that is left over does no harm.
         let _ = fs::remove_dir(&self.folder);
     }
 }
@@ -112,7 +112,7 @@ impl Server {
 /// A socket in a folder that nobody else may enter.
 fn private_socket(folder: PathBuf) -> io::Result<(UnixListener, PathBuf)> {
     match DirBuilder::new().mode(0o700).create(&folder) {
-        // From before: the data folder is locked, so nobody uses it now.
+        // Left by an earlier run: the data folder is locked, so nobody uses it now.
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {
             fs::set_permissions(&folder, Permissions::from_mode(0o700))?;
             match fs::remove_file(folder.join(SOCKET)) {
@@ -132,14 +132,14 @@ fn private_socket(folder: PathBuf) -> io::Result<(UnixListener, PathBuf)> {
 }
 
 impl Service {
-    /// What each thread of the pool does.
+    /// The body of each pool thread.
     fn serve_all(&self, http: &tiny_http::Server, stopping: &AtomicBool) {
         loop {
             match http.recv() {
                 Ok(request) => self.serve(request),
                 Err(_) if stopping.load(Ordering::Acquire) => return,
                 Err(error) => {
-                    // tiny_http says so once and never accepts again.
+                    // tiny_http reports this once and never accepts again.
                     log::error!(reason:% = error; "tiny_http no longer accepts connections");
                     panic!("tiny_http stopped accepting");
                 }
@@ -151,15 +151,15 @@ impl Service {
         let received = Instant::now();
         let mut body = Vec::with_capacity(request.body_length().unwrap_or(0));
         if request.as_reader().read_to_end(&mut body).is_err() {
-            // The gate has gone away in the middle of a request: nobody waits for an answer.
+            // The link broke in the middle of a request: no connection waits for an answer.
             return;
         }
         let number = header(&request, CONNECTION).and_then(|number| number.parse().ok());
-        // None for the request that proves a link, or where the client has gone by now.
+        // None for the request that proves a link, or if the connection has ended by now.
         if let Some(answerer) = number.and_then(|number| self.waits.answerer(number)) {
             self.answer(&request, &body, received, answerer);
         }
-        // Not `Request::respond`, which looks at the client's headers and writes some of its own.
+        // Not `Request::respond`, which evaluates the request's headers and adds some of its own.
         let mut writer = request.into_writer();
         let written = writer
             .write_all(b"HTTP/1.1 204 No Content\r\n\r\n")

@@ -1,7 +1,7 @@
-//! A socket with one deadline for all that is read and written.
+//! A socket with one deadline for everything that is read and written.
 //!
-//! A deadline is a moment, not a time for each byte: a peer that sends or takes one byte a second gains
-//! nothing by it.
+//! A deadline is a point in time, not a timeout for each byte, so a peer that sends or takes one byte a
+//! second gains nothing.
 //!
 //! Not here: which deadline is for what.
 
@@ -13,16 +13,16 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, recv};
 
-/// By how much a deadline may be overrun, so that a timeout that is set already can stay: setting
-/// one for every read would cost as much as the read.
+/// By how much a deadline may be overrun, so that a timeout that is already set can stay: setting one for
+/// every read would cost as much as the read.
 const SLACK: Duration = Duration::from_millis(100);
 
-/// A socket whose every read and write fails with `ErrorKind::TimedOut` once its deadline is over.
+/// A socket whose reads and writes fail with `ErrorKind::TimedOut` once its deadline has passed.
 #[derive(Debug)]
 pub struct Socket {
     stream: Arc<TcpStream>,
     deadline: Instant,
-    /// What the kernel has been told.
+    /// The timeouts that were last set.
     read_timeout: Duration,
     write_timeout: Duration,
 }
@@ -38,19 +38,18 @@ impl Socket {
         }
     }
 
-    /// From now on everything must be over at this moment.
+    /// Everything that is read or written from now on must be over by then.
     pub fn set_deadline(&mut self, deadline: Instant) {
         self.deadline = deadline;
     }
 
-    /// Whether the peer has neither sent anything that was not read nor closed the connection. Does not
-    /// block.
+    /// Whether there is nothing to read and the peer has not closed the connection. Does not block.
     pub fn is_quiet(&self) -> bool {
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
         recv(&*self.stream, &mut [0_u8; 1], flags) == Err(rustix::io::Errno::AGAIN)
     }
 
-    /// Whether the peer has closed its side, or the connection is broken, whatever is still to be
+    /// Whether the peer has closed its side or the connection is broken, even if there is still something to
     /// read. Does not block.
     pub fn is_left(&self) -> bool {
         let mut socket = [PollFd::new(&*self.stream, PollFlags::RDHUP)];
@@ -58,7 +57,7 @@ impl Socket {
         poll(&mut socket, Some(&now)).is_ok_and(|left| left > 0)
     }
 
-    /// The byte that will be read next; none at the end. Blocks until it is there.
+    /// The byte that will be read next. None at the end. Blocks until it arrives, or the deadline passes.
     ///
     /// # Errors
     /// Those of a read.
@@ -73,8 +72,8 @@ impl Socket {
         }
     }
 
-    /// Says that nothing more will be written. An error says that the peer has gone, which is no news
-    /// by then.
+    /// Tells the peer that nothing more will be written. An error means that the peer has left, and is
+    /// ignored.
     pub fn end(&self) {
         let _ = self.stream.shutdown(Shutdown::Write);
     }
@@ -84,18 +83,18 @@ impl Socket {
         if left.is_zero() {
             return Err(ErrorKind::TimedOut.into());
         }
-        // The kernel takes zero for no limit, and counts in microseconds.
+        // The kernel counts in microseconds, and takes zero for no limit.
         Ok(left.max(Duration::from_millis(1)))
     }
 }
 
-/// Whether a timeout that is set already will do: it does not overrun by much, and does not
-/// wake the thread for nothing too often.
+/// Whether a timeout that is already set will do: it neither overruns the deadline by much, nor wakes the
+/// thread too often for nothing.
 fn will_do(timeout: Duration, left: Duration) -> bool {
     timeout <= left + SLACK && timeout >= left / 2
 }
 
-/// Whether a time limit was reached.
+/// Whether an error means that a timeout was reached.
 pub fn is_timeout(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
 }

@@ -1,7 +1,7 @@
-//! Threads of our own, and what a panic in one of them means.
+//! Threads of our own, in which a panic ends the process.
 //!
-//! Not here: threads of libraries. tiny_http's panic when a client resets its connection, which
-//! must not end anything.
+//! Not here: threads of libraries. tiny_http's panic when a client resets its connection, which must end
+//! nothing.
 
 use std::io;
 use std::panic;
@@ -14,14 +14,14 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 /// The exit code after a panic: an internal error, as sysexits.h has it.
 pub const EXIT_PANIC: i32 = 70;
 
-/// A thread of ours that was started.
+/// A thread that was started.
 pub struct Thread {
-    /// Closed when the thread ends; nothing is ever sent.
+    /// Disconnected when the thread ends. Nothing is ever sent.
     ended: Receiver<()>,
 }
 
 impl Thread {
-    /// Waits for the thread to end, for so long at the most; false where it did not.
+    /// Waits for the thread to end, for at most `limit`. False if it did not.
     pub fn ends_within(&self, limit: Duration) -> bool {
         self.ended.recv_timeout(limit) == Err(RecvTimeoutError::Disconnected)
     }
@@ -31,8 +31,8 @@ impl Thread {
 /// [`exit_on_panic`].
 ///
 /// # Panics
-/// Where the system has no thread to give, which ends the process: all of these are started
-/// before the first request, so this is found out at once.
+/// The system cannot start a thread. That ends the process, at its start: all of these threads are started
+/// before the first request.
 pub fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Thread {
     try_spawn(name, run).unwrap_or_else(|error| {
         log::error!(name, reason:% = error; "cannot start a thread");
@@ -40,10 +40,10 @@ pub fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Thread {
     })
 }
 
-/// Starts a thread, with a name like the others.
+/// Starts a thread that the service can do without for the moment. It has a name like the others.
 ///
 /// # Errors
-/// Where the system has no thread to give.
+/// The system cannot start a thread.
 pub fn try_spawn(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<Thread> {
     let (running, ended) = bounded(0);
     thread::Builder::new()
@@ -55,10 +55,9 @@ pub fn try_spawn(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<
     Ok(Thread { ended })
 }
 
-/// From now on a panic in a thread that has a name ends the process with [`EXIT_PANIC`], rather
-/// than leave it without its worker or its store. What was accepted is on disk. Libraries do not
-/// name their threads; their panics are noted at debug level only. `at_last` runs before the end, to get
-/// the log out.
+/// From now on a panic in a thread that has a name ends the process with [`EXIT_PANIC`], so that it does not
+/// go on without its worker or its store. What was accepted is on disk. Libraries do not name their threads;
+/// their panics are only logged at debug level. `at_last` runs before the end, to flush the log.
 pub fn exit_on_panic(at_last: fn()) {
     panic::set_hook(Box::new(move |info| {
         let at = info

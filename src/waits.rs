@@ -1,7 +1,7 @@
-//! Where a connection waits for the answer to its request, and whoever has the answer puts it there.
+//! Connections that wait for the answer to their request, which any thread can give them.
 //!
-//! A waiting connection costs its own thread and nothing else: no thread of the pool, no link. Whether
-//! the answer is known at once, after a commit or after a minute makes no difference here.
+//! A waiting connection occupies its own thread and nothing else: no thread of the pool, no link. It makes no
+//! difference whether the answer is known at once, after a commit or after a minute.
 //!
 //! Not here: what an answer says (`answer`), and how it is written (`gate`).
 
@@ -15,10 +15,10 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::answer::Response;
 
-/// All connections that there are, by number.
+/// All connections, by number.
 #[derive(Default)]
 pub struct Waits {
-    /// Held for moments only.
+    /// Locked briefly.
     entries: Mutex<HashMap<u64, Arc<Entry>>>,
     last: AtomicU64,
     hurried: AtomicBool,
@@ -33,7 +33,7 @@ struct Entry {
 
 #[derive(Default)]
 enum State {
-    /// Nothing was asked, or it was given up.
+    /// No request is under way, or its answer is no longer wanted.
     #[default]
     Idle,
     /// A request is under way.
@@ -41,19 +41,19 @@ enum State {
     Answered(Response),
 }
 
-/// What is to be done where there is no answer by then.
+/// What the connection's thread does if there is no answer by then.
 struct Later {
     at: Instant,
     act: Box<dyn FnOnce() + Send>,
 }
 
 impl Waits {
-    /// A place for a connection to wait at.
+    /// Registers a connection.
     pub fn enter(self: &Arc<Self>) -> Wait {
-        // Relaxed: the numbers differ, and that is all.
+        // Relaxed: the numbers only have to differ.
         let number = self.last.fetch_add(1, Ordering::Relaxed) + 1;
         let entry = Arc::new(Entry {
-            // Whoever enters after `hurry` has looked sees this.
+            // For connections that `hurry` does not find in the map.
             hurried: AtomicBool::new(self.hurried.load(Ordering::SeqCst)),
             ..Entry::default()
         });
@@ -65,25 +65,25 @@ impl Waits {
         }
     }
 
-    /// The means to answer a connection; none where it has gone.
+    /// The means to answer a connection. None if it has ended.
     pub fn answerer(&self, number: u64) -> Option<Answerer> {
         self.entries.lock().get(&number).cloned().map(Answerer)
     }
 
-    /// From now on all that was put off by [`Answerer::at`] is done at once.
+    /// From now on, whatever [`Answerer::at`] has put off is done at once. Does not block.
     pub fn hurry(&self) {
         self.hurried.store(true, Ordering::SeqCst);
         let entries: Vec<_> = self.entries.lock().values().cloned().collect();
         for entry in entries {
             entry.hurried.store(true, Ordering::SeqCst);
-            // So that it is not between looking and waiting.
+            // The lock makes sure that its thread is not between checking and waiting.
             drop(entry.state.lock());
             entry.changed.notify_all();
         }
     }
 }
 
-/// A connection's end.
+/// A registered connection, for its own thread. Dropping it removes it.
 pub struct Wait {
     waits: Arc<Waits>,
     number: u64,
@@ -91,18 +91,18 @@ pub struct Wait {
 }
 
 impl Wait {
-    /// The number by which its answers find it.
+    /// The number by which answers find this connection.
     pub fn number(&self) -> u64 {
         self.number
     }
 
-    /// A request is about to be sent. An answer to an earlier one is forgotten.
+    /// Notes that a request is about to be sent. Drops an answer to an earlier one.
     pub fn ask(&self) {
         self.entry.set(State::Asked(None));
     }
 
-    /// The answer to the request. Blocks until it is there, for `limit` at the most, and looks every
-    /// `interval` whether it `is_wanted`. None where it is not there, or no longer wanted.
+    /// The answer to the request. Blocks until it arrives, for at most `limit`, and checks every
+    /// `interval` whether it `is_wanted`. None if it has not arrived or is no longer wanted.
     pub fn answer(
         &self,
         limit: Duration,
@@ -148,7 +148,7 @@ impl Entry {
     }
 
     fn set(&self, state: State) {
-        // Dropped without the lock: it may hold what has a lock of its own.
+        // Dropped without the lock, as it may contain something that takes a lock when dropped.
         let before = mem::replace(&mut *self.state.lock(), state);
         drop(before);
         self.changed.notify_all();
@@ -162,13 +162,13 @@ impl Drop for Wait {
     }
 }
 
-/// What it takes to answer a connection, from any thread.
+/// The means to answer a connection from any thread.
 #[derive(Clone)]
 pub struct Answerer(Arc<Entry>);
 
 impl Answerer {
-    /// Puts the answer where the connection waits for it. Does not block. Where the connection has gone,
-    /// or no longer waits, nobody hears of it.
+    /// Gives the connection its answer. Does not block. If the connection has ended, or no longer waits, the
+    /// answer is dropped.
     pub fn put(&self, response: Response) {
         let mut state = self.0.state.lock();
         if matches!(*state, State::Asked(_)) {
@@ -179,12 +179,11 @@ impl Answerer {
         }
     }
 
-    /// Has the connection's own thread `act` at this time, unless there is an answer by then: it is there
-    /// and has nothing else to do. `act` is dropped where the connection goes away before, and should
-    /// put an answer if it is called. Does not block.
+    /// Has the connection's own thread, which waits anyway, call `act` at this time unless there is an answer
+    /// by then. `act` should give one. It is dropped uncalled if the connection ends before. Does not block.
     pub fn at(&self, time: Instant, act: impl FnOnce() + Send + 'static) {
         let mut state = self.0.state.lock();
-        // Else `act` is dropped, after the lock.
+        // Otherwise `act` is dropped, after the lock.
         if let State::Asked(later) = &mut *state {
             *later = Some(Later {
                 at: time,
