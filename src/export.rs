@@ -84,7 +84,7 @@ pub enum State {
 pub struct View {
     /// The id that the app polls with.
     pub id: Uuid,
-    /// Not in the store, but known from its queue.
+    /// Whether it waits, is being sent or is finished.
     pub state: State,
     /// The `ext_response` object as JSON, once finished.
     pub response: Option<Arc<RawValue>>,

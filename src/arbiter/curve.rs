@@ -1,14 +1,14 @@
-//! A ZeroMQ REQ socket with CURVE, as far as one arbiter needs it: [`Client`] turns bytes into bytes
-//! and touches no socket; [`Connection`] carries them over TCP, every step under a deadline.
+//! A ZeroMQ REQ socket with CURVE, as far as one arbiter needs it. [`Client`] turns bytes into bytes without
+//! a socket. [`Connection`] carries them over TCP, each step under a deadline.
 //!
 //! The protocol is ZMTP 3.0 (RFC 23 of rfc.zeromq.org) with CurveZMQ (RFC 26), heartbeats of ZMTP 3.1
-//! (RFC 37), keys written in Z85 (RFC 32); where these leave a choice, as libzmq 4.3 has it:
+//! (RFC 37), and keys written in Z85 (RFC 32). Where these leave a choice, this follows libzmq 4.3:
 //!
-//! - its greeting says that it is no server, even where it is one, so that is not looked at;
-//! - a MESSAGE is an ordinary frame, not a command; what is in it has flags of its own, by which
-//!   PING and PONG are commands.
+//! - its greeting never says that it is a server, so that field is ignored;
+//! - a MESSAGE is an ordinary frame, not a command. Its content has flags of its own, by which PING and
+//!   PONG are commands.
 //!
-//! Not here: what is asked and what the answer means (`super`, `zest`).
+//! Not here: the request and the meaning of its answer (`super`, `zest`).
 
 use std::convert::Infallible;
 use std::fmt;
@@ -24,34 +24,32 @@ use rustls::crypto::ring;
 
 use crate::dial::{self, Names};
 
-/// How long finding the arbiter's address may take: a silent name server must leave time for the
-/// next one.
+/// How long looking the arbiter's address up may take: a silent name server must leave time for the next one.
 const LOOK_UP: Duration = Duration::from_secs(30);
 /// How long connecting to it may take.
 const CONNECT: Duration = Duration::from_secs(5);
 /// How long everything from the greeting to READY may take.
 const HANDSHAKE: Duration = Duration::from_secs(15);
-/// How long the answer to a request may take. Each request makes a new secret, so giving up on an
-/// arbiter that is only slow would make it forget the one it is about to send.
+/// How long the answer to a request may take. Each request creates a new secret, so after giving up on a slow
+/// arbiter the next request would void the one that it is about to send.
 const ANSWER: Duration = Duration::from_secs(30);
-/// How often the arbiter is asked for a sign of life.
+/// How often the arbiter is sent a PING.
 const PING_EVERY: Duration = Duration::from_secs(15);
-/// How long the sign of life may take. A restart shows by the connection's end; this is for a loss
-/// that nothing else tells of. Long, because an arbiter that names no instance has to be taken for
-/// restarted after it, which costs all tokens.
+/// How long the PONG may take. A restart ends the connection; this is for a loss that shows in no other way.
+/// It is long because an arbiter that names no instance counts as restarted then, which voids all tokens.
 const PONG: Duration = Duration::from_secs(30);
 
 /// The length of keys in bytes.
 pub const KEY: usize = 32;
-/// The random bytes that a [`Client`] needs.
+/// How many random bytes a [`Client`] needs.
 pub const RANDOM: usize = 2 * KEY + VOUCH_NONCE;
 /// The random part of a vouch's nonce.
 const VOUCH_NONCE: usize = 16;
-/// What encryption adds to a text.
+/// How many bytes encryption adds to a text.
 const TAG: usize = 16;
 /// The length of a greeting (RFC 23).
 const GREETING: usize = 64;
-/// The longest frame that is taken in; an answer of the arbiter has some hundred bytes.
+/// The longest frame that is accepted. An answer of the arbiter has a few hundred bytes.
 const LONGEST_FRAME: usize = 64 * 1024;
 /// The longest context of a PING that its PONG repeats (RFC 37).
 const LONGEST_CONTEXT: usize = 16;
@@ -62,10 +60,10 @@ const MORE: u8 = 1;
 const LONG: u8 = 2;
 /// Flag of a frame: it is a command.
 const COMMAND: u8 = 4;
-/// Flag of a MESSAGE's content: it is a command. Not the same as that of a frame.
+/// Flag of a MESSAGE's content: it is a command. It differs from that of a frame.
 const INNER_COMMAND: u8 = 2;
 
-/// Decodes Z85 (RFC 32); `None` where the text is none, or does not hold a whole key.
+/// Decodes a key in Z85 (RFC 32). `None` if the text is not Z85, or not of a key's length.
 pub fn key_of_z85(text: &str) -> Option<[u8; KEY]> {
     const ALPHABET: &[u8; 85] =
         b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#";
@@ -86,7 +84,7 @@ pub fn key_of_z85(text: &str) -> Option<[u8; KEY]> {
     Some(key)
 }
 
-/// Where the arbiter listens.
+/// The address at which the arbiter listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
     host: String,
@@ -96,7 +94,7 @@ pub struct Endpoint {
 impl FromStr for Endpoint {
     type Err = ();
 
-    /// Reads what ZeroMQ calls an endpoint: `tcp://HOST:PORT`, with brackets about an IPv6 address.
+    /// Reads a ZeroMQ endpoint: `tcp://HOST:PORT`, with brackets around an IPv6 address.
     fn from_str(text: &str) -> Result<Self, ()> {
         let (host, port) = text
             .strip_prefix("tcp://")
@@ -131,19 +129,19 @@ impl fmt::Display for Endpoint {
 /// The steps of a connection, in their order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Finding the address of the arbiter's name.
+    /// Looking up the address of the arbiter's name.
     LookUp,
     /// Connecting to it.
     Connect,
     /// Our greeting, and the arbiter's in return.
     Greeting,
-    /// HELLO, which only the owner of the right key can read, and WELCOME.
+    /// HELLO, which only the owner of the expected key can read, and WELCOME.
     Hello,
-    /// INITIATE, by which the arbiter learns who asks, and READY.
+    /// INITIATE, which tells the arbiter who asks, and READY.
     Initiate,
     /// A request and its answer.
     Request,
-    /// Waiting, with a PING from time to time.
+    /// Holding the connection, with a PING from time to time.
     Hold,
 }
 
@@ -164,32 +162,32 @@ impl fmt::Display for Step {
 /// What went wrong in a step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Cause {
-    /// The system says why nothing came about.
+    /// The system reported an error.
     Failed(String),
-    /// Its time was over.
+    /// Its deadline passed.
     Late,
     /// The arbiter closed or reset the connection.
     Closed,
     /// The arbiter said ERROR, with the status that ZAP (RFC 27) gave, if any.
     Refused(Option<u16>),
-    /// What came cannot be opened with the key that it should be of.
+    /// What arrived cannot be decrypted with the expected key.
     Sealed,
-    /// What came is not what must come; the text says what it is instead.
+    /// What arrived is not what was expected. The text says what it is instead.
     Unexpected(&'static str),
 }
 
-/// Why there is no connection (any more): the step, the cause, and what to check.
+/// Why there is no connection, or it was lost. As text, it also says what to check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error {
-    /// How far it came.
+    /// The step that failed.
     pub step: Step,
-    /// What happened there.
+    /// Why it failed.
     pub cause: Cause,
 }
 
 impl Error {
-    /// The same in words that are fit for an app: no address, no file.
-    pub fn in_general(&self) -> &'static str {
+    /// The reason as apps may see it: without addresses and files.
+    pub fn public_reason(&self) -> &'static str {
         match (&self.cause, self.step) {
             (_, Step::LookUp | Step::Connect) => "the arbiter cannot be reached",
             (Cause::Refused(_), _) => "the arbiter refuses this service",
@@ -239,20 +237,21 @@ impl fmt::Display for Error {
     }
 }
 
-/// The client's side of one connection, without the connection: bytes go in with
-/// [`Client::receive`], and what is to be sent comes out of [`Client::take_output`]. It begins with
-/// the greeting and goes through the handshake by itself.
+/// The protocol of one connection on the client's side, without a socket. Received bytes go in with
+/// [`Client::receive`], and bytes to send come out of [`Client::take_output`]. It begins with the greeting
+/// and makes the handshake by itself.
 pub struct Client {
     step: Step,
     server: PublicKey,
-    /// The key pair that stands for this client: as fresh as the other, since no arbiter knows us by it.
-    lasting: SecretKey,
-    /// The key pair of this connection alone.
-    passing: SecretKey,
+    /// The permanent key pair in CurveZMQ's sense. It is as new as the other, since no arbiter knows this
+    /// service by it.
+    permanent: SecretKey,
+    /// The transient key pair, of this connection alone.
+    transient: SecretKey,
     vouch_nonce: [u8; VOUCH_NONCE],
-    /// What everything after WELCOME is sealed with.
+    /// The key that everything after WELCOME is encrypted with.
     session: Option<SalsaBox>,
-    /// The counters in the nonces, of what was sent and received last.
+    /// The counters in the nonces of what was last sent and received.
     sent: u64,
     received: u64,
     input: Vec<u8>,
@@ -264,7 +263,8 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client of the arbiter with this key, ready to greet it. `random` must never be used twice.
+    /// A client of the arbiter with this key, whose greeting is ready to be sent. `random` must never be used
+    /// twice.
     pub fn new(server: [u8; KEY], random: &[u8; RANDOM]) -> Self {
         let part = |from: usize| {
             let mut key = [0; KEY];
@@ -276,8 +276,8 @@ impl Client {
         Self {
             step: Step::Greeting,
             server: PublicKey::from_bytes(server),
-            lasting: part(0),
-            passing: part(KEY),
+            permanent: part(0),
+            transient: part(KEY),
             vouch_nonce,
             session: None,
             sent: 0,
@@ -290,7 +290,7 @@ impl Client {
         }
     }
 
-    /// How far it has come.
+    /// The step that the connection has reached.
     pub fn step(&self) -> Step {
         self.step
     }
@@ -300,16 +300,16 @@ impl Client {
         matches!(self.step, Step::Request | Step::Hold)
     }
 
-    /// What is to be sent now.
+    /// The bytes to send now.
     pub fn take_output(&mut self) -> Vec<u8> {
         mem::take(&mut self.output)
     }
 
-    /// Takes in what was received, in pieces of any size. What it keeps is less than one frame of
-    /// the longest kind. After an error it is of no more use.
+    /// Takes received bytes, in pieces of any size. Buffers less than one frame of the longest kind. After an
+    /// error the client is useless.
     ///
     /// # Errors
-    /// The first thing that a true arbiter would not send.
+    /// The first thing that a genuine arbiter would not send.
     pub fn receive(&mut self, bytes: &[u8]) -> Result<(), Cause> {
         self.input.extend_from_slice(bytes);
         let input = mem::take(&mut self.input);
@@ -334,39 +334,39 @@ impl Client {
         Ok(())
     }
 
-    /// Sends a request. An answer to an earlier one is not waited for any more.
+    /// Sends a request. An answer to an earlier one is no longer waited for.
     pub fn request(&mut self, request: &[u8]) {
         self.step = Step::Request;
         self.answer = Some(Vec::new());
         self.answered = None;
-        // An empty frame stands between a REQ socket's addresses, of which there are none, and the
-        // request (RFC 28).
+        // An empty frame separates a REQ socket's addresses, of which there are none, from the request
+        // (RFC 28).
         self.send_message(MORE, &[]);
         self.send_message(0, request);
     }
 
-    /// The answer to the request, once it is there.
+    /// The answer to the request, once it has arrived.
     pub fn take_answer(&mut self) -> Option<Vec<u8>> {
         self.answered.take()
     }
 
-    /// Asks for a sign of life. Without a time to live: a service that was only stopped for a while
-    /// is not to lose its connection.
+    /// Sends a PING. It has no time to live, so that a service that was only suspended for a while does not
+    /// lose its connection.
     pub fn ping(&mut self) {
         self.step = Step::Hold;
         self.ponged = false;
         self.send_message(INNER_COMMAND, b"\x04PING\0\0");
     }
 
-    /// Whether the sign of life has come since this was last asked.
+    /// Some if a PONG has arrived since the last PING or call.
     pub fn take_pong(&mut self) -> Option<()> {
         mem::take(&mut self.ponged).then_some(())
     }
 
     fn take_frame(&mut self, flags: u8, body: &[u8]) -> Result<(), Cause> {
         if let Some(reason) = body.strip_prefix(b"\x05ERROR") {
-            // The reason is a status of ZAP with its length before it; more of what a peer says is
-            // not repeated.
+            // The reason is a status of ZAP after its length. Nothing else that a peer says is
+            // repeated.
             let status = reason.get(1..4).and_then(|digits| {
                 let text = str::from_utf8(digits).ok()?;
                 text.parse().ok()
@@ -385,14 +385,14 @@ impl Client {
     fn hello(&mut self) -> Result<Vec<u8>, Cause> {
         let count = self.count();
         let sealed = seal(
-            &SalsaBox::new(&self.server, &self.passing),
+            &SalsaBox::new(&self.server, &self.transient),
             &counted(b"CurveZMQHELLO---", count),
             &[0; 64],
         )?;
         let mut hello = b"\x05HELLO\x01\0".to_vec();
-        // Padding, so that the answer is no larger than the question.
+        // Padding, so that the answer is no larger than the request.
         hello.extend_from_slice(&[0; 72]);
-        hello.extend_from_slice(self.passing.public_key().as_bytes());
+        hello.extend_from_slice(self.transient.public_key().as_bytes());
         hello.extend_from_slice(&count.to_be_bytes());
         hello.extend_from_slice(&sealed);
         Ok(hello)
@@ -404,13 +404,13 @@ impl Client {
             .and_then(|rest| rest.split_first_chunk::<16>())
             .filter(|(_, sealed)| sealed.len() == KEY + COOKIE + TAG);
         let (nonce, sealed) = nonce_and_box.ok_or(Cause::Unexpected("is no WELCOME"))?;
-        let key = SalsaBox::new(&self.server, &self.passing);
+        let key = SalsaBox::new(&self.server, &self.transient);
         let welcome = open(&key, &random_nonce(b"WELCOME-", nonce), sealed)?;
         let (server, cookie) = welcome
             .split_first_chunk::<KEY>()
             .ok_or(Cause::Unexpected("is no WELCOME"))?;
         let server = PublicKey::from_bytes(*server);
-        let session = SalsaBox::new(&server, &self.passing);
+        let session = SalsaBox::new(&server, &self.transient);
         let initiate = self.initiate(&server, cookie, &session)?;
         self.session = Some(session);
         self.step = Step::Initiate;
@@ -425,19 +425,19 @@ impl Client {
         session: &SalsaBox,
     ) -> Result<Vec<u8>, Cause> {
         let vouch = [
-            *self.passing.public_key().as_bytes(),
+            *self.transient.public_key().as_bytes(),
             *self.server.as_bytes(),
         ];
         let vouch = seal(
-            &SalsaBox::new(server, &self.lasting),
+            &SalsaBox::new(server, &self.permanent),
             &random_nonce(b"VOUCH---", &self.vouch_nonce),
             vouch.as_flattened(),
         )?;
         let count = self.count();
         let nonce = counted(b"CurveZMQINITIATE", count);
-        let lasting = self.lasting.public_key();
+        let permanent = self.permanent.public_key();
         let content = [
-            &lasting.as_bytes()[..],
+            &permanent.as_bytes()[..],
             &self.vouch_nonce,
             &vouch,
             b"\x0bSocket-Type\0\0\0\x03REQ\x08Identity\0\0\0\0",
@@ -478,10 +478,10 @@ impl Client {
             } else if content.starts_with(b"\x04PONG") {
                 self.ponged = true;
             }
-            // Other commands are for other kinds of sockets, and not in our way.
+            // Other commands are for other kinds of sockets, and are ignored.
             return Ok(());
         }
-        // What nobody waits for is dropped, as libzmq does.
+        // Like libzmq, drops what is not waited for.
         let Some(frames) = &mut self.answer else {
             return Ok(());
         };
@@ -498,8 +498,8 @@ impl Client {
         }
     }
 
-    /// Opens what has its nonce's counter before it. A counter that does not grow is somebody
-    /// repeating what was sent before.
+    /// Decrypts what follows its nonce's counter. A counter that does not grow is refused, as it means that
+    /// somebody repeats an earlier message.
     fn open_counted(&mut self, prefix: &[u8; 16], sealed: &[u8]) -> Result<Vec<u8>, Cause> {
         let (count, sealed) = sealed
             .split_first_chunk()
@@ -508,7 +508,7 @@ impl Client {
         if count <= self.received {
             return Err(Cause::Unexpected("repeats an earlier one"));
         }
-        // There is a session from WELCOME on, and nothing counted comes before.
+        // There is a session from WELCOME on, and nothing with a counter arrives before.
         let session = self.session.as_ref().ok_or(Cause::Sealed)?;
         let opened = open(session, &counted(prefix, count), sealed)?;
         self.received = count;
@@ -521,7 +521,7 @@ impl Client {
             return;
         };
         let nonce = counted(b"CurveZMQMESSAGEC", count);
-        // Only a text of 256 GiB would be too long to seal.
+        // Only a text of 256 GiB would be too long to encrypt.
         if let Ok(sealed) = seal(session, &nonce, &[&[flags], content].concat()) {
             let message = [b"\x07MESSAGE", &count.to_be_bytes()[..], &sealed].concat();
             self.send_frame(0, &message);
@@ -546,10 +546,10 @@ impl Client {
     }
 }
 
-/// What a WELCOME has beside the key, for us to send back as it is.
+/// The length of the cookie in a WELCOME, which the client sends back unchanged.
 const COOKIE: usize = 96;
 
-/// The nonce of what is counted.
+/// A nonce with a counter.
 fn counted(prefix: &[u8; 16], count: u64) -> [u8; 24] {
     let mut nonce = [0; 24];
     nonce[..16].copy_from_slice(prefix);
@@ -557,7 +557,7 @@ fn counted(prefix: &[u8; 16], count: u64) -> [u8; 24] {
     nonce
 }
 
-/// The nonce of what is random.
+/// A nonce with random bytes.
 fn random_nonce(prefix: &[u8; 8], random: &[u8; 16]) -> [u8; 24] {
     let mut nonce = [0; 24];
     nonce[..8].copy_from_slice(prefix);
@@ -573,7 +573,7 @@ fn open(key: &SalsaBox, nonce: &[u8; 24], sealed: &[u8]) -> Result<Vec<u8>, Caus
     key.decrypt(nonce.into(), sealed).map_err(|_| Cause::Sealed)
 }
 
-/// ZMTP 3.0 and CURVE, not as a server.
+/// The greeting of a client that speaks ZMTP 3.0 with CURVE.
 fn greeting() -> [u8; GREETING] {
     let mut greeting = [0; GREETING];
     greeting[0] = 0xff;
@@ -583,8 +583,8 @@ fn greeting() -> [u8; GREETING] {
     greeting
 }
 
-/// The first ten bytes, or as many as there are yet: what is not ZMTP shows at once, rather than
-/// when it has been waited for in vain.
+/// Checks the first ten bytes, or as many as have arrived, so that what is not ZMTP is noticed at once and
+/// not after the deadline.
 fn check_signature(start: &[u8]) -> Result<(), Cause> {
     let strange = |(index, byte): (usize, &u8)| match index {
         0 => *byte != 0xff,
@@ -608,16 +608,16 @@ fn check_greeting(greeting: &[u8; GREETING]) -> Result<(), Cause> {
     Ok(())
 }
 
-/// A frame that arrived.
+/// A frame that has arrived.
 struct Frame<'a> {
     flags: u8,
     body: &'a [u8],
-    /// Its length with the head.
+    /// Its length, including its head.
     length: usize,
 }
 
 impl<'a> Frame<'a> {
-    /// The first one of what has arrived, once all of it is there.
+    /// The first frame of what has arrived, once it is complete.
     fn first(input: &'a [u8]) -> Result<Option<Self>, Cause> {
         let Some((&flags, rest)) = input.split_first() else {
             return Ok(None);
@@ -647,7 +647,7 @@ impl<'a> Frame<'a> {
     }
 }
 
-/// The property of that name (RFC 23: length and name, length and value).
+/// The property Socket-Type of READY's metadata (RFC 23: length and name, length and value).
 fn socket_type(mut metadata: &[u8]) -> Option<&[u8]> {
     let mut found = None;
     while let Some((&length, rest)) = metadata.split_first() {
@@ -663,14 +663,14 @@ fn socket_type(mut metadata: &[u8]) -> Option<&[u8]> {
     found
 }
 
-/// A connection to the arbiter whose handshake is done.
+/// A connection to the arbiter, after its handshake.
 pub struct Connection {
     stream: TcpStream,
     client: Client,
 }
 
 impl Connection {
-    /// Connects and shakes hands. Blocks for `LOOK_UP`, `CONNECT` and `HANDSHAKE` at the most.
+    /// Connects and makes the handshake. Blocks for at most `LOOK_UP`, `CONNECT` and `HANDSHAKE` together.
     ///
     /// # Errors
     /// The step that failed.
@@ -702,18 +702,18 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Makes a request and waits for the answer, for `ANSWER` at the most.
+    /// Makes a request and waits for the answer, for at most `ANSWER`.
     ///
     /// # Errors
-    /// Where there is none; the connection is of no more use then.
+    /// Why there is none. The connection is useless then.
     pub fn ask(&mut self, request: &[u8]) -> Result<Vec<u8>, Error> {
         self.client.request(request);
         self.until(Instant::now() + ANSWER, Client::take_answer)
     }
 
-    /// Holds the connection until it is lost, and returns why that is. An arbiter that has answered
-    /// one PING has to answer all; one that never does has a ZeroMQ before 4.2, and there a loss
-    /// shows only when the connection is closed.
+    /// Holds the connection until it is lost, and returns why. An arbiter that has answered one PING must
+    /// answer all. One that never does has a ZeroMQ before 4.2, and its loss shows only when the connection
+    /// is closed.
     pub fn hold(&mut self) -> Error {
         let mut answers = false;
         loop {
@@ -735,7 +735,7 @@ impl Connection {
         }
     }
 
-    /// Sends and receives until `done` has something, or `deadline` arrives.
+    /// Sends and receives until `done` returns something or `deadline` passes.
     fn until<T>(
         &mut self,
         deadline: Instant,
@@ -747,8 +747,8 @@ impl Connection {
             let read = send(&mut self.stream, &output, deadline)
                 .and_then(|()| receive(&mut self.stream, &mut buffer, deadline));
             let result = match read {
-                // Looked at before the clock: where the whole process was stopped, the answer may be
-                // there although its time is over.
+                // Checked before the clock: after the process was suspended, the answer may be there
+                // although the deadline has passed.
                 Ok(length) => self.client.receive(&buffer[..length]),
                 Err(cause) => Err(cause),
             };
@@ -765,7 +765,7 @@ impl Connection {
     }
 }
 
-/// What is left, but not nothing: a timeout of zero means none.
+/// The time left until `deadline`, but not zero, which would mean no timeout.
 fn left(deadline: Instant) -> Option<Duration> {
     let left = deadline.saturating_duration_since(Instant::now());
     Some(left.max(Duration::from_millis(1)))
@@ -786,7 +786,7 @@ fn send(stream: &mut TcpStream, mut bytes: &[u8], deadline: Instant) -> Result<(
     Ok(())
 }
 
-/// Waits for something to arrive; 0 where a signal came in between.
+/// Waits for bytes to arrive. 0 if a signal interrupted the wait.
 fn receive(stream: &mut TcpStream, into: &mut [u8], deadline: Instant) -> Result<usize, Cause> {
     stream.set_read_timeout(left(deadline)).map_err(cause)?;
     match stream.read(into) {

@@ -1,27 +1,27 @@
-//! The link to a Databox's arbiter, which issues the secret that tokens are signed with: one thread
-//! that connects, asks for the secret when it must, caches it, and holds the connection.
+//! The link to a Databox's arbiter, which issues the secret that tokens are signed with: one thread that
+//! connects, asks for the secret if necessary, caches it, and holds the connection.
 //!
-//! The arbiter makes a new secret at every request, which voids every token that apps hold, and
-//! they hold them for good. A restart makes it forget all secrets, and then it mints no tokens until
-//! it is asked again. So once there is a connection it is first asked which instance it is (the
-//! reply to an observe request has a key that it makes at its start), and for the secret only
+//! Each request for the secret makes the arbiter create a new one. That invalidates all tokens that apps hold,
+//! and they hold them for good. A restart makes the arbiter forget all secrets, and then it mints no tokens
+//! until it is asked again. So on each connection it is first asked which instance it is: the reply to an
+//! observe request has a key that it creates at its start. It is asked for the secret only if
 //!
-//! - where none is cached for this `ARBITER_TOKEN` and `ZMQ_PUBLIC_KEY`;
-//! - where the instance is not the one that issued the cached secret: it was restarted, at whatever
-//!   time. One that stalled, or could not be reached for a while, still has the secret;
-//! - where it did not know this service (129): it has dropped the registration, and with it the
-//!   secret. It is asked every second or two until it is told of this service: nothing is made by a
-//!   request that is refused, and an app's library may remember for good that it was refused a token.
+//! - none is cached for this `ARBITER_TOKEN` and `ZMQ_PUBLIC_KEY`;
+//! - another instance issued the cached secret, which means that the arbiter was restarted. One that only
+//!   stalled, or could not be reached for a while, still has the secret;
+//! - it did not know this service (129), which means that it has dropped the registration and with it the
+//!   secret. It is asked every second or two until this service is registered: a refused request creates
+//!   nothing, and an app's library may remember for good that it was refused a token.
 //!
-//! Where an instance is not known, because the arbiter names none or the cached secret is of a
-//! release that did not ask, a restart can only be guessed. Then one is assumed after a connection
-//! was lost or could not be made, which is written down to outlive a restart of this service, and
-//! after a boot of the machine. One that happens while this service is off goes unnoticed.
+//! If the instance is unknown, because the arbiter names none or an earlier release cached the secret, a
+//! restart can only be guessed. It is assumed after a connection was lost or could not be made, which is
+//! written down to outlive a restart of this service, and after a boot of the machine. A restart while this
+//! service is off goes unnoticed.
 //!
-//! Until a new secret is there the cached one stays in force, so that apps are served meanwhile.
-//! Requests of apps have no part in any of this: no token, however bad, makes the arbiter be asked.
+//! The cached secret stays in force until there is a new one, so that apps are served meanwhile. Requests
+//! of apps do not affect any of this: no token, however bad, causes a request to the arbiter.
 //!
-//! Not here: what is done with the secret (`auth`), and which files the settings are from (`config`).
+//! Not here: how the secret is used (`auth`), and which files the settings come from (`config`).
 
 pub mod curve;
 pub mod secret_file;
@@ -48,34 +48,34 @@ use zest::Reply;
 
 /// The path of the secret at the arbiter. A GET of it makes a new one.
 const SECRET_PATH: &str = "/store/secret";
-/// What is observed to learn the instance. An arbiter that takes the request for a plain GET makes
-/// nothing of it either.
+/// The path that is observed to learn the instance. An arbiter that takes the request for a plain GET
+/// creates nothing.
 const INSTANCE_PATH: &str = "/status";
 
-/// The wait after a first failure; it doubles with each that follows.
+/// The wait after a first failure. It doubles with each further one.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
-/// The longest wait, so that a link stands again within a minute of the arbiter's return.
+/// The longest wait, so that the link is up within a minute of the arbiter's return.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// The wait after the arbiter did not know this service.
 const UNREGISTERED_WAIT: Duration = Duration::from_millis(1500);
-/// How long a link must have stood for its loss to count as a first failure. An arbiter that fails
-/// again and again is not to be asked for a new secret each second.
-const STOOD: Duration = Duration::from_secs(60);
+/// How long a link must have been up for its loss to count as a first failure. An arbiter that keeps
+/// failing must not be asked for a new secret each second.
+const STEADY: Duration = Duration::from_secs(60);
 
-/// How the arbiter is reached and asked.
+/// What it takes to reach and ask the arbiter.
 pub struct Settings {
     endpoint: Endpoint,
     server_key: [u8; curve::KEY],
-    /// The message that asks for the secret. It holds the token, as the next one does.
+    /// The message that asks for the secret. Like the next one it contains the token.
     ask_secret: Vec<u8>,
     /// The message that asks which instance the arbiter is.
     ask_instance: Vec<u8>,
-    /// A hash of token and key, by which a cached secret is known to be for them.
+    /// A hash of token and key, which tells whether a cached secret is for them.
     fingerprint: String,
 }
 
 impl Settings {
-    /// Settings for asking by this service's name; `None` where name or token are too long to be sent.
+    /// Settings for asking under this service's name. `None` if name or token are too long to be sent.
     pub fn new(
         endpoint: Endpoint,
         server_key: [u8; curve::KEY],
@@ -102,22 +102,22 @@ impl fmt::Debug for Settings {
     }
 }
 
-/// Why the link does not stand, or gives no secret.
+/// Why the link is down, or there is no secret.
 #[derive(Debug, PartialEq)]
-enum Trouble {
+enum LinkError {
     /// The connection or its handshake failed.
     Link(curve::Error),
-    /// The answer is no Zest message, or no secret although it should be one.
+    /// The answer is not a Zest message, or lacks the secret that it should have.
     Unreadable,
-    /// The answer has another code than that of content.
+    /// The answer has this code instead of that for content.
     Refused(u8),
 }
 
-impl Trouble {
-    /// The same in words that are fit for an app.
-    fn in_general(&self) -> Missing {
+impl LinkError {
+    /// The reason as apps may see it.
+    fn public_reason(&self) -> Missing {
         Missing(match self {
-            Self::Link(error) => error.in_general(),
+            Self::Link(error) => error.public_reason(),
             Self::Unreadable => "the arbiter's answer cannot be understood",
             Self::Refused(zest::UNAUTHORIZED) => "the arbiter does not know this service",
             Self::Refused(_) => "the arbiter does not give it",
@@ -125,7 +125,7 @@ impl Trouble {
     }
 }
 
-impl fmt::Display for Trouble {
+impl fmt::Display for LinkError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Link(error) => error.fmt(f),
@@ -153,18 +153,18 @@ impl fmt::Display for Trouble {
     }
 }
 
-/// What the arbiter says when it is asked which instance it is.
+/// The arbiter's answer when it is asked which instance it is.
 #[derive(Debug, PartialEq)]
 enum Instance {
-    /// The key that it made when it was started.
+    /// The key that it created at its start.
     Key(Vec<u8>),
-    /// It names none: an arbiter that does not know the request.
+    /// It names none, as it does not support the request.
     Unnamed,
     /// It does not know this service.
     Unregistered,
 }
 
-/// Why the arbiter has to be asked for a new secret; `None` where the cached one is as good as ever.
+/// Why the arbiter has to be asked for a new secret. `None` if the cached one is valid.
 fn reason_to_ask(cached: Option<&Cached>, instance: &Instance) -> Option<&'static str> {
     let Some(cached) = cached else {
         return Some("none was cached");
@@ -178,8 +178,8 @@ fn reason_to_ask(cached: Option<&Cached>, instance: &Instance) -> Option<&'stati
     }
 }
 
-/// Starts the link's thread, which goes on for as long as the process does. A secret that was cached
-/// is in force when this returns. Without a folder it is cached in memory only.
+/// Starts the link's thread, which runs until the process ends. A cached secret is in force when this
+/// returns. Without a folder, secrets are cached in memory only.
 pub fn start(settings: Settings, folder: Option<PathBuf>, secret: Arc<Secret>) {
     let file = folder.map(|folder| SecretFile::new(folder, settings.fingerprint.clone()));
     let mut link = Link {
@@ -189,7 +189,7 @@ pub fn start(settings: Settings, folder: Option<PathBuf>, secret: Arc<Secret>) {
         cached: None,
         logged: None,
     };
-    link.take_up_cached();
+    link.load_cached();
     threads::spawn("arbiter", move || link.run());
 }
 
@@ -199,12 +199,12 @@ struct Link {
     secret: Arc<Secret>,
     /// The secret in force.
     cached: Option<Cached>,
-    /// The trouble that was warned of last, if it is not over.
-    logged: Option<Trouble>,
+    /// The error that was last warned of, if it is not over.
+    logged: Option<LinkError>,
 }
 
 impl Link {
-    fn take_up_cached(&mut self) {
+    fn load_cached(&mut self) {
         match self.file.as_ref().map(SecretFile::read) {
             Some(Ok(Some(cached))) => {
                 self.secret.set(Key::derive(&cached.secret));
@@ -221,50 +221,50 @@ impl Link {
     fn run(&mut self) {
         let mut failures = 0_u32;
         loop {
-            let mut stood = None;
-            let trouble = self.stand(&mut stood);
-            let wait = if trouble == Trouble::Refused(zest::UNAUTHORIZED) {
+            let mut up_since = None;
+            let error = self.connect_and_hold(&mut up_since);
+            let wait = if error == LinkError::Refused(zest::UNAUTHORIZED) {
                 failures = 0;
                 jittered(UNREGISTERED_WAIT, jitter())
             } else {
-                failures = match stood {
-                    Some(since) if since.elapsed() >= STOOD => 1,
+                failures = match up_since {
+                    Some(since) if since.elapsed() >= STEADY => 1,
                     _ => failures.saturating_add(1),
                 };
                 backoff(FIRST_WAIT, LONGEST_WAIT, failures, jitter())
             };
-            self.note(trouble, wait);
+            self.note(error, wait);
             thread::sleep(wait);
         }
     }
 
-    /// Connects, asks what it must, and holds the connection until that fails. `stood` is set once
-    /// there is nothing left to ask for.
-    fn stand(&mut self, stood: &mut Option<Instant>) -> Trouble {
+    /// Connects, asks what is necessary, and holds the connection until it fails. Sets `up_since` once the
+    /// secret in force is the arbiter's.
+    fn connect_and_hold(&mut self, up_since: &mut Option<Instant>) -> LinkError {
         let opened = Connection::open(&self.settings.endpoint, self.settings.server_key);
         let mut connection = match opened {
             Ok(connection) => connection,
-            Err(error) => return Trouble::Link(error),
+            Err(error) => return LinkError::Link(error),
         };
-        if let Err(trouble) = self.settle(&mut connection) {
-            return trouble;
+        if let Err(error) = self.ensure_secret(&mut connection) {
+            return error;
         }
-        *stood = Some(Instant::now());
-        // Where something was warned of, its end is worth a line that is always seen.
+        *up_since = Some(Instant::now());
+        // The end of something that was warned of is logged at a level that is always shown.
         let level = match self.logged.take() {
             Some(_) => log::Level::Info,
             None => log::Level::Debug,
         };
         log::log!(level, endpoint:% = self.settings.endpoint; "connected to the arbiter");
-        Trouble::Link(connection.hold())
+        LinkError::Link(connection.hold())
     }
 
-    /// Makes sure that the secret in force is the one that the arbiter knows.
-    fn settle(&mut self, connection: &mut Connection) -> Result<(), Trouble> {
+    /// Makes sure that the secret in force is the one that the arbiter has.
+    fn ensure_secret(&mut self, connection: &mut Connection) -> Result<(), LinkError> {
         let mut instance = self.ask_instance(connection)?;
         if let Some(reason) = reason_to_ask(self.cached.as_ref(), &instance) {
             if instance == Instance::Unregistered {
-                // That it is the same instance later on means nothing then.
+                // If it is the same instance later on, that no longer means that it has the secret.
                 self.change_cached(|cached| {
                     cached.instance = None;
                     cached.stale = Some(reason);
@@ -273,7 +273,7 @@ impl Link {
             let answer = ask(connection, &self.settings.ask_secret)?;
             self.take(read_secret(&answer)?, &instance, reason);
             if instance == Instance::Unregistered {
-                // It was told of this service between the two requests.
+                // This service was registered between the two requests.
                 instance = self.ask_instance(connection)?;
             }
         }
@@ -286,7 +286,7 @@ impl Link {
         Ok(())
     }
 
-    /// Writes a new secret down, then puts it in force: a restart is not to void tokens that were
+    /// Writes a new secret down, then puts it in force, so that a restart does not invalidate tokens that were
     /// minted in between.
     fn take(&mut self, secret: &[u8], instance: &Instance, reason: &'static str) {
         self.cached = Some(Cached {
@@ -302,11 +302,11 @@ impl Link {
         log::info!(from = "arbiter", reason; "secret is there");
     }
 
-    fn ask_instance(&self, connection: &mut Connection) -> Result<Instance, Trouble> {
+    fn ask_instance(&self, connection: &mut Connection) -> Result<Instance, LinkError> {
         read_instance(&ask(connection, &self.settings.ask_instance)?)
     }
 
-    /// Changes what is known of the secret in force, and writes that down if it is news.
+    /// Changes what is known of the secret in force, and writes it down if it differs.
     fn change_cached(&mut self, change: impl FnOnce(&mut Cached)) {
         let Some(cached) = &mut self.cached else {
             return;
@@ -327,7 +327,7 @@ impl Link {
                 file = secret_file::FILE, reason:% = error;
                 "cannot note that the arbiter was away: remove this file before a restart"
             ),
-            // What stands there from before is marked as stale, is of another instance, or is gone.
+            // What the file still says is marked as stale or of another instance, or it is gone.
             Err(error) => log::warn!(
                 file = secret_file::FILE, reason:% = error;
                 "cannot keep the secret: after a restart of this service apps need new tokens"
@@ -337,30 +337,30 @@ impl Link {
     }
 
     /// Notes that the link is down: for apps, for the log, and for after a restart.
-    fn note(&mut self, trouble: Trouble, wait: Duration) {
+    fn note(&mut self, error: LinkError, wait: Duration) {
         self.change_cached(|cached| {
             cached
                 .stale
                 .get_or_insert("the connection to the arbiter was lost");
         });
-        self.secret.missing(trouble.in_general());
+        self.secret.missing(error.public_reason());
         let retry_ms = millis(wait);
-        if self.logged.as_ref() == Some(&trouble) {
-            log::debug!(reason:% = trouble, retry_ms; "no link to the arbiter");
+        if self.logged.as_ref() == Some(&error) {
+            log::debug!(reason:% = error, retry_ms; "no link to the arbiter");
         } else {
-            log::warn!(reason:% = trouble, retry_ms; "no link to the arbiter");
-            self.logged = Some(trouble);
+            log::warn!(reason:% = error, retry_ms; "no link to the arbiter");
+            self.logged = Some(error);
         }
     }
 }
 
-fn ask(connection: &mut Connection, request: &[u8]) -> Result<Vec<u8>, Trouble> {
-    connection.ask(request).map_err(Trouble::Link)
+fn ask(connection: &mut Connection, request: &[u8]) -> Result<Vec<u8>, LinkError> {
+    connection.ask(request).map_err(LinkError::Link)
 }
 
 /// The instance in the answer to the request for it.
-fn read_instance(answer: &[u8]) -> Result<Instance, Trouble> {
-    let reply = Reply::read(answer).ok_or(Trouble::Unreadable)?;
+fn read_instance(answer: &[u8]) -> Result<Instance, LinkError> {
+    let reply = Reply::read(answer).ok_or(LinkError::Unreadable)?;
     Ok(match (reply.code, reply.instance) {
         (zest::CONTENT, Some(key)) => Instance::Key(key.to_vec()),
         (zest::UNAUTHORIZED, _) => Instance::Unregistered,
@@ -369,11 +369,11 @@ fn read_instance(answer: &[u8]) -> Result<Instance, Trouble> {
 }
 
 /// The secret in the answer to the request for it.
-fn read_secret(answer: &[u8]) -> Result<&[u8], Trouble> {
+fn read_secret(answer: &[u8]) -> Result<&[u8], LinkError> {
     match Reply::read(answer) {
-        Some(reply) if reply.code != zest::CONTENT => Err(Trouble::Refused(reply.code)),
+        Some(reply) if reply.code != zest::CONTENT => Err(LinkError::Refused(reply.code)),
         Some(reply) if !reply.payload.is_empty() => Ok(reply.payload),
-        _ => Err(Trouble::Unreadable),
+        _ => Err(LinkError::Unreadable),
     }
 }
 
@@ -442,7 +442,7 @@ mod tests {
             let answer = [&[code][..], more].concat();
             assert_eq!(read_instance(&answer), Ok(instance), "{code}");
         }
-        assert_eq!(read_instance(b"\x45\xff"), Err(Trouble::Unreadable));
+        assert_eq!(read_instance(b"\x45\xff"), Err(LinkError::Unreadable));
     }
 
     #[test]
@@ -457,10 +457,10 @@ mod tests {
             (b"\xa0\0\0\0", "160, internal error"),
             (b"\x01\0\0\0", "with 1;"),
         ] {
-            let trouble = read_secret(answer).unwrap_err();
-            let message = trouble.to_string();
+            let error = read_secret(answer).unwrap_err();
+            let message = error.to_string();
             assert!(message.contains(words), "{message}");
-            assert!(!format!("{message}{trouble:?}").contains("s3cret"));
+            assert!(!format!("{message}{error:?}").contains("s3cret"));
         }
     }
 

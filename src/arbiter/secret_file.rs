@@ -1,9 +1,9 @@
 //! The arbiter's secret, cached in the data folder, so that tokens outlive a restart of this service.
 //!
-//! One file, `secret`, readable by its user alone, replaced as a whole or not at all. It says for
-//! which `ARBITER_TOKEN` and `ZMQ_PUBLIC_KEY` the secret is (by a hash of them), which instance of
-//! the arbiter issued it, and during which boot of the machine the connection was not seen down.
-//! A file of an earlier release has no instance, and is read as that of an arbiter that names none.
+//! There is one file, `secret`, which only its user can read and which is replaced atomically. It says for
+//! which `ARBITER_TOKEN` and `ZMQ_PUBLIC_KEY` the secret is (by a hash of them), which instance of the
+//! arbiter issued it, and during which boot of the machine the connection has always been up. A file of an
+//! earlier release has no instance, and is read as that of an arbiter that names none.
 //!
 //! Not here: when the secret is asked for (`super`).
 
@@ -18,14 +18,14 @@ use serde::{Deserialize, Serialize};
 
 /// The file's name in the data folder.
 pub const FILE: &str = "secret";
-/// What the file is called until it is written.
+/// The file's name while it is written.
 const UNFINISHED: &str = "secret.new";
 
-/// Where the secret is cached, and for whom.
+/// The file for the secrets of one token and key.
 pub struct SecretFile {
     folder: PathBuf,
     fingerprint: String,
-    /// The machine's current boot; empty where the system does not tell.
+    /// The id of the machine's current boot; empty if the system does not tell.
     boot: String,
 }
 
@@ -34,25 +34,24 @@ pub struct SecretFile {
 pub struct Cached {
     /// The secret itself; never empty.
     pub secret: Vec<u8>,
-    /// The instance of the arbiter that issued it; `None` where that arbiter names none.
+    /// The instance of the arbiter that issued it. `None` if that arbiter names none.
     pub instance: Option<Vec<u8>>,
-    /// Why the arbiter may have been restarted since, as far as that shows without its instance.
+    /// Why the arbiter may have been restarted since, for when its instance is unknown.
     pub stale: Option<&'static str>,
 }
 
-/// What stands in the file.
+/// The file's content, as JSON.
 #[derive(Serialize, Deserialize)]
 struct Content {
     secret: String,
     fingerprint: String,
     instance: Option<String>,
-    /// The boot during which the connection was not seen down since the secret came; nothing once
-    /// it was.
+    /// The boot during which the secret arrived, if the connection has been up ever since.
     boot: Option<String>,
 }
 
 impl SecretFile {
-    /// The file for secrets of what has this fingerprint.
+    /// The file for the secrets of the token and key with this fingerprint.
     pub fn new(folder: PathBuf, fingerprint: String) -> Self {
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         Self {
@@ -62,17 +61,17 @@ impl SecretFile {
         }
     }
 
-    /// Reads the secret; `None` where there is none, or one for another token or key.
+    /// Reads the secret. `None` if there is none, or it is for another token or key.
     ///
     /// # Errors
-    /// Where the file cannot be read, or is none of ours.
+    /// The file cannot be read or understood.
     pub fn read(&self) -> io::Result<Option<Cached>> {
         let text = match fs::read(self.folder.join(FILE)) {
             Ok(text) => text,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
-        // Neither serde_json's message nor base64's is passed on: they may quote the secret.
+        // The messages of serde_json and base64 are not passed on: they may quote the secret.
         let strange = || io::Error::new(ErrorKind::InvalidData, "its content is not understood");
         let content: Content = serde_json::from_slice(&text).map_err(|_| strange())?;
         if content.fingerprint != self.fingerprint {
@@ -81,12 +80,12 @@ impl SecretFile {
         let decode = |text: String| STANDARD.decode(text).map_err(|_| strange());
         let secret = decode(content.secret)?;
         if secret.is_empty() {
-            // Anybody could mint with that.
+            // Anybody could mint tokens with that.
             return Err(strange());
         }
         let stale = match content.boot {
             None => Some("the connection to the arbiter was lost"),
-            // Then no boot is known to be this one.
+            // Without its id, no boot is known to be this one.
             _ if self.boot.is_empty() => Some("the system does not tell its boots apart"),
             Some(boot) if boot != self.boot => Some("the machine was started"),
             Some(_) => None,
@@ -98,12 +97,11 @@ impl SecretFile {
         }))
     }
 
-    /// Writes a secret and what is known of it. Blocks until it is on the disk. Where a stale one
-    /// cannot be written, the file is removed instead: after a restart, what it says from before
-    /// must not be believed.
+    /// Writes a secret and what is known of it. Blocks until it is on disk. If a stale one cannot be
+    /// written, removes the file instead: its earlier content must not be believed after a restart.
     ///
     /// # Errors
-    /// Where neither was possible; what the file said before is still there then.
+    /// Neither was possible. The file has its earlier content.
     pub fn write(&self, cached: &Cached) -> io::Result<()> {
         let written = self.replace(cached);
         match cached.stale {
@@ -120,17 +118,17 @@ impl SecretFile {
             boot: cached.stale.is_none().then(|| self.boot.clone()),
         };
         let unfinished = self.folder.join(UNFINISHED);
-        // Strings alone: nothing here can fail.
+        // Strings always serialise.
         let text = serde_json::to_string(&content).expect("strings serialise") + "\n";
         write_private(&unfinished, text.as_bytes())?;
         fs::rename(&unfinished, self.folder.join(FILE))?;
-        // A rename is on the disk once its folder is.
+        // A rename is durable once its folder is synced.
         File::open(&self.folder)?.sync_all()
     }
 }
 
 fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    // One that was left over may have been made by somebody else, with rights of its own.
+    // Somebody else may have created a file that is left over, with other permissions.
     match fs::remove_file(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
         _ => {}

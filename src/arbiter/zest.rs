@@ -1,46 +1,46 @@
-//! Zest messages: a request as bytes, and bytes as a reply.
+//! Zest messages: encodes requests and decodes replies.
 //!
 //! Zest is the protocol of a Databox's stores and of its arbiter ("Zest: REST over ZeroMQ", Moore et
 //! al., 2019): one frame with a header, options and a payload, all numbers big-endian. Its codes and
 //! option numbers are those of CoAP (RFC 7252, section 12), as decimal bytes.
 //!
-//! Not here: how a frame travels (`curve`), and what follows from a reply (`super`).
+//! Not here: sending frames (`curve`), and what follows from a reply (`super`).
 
 /// The code of a GET.
 const GET: u8 = 1;
-/// The host that the asking side is known as.
+/// The name by which the arbiter knows the client.
 const URI_HOST: u16 = 3;
-/// Makes a GET an observe request; its value says what is to be observed.
+/// Makes a GET an observe request. Its value says what is to be observed.
 const OBSERVE: u16 = 6;
-/// The path that is asked for.
+/// The path of the request.
 const URI_PATH: u16 = 11;
-/// What kind of payload is meant.
+/// The format of the payload.
 const CONTENT_FORMAT: u16 = 12;
-/// For how many seconds to observe, in four bytes; 0 would be for ever.
+/// For how many seconds to observe, in four bytes. 0 means for ever.
 const MAX_AGE: u16 = 14;
 /// In the reply to an observe request: the public key of the socket that sends what was observed.
 const PUBLIC_KEY: u16 = 2048;
-/// JSON, which the arbiter's clients name for all they ask.
+/// JSON, which the arbiter's clients give in every request.
 const JSON: u16 = 50;
 
 /// The reply's payload is what was asked for.
 pub const CONTENT: u8 = 69;
 /// The arbiter could not read the request.
 pub const BAD_REQUEST: u8 = 128;
-/// The arbiter does not know the token, or not as that of this host.
+/// The arbiter does not know the token, or knows it as another host's.
 pub const UNAUTHORIZED: u8 = 129;
 /// The arbiter failed.
 pub const INTERNAL_ERROR: u8 = 160;
 /// The arbiter cannot serve now.
 pub const UNAVAILABLE: u8 = 163;
 
-/// Encodes a GET of `path` by `host`; `None` where a part is longer than its 16-bit length can say.
+/// Encodes a GET of `path` by `host`. `None` if a part is too long for its 16-bit length.
 pub fn get(token: &[u8], path: &str, host: &str) -> Option<Vec<u8>> {
     encode(token, path, host, &[])
 }
 
-/// Encodes a request to observe `path` for a second. No more is meant by it than to have the
-/// reply's [`Reply::instance`]; what is observed would go to a socket that nobody connects to.
+/// Encodes a request to observe `path` for a second. Its only purpose is the reply's [`Reply::instance`]:
+/// what is observed goes to a socket that nobody connects to.
 pub fn observe(token: &[u8], path: &str, host: &str) -> Option<Vec<u8>> {
     let second = 1_u32.to_be_bytes();
     encode(token, path, host, &[(OBSERVE, b"data"), (MAX_AGE, &second)])
@@ -66,21 +66,20 @@ fn encode(token: &[u8], path: &str, host: &str, more: &[(u16, &[u8])]) -> Option
     Some(message)
 }
 
-/// What the arbiter answered.
+/// The arbiter's answer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Reply<'a> {
-    /// What became of the request, like [`CONTENT`].
+    /// The outcome of the request, like [`CONTENT`].
     pub code: u8,
-    /// The key that the arbiter made at its start, which tells one run of it from another. It is in
-    /// the reply to an observe request; never empty.
+    /// The key that the arbiter created at its start, which tells its runs apart. Never empty. Only in the
+    /// reply to an observe request.
     pub instance: Option<&'a [u8]>,
     /// Everything after the options.
     pub payload: &'a [u8],
 }
 
 impl<'a> Reply<'a> {
-    /// Reads a reply; `None` where it ends before its header and options do. Takes as long as there
-    /// are options, which are 255 at the most.
+    /// Reads a reply. `None` if it ends before its header and options do. There are at most 255 options.
     pub fn read(message: &'a [u8]) -> Option<Self> {
         let (&[code, options], rest) = message.split_first_chunk()?;
         let (_token, mut rest) = split_sized(rest)?;
@@ -101,7 +100,7 @@ impl<'a> Reply<'a> {
     }
 }
 
-/// A value that has its 16-bit length before it, and what follows.
+/// A value after its 16-bit length, and what follows it.
 fn split_sized(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
     let (&length, rest) = bytes.split_first_chunk()?;
     rest.split_at_checked(u16::from_be_bytes(length).into())

@@ -1,10 +1,9 @@
-//! What each caveat asks for, as pure functions over a request and the time.
+//! Checks caveats against a request and the time; pure.
 //!
-//! Every caveat must hold, whoever added it, and one that is not known never does. Four must be
-//! there: the arbiter leaves the destination out when an app asks it to, and a token without one
-//! could send anywhere.
+//! Every caveat must hold, whoever added it, and an unknown one never does. Four are required: the arbiter
+//! leaves the destination out if an app asks it to, and a token without one could send anywhere.
 //!
-//! Not here: whether the macaroon that holds them is genuine ([`super::macaroon`]).
+//! Not here: whether the macaroon is genuine ([`super::macaroon`]).
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -13,7 +12,7 @@ use time::format_description::well_known::Rfc3339;
 
 use super::{Denial, Macaroon, Need};
 
-/// The parts of a request that caveats speak about.
+/// The parts of a request that caveats are about.
 pub struct Request<'a> {
     /// This service's own name, `DATABOX_LOCAL_NAME`.
     pub target: &'a str,
@@ -23,20 +22,20 @@ pub struct Request<'a> {
     pub path: &'a str,
 }
 
-/// What a genuine token with all its caveats met lets its holder do.
+/// What a genuine token whose caveats all hold permits.
 pub struct Grant {
     owner: Vec<u8>,
     destinations: Vec<String>,
 }
 
 impl Grant {
-    /// The macaroon's identifier, which with the destination says whose an export is.
+    /// The macaroon's identifier, which owns exports.
     pub fn owner(&self) -> &[u8] {
         &self.owner
     }
 
-    /// Whether data may go to exactly this URL. With two different destination caveats the
-    /// answer is always no, since both have to hold.
+    /// Whether data may be sent to exactly this URL. With two different destination caveats the answer is
+    /// always no, since both have to hold.
     pub fn allows(&self, destination: &str) -> bool {
         self.destinations
             .iter()
@@ -44,10 +43,10 @@ impl Grant {
     }
 }
 
-/// Checks every caveat but the destinations, which are collected for [`Grant::allows`].
+/// Checks all caveats except the destinations, which are collected for [`Grant::allows`].
 ///
 /// # Errors
-/// The first caveat that does not hold, or else the first of the four that is missing.
+/// The first caveat that does not hold, else the first of the four that is missing.
 pub fn check(macaroon: &Macaroon, request: &Request<'_>, now: SystemTime) -> Result<Grant, Denial> {
     let (mut target, mut method, mut path) = (false, false, false);
     let mut destinations = Vec::new();
@@ -98,13 +97,13 @@ fn path_matches(pattern: &str, path: &str) -> bool {
     }
 }
 
-/// The first second after the year 9999. No expiry lies there: a number of that size is one of
-/// milliseconds, which would let a token live for 55,000 years.
+/// The first Unix second after the year 9999. No expiry is that late: such a number must be in milliseconds,
+/// and would make a token valid for 55,000 years.
 const YEAR_10000: u64 = 253_402_300_800;
 const NANOS: i128 = 1_000_000_000;
 
-/// The moment that a text in RFC 3339 or in Unix seconds means, in nanoseconds since 1970; rounded up, so
-/// that a moment in whole nanoseconds is before it exactly where it is before the text's.
+/// Parses a time in RFC 3339 or in Unix seconds, to nanoseconds since 1970. Rounds up, so that a time in
+/// whole nanoseconds is before the result exactly if it is before the text's.
 fn moment(text: &str) -> Option<i128> {
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let (seconds, fraction) = text.split_once('.').unwrap_or((text, "0"));
@@ -122,7 +121,7 @@ fn moment(text: &str) -> Option<i128> {
     Some(i128::from(seconds) * NANOS + nanos + i128::from(rest))
 }
 
-/// A moment in nanoseconds since 1970.
+/// A time in nanoseconds since 1970.
 fn since_epoch(moment: SystemTime) -> i128 {
     let nanos = |time: Duration| i128::try_from(time.as_nanos()).unwrap_or(i128::MAX);
     match moment.duration_since(UNIX_EPOCH) {

@@ -1,6 +1,6 @@
-//! Macaroons: reading the three formats, minting one, and the chain of HMACs that signs them.
+//! Macaroons: reading the three formats, minting, and the chain of HMACs that signs them.
 //!
-//! Formats are those of libmacaroons (its `doc/format.txt`): v1 packets, v2 binary and v2 JSON.
+//! The formats are those of libmacaroons (its `doc/format.txt`): v1 packets, v2 binary and v2 JSON.
 //! The construction is that of "Macaroons: Cookies with Contextual Caveats for Decentralized
 //! Authorization in the Cloud" (Birgisson et al., NDSS 2014), first-party caveats only.
 //!
@@ -23,7 +23,7 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
 
-/// What libmacaroons keys the derivation of a root key with.
+/// The HMAC key with which libmacaroons derives a root key.
 const KEY_GENERATOR: &[u8] = b"macaroons-key-generator";
 
 /// The length of a SHA-256 HMAC in bytes.
@@ -46,8 +46,8 @@ impl fmt::Debug for Key {
     }
 }
 
-/// A macaroon that was read but not yet checked: nothing in it can be believed before
-/// [`Macaroon::is_signed_by`] has said yes.
+/// A macaroon that was read but not yet checked. Nothing in it can be trusted before
+/// [`Macaroon::is_signed_by`] has returned true.
 pub struct Macaroon {
     identifier: Vec<u8>,
     caveats: Vec<Vec<u8>>,
@@ -70,11 +70,11 @@ impl Macaroon {
         }
     }
 
-    /// Reads a token in any of the three formats: v2 JSON as it stands, the others (and v2 JSON
-    /// too) in URL-safe base64 with or without padding.
+    /// Reads a token in any of the three formats: v2 JSON as plain text, and all of them in URL-safe base64
+    /// with or without padding.
     ///
     /// # Errors
-    /// [`Denial::Unreadable`], or [`Denial::ThirdParty`] where a caveat needs a discharge.
+    /// [`Denial::Unreadable`], or [`Denial::ThirdParty`] if a caveat needs a discharge.
     pub fn read(token: &str) -> Result<Self, Denial> {
         if token.starts_with('{') {
             return Self::read_json(token.as_bytes());
@@ -97,7 +97,7 @@ impl Macaroon {
         signer.verify_slice(&self.signature).is_ok()
     }
 
-    /// Who the token was minted for. The arbiter leaves it empty.
+    /// Whom the token was minted for. The arbiter leaves it empty.
     pub fn identifier(&self) -> &[u8] {
         &self.identifier
     }
@@ -109,7 +109,7 @@ impl Macaroon {
 
     /// Writes the macaroon as v1 packets in URL-safe base64.
     ///
-    /// `None` where a caveat or the identifier is longer than a packet's four hex digits can say.
+    /// `None` if a caveat or the identifier is too long for a packet's four hex digits.
     pub fn to_v1(&self) -> Option<String> {
         let mut packets = Vec::new();
         put_packet(&mut packets, "location", b"")?;
@@ -201,7 +201,7 @@ fn hmac(key: &[u8], message: &[u8]) -> [u8; SIGNATURE] {
     mac(key, message).finalize().into_bytes().into()
 }
 
-/// A v1 packet: four hex digits that count themselves too, a key, a space, a value, a newline.
+/// Appends a v1 packet: its length in four hex digits (including these), a key, a space, a value, a newline.
 fn put_packet(to: &mut Vec<u8>, key: &str, value: &[u8]) -> Option<()> {
     let length = u16::try_from(4 + key.len() + 1 + value.len() + 1).ok()?;
     to.extend_from_slice(format!("{length:04x}{key} ").as_bytes());

@@ -1,9 +1,9 @@
-//! Who may do what: from the text of a token to what it grants.
+//! Authorisation: what a token grants.
 //!
-//! [`authorize`] reads the macaroon, checks its signature and then its caveats. Whether the
-//! granted destinations cover an export is asked later, once the export is known.
+//! [`authorize`] reads the macaroon, checks its signature and then its caveats. Whether the granted
+//! destinations cover an export is checked later, when the export is known.
 //!
-//! Not here: where in a request the token stands, and which status a denial becomes (`routes`).
+//! Not here: finding the token in a request (`routes`), and the status of a denial (`answer`).
 
 pub mod caveats;
 pub mod macaroon;
@@ -15,12 +15,11 @@ use std::time::SystemTime;
 pub use caveats::{Grant, Request};
 pub use macaroon::{Key, Macaroon};
 
-/// Checks a token against the request it came with.
-///
-/// `now` is what `time < T` caveats are compared with. No I/O, does not block.
+/// Checks a token against the request that it came with. Does no I/O. `now` is compared with `time < T`
+/// caveats.
 ///
 /// # Errors
-/// The first reason found why the token does not cover the request.
+/// The first reason why the token does not cover the request.
 pub fn authorize(
     token: &str,
     key: &Key,
@@ -48,7 +47,7 @@ pub enum Need {
 }
 
 impl Need {
-    /// The caveat's name as it stands in a token.
+    /// The caveat's name in a token.
     pub fn name(self) -> &'static str {
         match self {
             Self::Target => "target",
@@ -64,21 +63,21 @@ impl Need {
 pub enum Denial {
     /// The request carried no token at all.
     NoToken,
-    /// The token is none of the three macaroon formats.
+    /// The token is in none of the three macaroon formats.
     Unreadable,
-    /// The token holds a third-party caveat; this service cannot discharge one.
+    /// The token has a third-party caveat, which this service cannot discharge.
     ThirdParty,
-    /// The signature does not match: another secret, or a changed token.
+    /// The signature does not match: the token was signed with another secret, or changed.
     Forged,
-    /// A caveat that every token must have is not there.
+    /// A caveat that every token must have is missing.
     Missing(Need),
-    /// A caveat that is there does not hold for this request.
+    /// A caveat does not hold for this request.
     Unmet(Need),
     /// The time of a `time <` caveat is over.
     Expired,
-    /// What a `time <` caveat holds is no time, so a mistyped expiry is not one that never comes.
+    /// The value of a `time <` caveat is not a time. Refused, so that a mistyped expiry does not mean never.
     UnreadableTime,
-    /// The token holds a caveat that this service does not know, so it cannot hold.
+    /// The token has a caveat that this service does not know, so it cannot hold.
     Unknown,
 }
 

@@ -1,18 +1,17 @@
-//! Where the key comes from that tokens are checked with: it was given, or the arbiter's link puts
-//! it here as soon as it has it.
+//! The key for checking tokens, which is given, or set by the arbiter's link when it arrives.
 //!
-//! Not here: asking for it (`arbiter`), and what a request without it is answered (`routes`).
+//! Not here: asking for it (`arbiter`), and the answer to a request without it (`routes`).
 
 use parking_lot::RwLock;
 
 use super::Key;
 
-/// The key, once there is one. Shared between the arbiter's thread, which writes, and the pool,
-/// which reads at every request; each holds the lock for the time of a copy.
+/// The key, once there is one. The arbiter's thread writes it, and the pool reads it at every request. Each
+/// holds the lock only while copying.
 #[derive(Debug)]
 pub struct Secret(RwLock<Result<Key, Missing>>);
 
-/// Why there is no key yet, in words that give nothing away to an app.
+/// Why there is no key yet, as apps may see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Missing(pub &'static str);
 
@@ -27,7 +26,7 @@ impl Secret {
         Self(RwLock::new(Err(Missing("the arbiter has not answered"))))
     }
 
-    /// The key of now.
+    /// The current key.
     ///
     /// # Errors
     /// Why there is none.
@@ -35,12 +34,12 @@ impl Secret {
         self.0.read().clone()
     }
 
-    /// From now on this is the key; tokens of an earlier one are good no more.
+    /// From now on this is the key. Tokens that were signed with an earlier one are no longer valid.
     pub fn set(&self, key: Key) {
         *self.0.write() = Ok(key);
     }
 
-    /// Notes why there is no key; an earlier key stays.
+    /// Notes why there is no key. An earlier key stays in force.
     pub fn missing(&self, reason: Missing) {
         let mut key = self.0.write();
         if key.is_err() {

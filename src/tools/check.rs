@@ -1,5 +1,4 @@
-//! `check URL`: a dry run for the person at the keyboard. It goes the way of an attempt step by
-//! step, through the same code and by the same rules, and sends no request.
+//! `check URL`: a dry run of an attempt, step by step, with the same code and rules. It sends no request.
 //!
 //! Not here: attempts themselves ([`crate::delivery::attempt`]).
 
@@ -19,10 +18,10 @@ use crate::destination::Destination;
 use crate::dial::{self, Late, Names};
 use crate::socket::Socket;
 
-/// How long all steps together may take: as long as an attempt, where nothing else is set.
+/// How long all steps together may take: as long as an attempt by default.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// One step of the way and how it went.
+/// One step and its result.
 #[derive(Serialize)]
 struct Finding {
     step: &'static str,
@@ -30,11 +29,11 @@ struct Finding {
     message: String,
 }
 
-/// Checks a destination and prints one line for each step. Blocks for half a minute at the most.
-/// True where an export could go there now.
+/// Checks a destination and prints one line for each step. Blocks for at most half a minute. True if an
+/// export could be delivered there now.
 ///
 /// # Errors
-/// Where nobody reads what is printed, or the CA file cannot be used.
+/// The output cannot be written, or the CA file cannot be used.
 pub fn check(arguments: &CheckArgs) -> Result<bool, String> {
     let trust = arguments
         .destinations
@@ -79,7 +78,7 @@ fn print(url: &str, findings: &[Finding], ok: bool, json: bool) -> io::Result<()
     Ok(())
 }
 
-/// Goes as far as it gets.
+/// Takes the steps in order, up to the first that fails.
 fn follow(url: &str, rules: &Rules, trust: &Trust) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut note = |step, result: Result<String, String>| {
@@ -162,9 +161,9 @@ fn follow(url: &str, rules: &Rules, trust: &Trust) -> Vec<Finding> {
     findings
 }
 
-/// Why no connection came about.
+/// Why no connection was made.
 enum Obstacle {
-    /// An address that was heard of late may not be sent to.
+    /// An address that arrived late may not be sent to.
     Forbidden(String),
     Failed(io::Error),
 }

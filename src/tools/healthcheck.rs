@@ -1,6 +1,6 @@
 //! `healthcheck`: asks a running service on this machine for its status.
 //!
-//! Not here: what the service says of itself ([`crate::answer`]).
+//! Not here: the service's answer ([`crate::answer`]).
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -12,11 +12,10 @@ use crate::config::HealthcheckArgs;
 /// How long a health check may take.
 const HEALTH: Duration = Duration::from_secs(3);
 
-/// Asks the service at this address for its status, from the same machine. Blocks for three seconds
-/// at the most.
+/// Asks the service at this address for its status, from the same machine. Blocks for at most three seconds.
 ///
 /// # Errors
-/// What was asked and what came back instead of `active`.
+/// The URL that was asked, and why it did not answer `active`.
 pub fn healthcheck(arguments: &HealthcheckArgs) -> Result<(), String> {
     let address = arguments.address();
     let local = match address.ip() {
@@ -29,8 +28,8 @@ pub fn healthcheck(arguments: &HealthcheckArgs) -> Result<(), String> {
         "{scheme}://{}/status",
         SocketAddr::new(local, address.port())
     );
-    // The certificate is for the name that clients use. Nothing secret is said, and whoever could
-    // listen in its stead on this machine could also end the service.
+    // The certificate is for the name that clients use. Nothing secret is sent, and whoever could
+    // listen here in the service's place could also end the service.
     let tls = TlsConfig::builder().disable_verification(true).build();
     let config = ureq::Agent::config_builder()
         .timeout_global(Some(HEALTH))

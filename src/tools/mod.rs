@@ -1,5 +1,5 @@
-//! The small tools for a person at the keyboard: mint a token, be a destination, see whether a
-//! destination can be reached, ask for health.
+//! Small tools for a person at the keyboard: mint a token, act as a destination, check whether a destination
+//! can be reached, ask for the service's health.
 //!
 //! Not here: the service itself.
 

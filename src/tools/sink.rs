@@ -11,16 +11,15 @@ use std::time::Duration;
 use crate::config::SinkArgs;
 use crate::threads;
 
-/// The largest body a sink reads, in bytes.
+/// The largest body that a sink reads, in bytes.
 const LARGEST: u64 = 64 * 1024 * 1024;
-/// Connections that a sink serves at once.
+/// Threads, and so requests that a sink serves at once.
 const SINK_THREADS: usize = 8;
 
-/// Listens on 127.0.0.1, prints each request that arrives and answers with its body. Returns
-/// only where that fails.
+/// Listens on 127.0.0.1, prints each request and answers with its body. Returns only if that fails.
 ///
 /// # Errors
-/// Where the port cannot be had, or nobody reads what is printed.
+/// The port cannot be bound, or the output cannot be written.
 pub fn sink(arguments: &SinkArgs) -> io::Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, arguments.port))?;
     writeln!(
@@ -64,7 +63,7 @@ fn answer_all(server: &tiny_http::Server, status: u16, delay: Duration) -> io::R
         io::stdout().write_all(&line)?;
         thread::sleep(delay);
         let response = tiny_http::Response::from_data(body).with_status_code(status);
-        // The service may have gone away in the meantime: what counts is that the body arrived.
+        // The client may have left in the meantime: what counts is that the body has arrived.
         let _ = request.respond(response);
     }
 }

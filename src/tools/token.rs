@@ -1,4 +1,4 @@
-//! `token`: mints a macaroon in the shape of the arbiter's.
+//! `token`: mints a macaroon like the arbiter's.
 //!
 //! Not here: what a macaroon is ([`crate::auth`]).
 
@@ -8,13 +8,13 @@ use crate::auth::Macaroon;
 use crate::config::TokenArgs;
 use crate::destination::Destination;
 
-/// From the Unix epoch to the beginning of the last year that RFC 3339 can write.
+/// The beginning of the last year that RFC 3339 can write, since the Unix epoch.
 const YEAR_9999: Duration = Duration::from_secs(253_370_764_800);
 
-/// Mints the token that the arguments describe, in the shape of the arbiter's: v1, no location.
+/// Mints the token that the arguments describe. Like the arbiter's, it is in format v1 without a location.
 ///
 /// # Errors
-/// What is missing or wrong, for the person who typed it.
+/// What is missing or wrong in the arguments.
 pub fn token(arguments: &TokenArgs, now: SystemTime) -> Result<String, String> {
     let (name, key) = arguments.signer().map_err(|error| error.to_string())?;
     let url = &arguments.destination;
