@@ -399,7 +399,7 @@ mod tests {
             (Some("a"), lost, key("a"), None),
             (Some("a"), fresh, key("b"), Some("restarted")),
             (Some("a"), lost, key("b"), Some("restarted")),
-            // Where it is not, a lost connection does.
+            // If it is not, a lost connection does.
             (None, fresh, key("a"), None),
             (None, lost, key("a"), Some("lost")),
             (Some("a"), fresh, Instance::Unnamed, None),

@@ -244,7 +244,7 @@ const V2_IDENTIFIER: u8 = 2;
 const V2_VERIFICATION: u8 = 4;
 const V2_SIGNATURE: u8 = 6;
 
-/// The fields of a v2 binary token: a type, a length as a varint, then so many bytes.
+/// The fields of a v2 binary token: a type, a length as a varint, then that many bytes.
 struct V2Fields<'a>(&'a [u8]);
 
 impl<'a> V2Fields<'a> {

@@ -152,8 +152,8 @@ impl Exports {
             })
     }
 
-    /// Finishes an export that its destination has answered. Like every report, blocks only while
-    /// [`UNWRITTEN_REPORTS`](super::UNWRITTEN_REPORTS) reports wait for the writer.
+    /// Finishes an export that its destination has answered. Like all reports, blocks only while too many
+    /// wait for the writer, since the disk is slow.
     pub fn answered(&self, export: &Export, result: ExtResponse, took: Duration) {
         let now = self.running();
         let was_failing = self.queues.lock().answered(export.queue, took, now);

@@ -88,14 +88,14 @@ impl Query {
     }
 }
 
-/// How much may wait or be kept, and for how long.
+/// How much may be stored, and for how long.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Unfinished exports in one queue.
     pub max_pending: usize,
     /// Bytes that all exports and results together may take in the store.
     pub max_store: u64,
-    /// How long results are kept.
+    /// How long results stay in the store.
     pub retention: Duration,
     /// How long a queue fails before its exports are given up.
     pub give_up_after: Duration,

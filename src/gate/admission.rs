@@ -422,7 +422,7 @@ mod tests {
         }
         let other = taken(&mut admission, 2);
         assert!(!other.is_rejected());
-        // Where one of them all has to make room, whoever has fewest comes first.
+        // If any connection can make room, the address with the fewest comes first.
         assert!(come(&mut admission, 3).is_empty());
         evicted(&mut admission, too_early, []);
         assert!(!a.is_evicted());

@@ -115,17 +115,17 @@ impl Folder {
     pub fn replace_database(&self, new: &Path, damaged: bool) -> io::Result<Option<PathBuf>> {
         let database = self.database();
         File::open(new)?.sync_all()?;
-        let mut kept = None;
+        let mut old_path = None;
         if damaged {
             let seconds = SystemTime::now().duration_since(UNIX_EPOCH);
             let end = format!(".damaged-{}", seconds.unwrap_or_default().as_secs());
             let old = beside(&database, &end);
             remove(&old)?;
             fs::hard_link(&database, &old)?;
-            kept = Some(old);
+            old_path = Some(old);
         }
         fs::rename(new, database)?;
-        Ok(kept)
+        Ok(old_path)
     }
 
     /// Notes in the lock file that the folder has a database, which must be synced by now.
@@ -184,9 +184,9 @@ impl Folder {
         };
         let file = self.database();
         let found = size(&file)?;
-        let log = size(&beside(&file, "-wal"))?.unwrap_or(0);
+        let wal = size(&beside(&file, "-wal"))?.unwrap_or(0);
         let bytes = found.unwrap_or(0);
-        if bytes >= SMALLEST || (bytes == 0 && log == 0 && !self.in_use) {
+        if bytes >= SMALLEST || (bytes == 0 && wal == 0 && !self.in_use) {
             return Ok(());
         }
         let state = match found {

@@ -39,7 +39,7 @@ pub const ORDINARY_WAL: u64 = 4 * 1024 * 1024;
 /// The same in pages.
 const ORDINARY_WAL_PAGES: i32 = 1024;
 
-/// Where the exports are kept.
+/// Where the store is.
 #[derive(Clone, Debug)]
 pub enum Place {
     /// In this folder, which is created if it does not exist.

@@ -84,8 +84,8 @@ impl Store {
         let mut folder = Folder::open(folder)?;
         let path = folder.database();
         let unusable = |error| folder.unusable(&error);
-        let log = beside(&path, "-wal");
-        let found = Scan::of(&log).map_err(|error| folder.unusable(&error))?;
+        let wal = beside(&path, "-wal");
+        let found = Scan::of(&wal).map_err(|error| folder.unusable(&error))?;
         let mut connection = connect(&path, WRITING).map_err(unusable)?;
         schema::recognise(&connection, &path, folder.in_use)?;
         // SQLite has read the WAL by now, if there is one, and says how much of it.
@@ -95,7 +95,7 @@ impl Store {
             })
             .map_err(unusable)?;
         // -1 without a WAL.
-        warn_of_skipped(&found.skipped(read.max(0).unsigned_abs()), &log);
+        warn_of_skipped(&found.skipped(read.max(0).unsigned_abs()), &wal);
         let pages = Arc::new(AtomicI32::new(0));
         set_wal(&mut connection, pages.clone()).map_err(|error| folder.unusable(&error))?;
         let version = schema::version(&connection).map_err(unusable)?;
@@ -295,16 +295,16 @@ fn log_losses(copied: &Copied, old: &Path) {
     );
 }
 
-fn warn_of_skipped(skipped: &Skipped, log: &Path) {
+fn warn_of_skipped(skipped: &Skipped, wal: &Path) {
     match skipped {
         Skipped::Nothing => {}
         Skipped::Transactions => log::warn!(
-            file:% = log.display();
+            file:% = wal.display();
             "SQLite's log was damaged, and only what is in front of that could be read: exports that \
              were accepted last may be missing, and results be forgotten and sent again"
         ),
         Skipped::Beginning => log::warn!(
-            file:% = log.display();
+            file:% = wal.display();
             "SQLite's log ends in the middle of a write, which was left out: it was not answered, \
              unless the file was cut off"
         ),
@@ -378,10 +378,10 @@ pub(super) struct Files([(PathBuf, (u64, u64)); 2]);
 
 impl Files {
     fn find(database: &Path) -> io::Result<Self> {
-        let log = beside(database, "-wal");
-        let [database, log] =
-            [database.to_owned(), log].map(|path| identity(&path).map(|identity| (path, identity)));
-        Ok(Self([database?, log?]))
+        let wal = beside(database, "-wal");
+        let [database, wal] =
+            [database.to_owned(), wal].map(|path| identity(&path).map(|identity| (path, identity)));
+        Ok(Self([database?, wal?]))
     }
 
     /// A file that is no longer at its path.

@@ -105,8 +105,8 @@ impl Store {
                  FROM pragma_page_count, pragma_freelist_count, pragma_page_size",
             )?
             .query_row([], |row| row.get::<_, i64>(0))?;
-        let log = wal_size(&self.path).saturating_sub(ORDINARY_WAL);
-        Ok(pages.unsigned_abs().saturating_add(log))
+        let wal = wal_size(&self.path).saturating_sub(ORDINARY_WAL);
+        Ok(pages.unsigned_abs().saturating_add(wal))
     }
 
     /// Deletes some exports that were finished at or before `limit` (Unix milliseconds), and queues that
@@ -206,8 +206,8 @@ impl Reader {
 
 /// The size of a database's WAL file in bytes, which may be more than its contents.
 pub fn wal_size(database: &Path) -> u64 {
-    let log = fs::metadata(beside(database, "-wal"));
-    log.map_or(0, |log| log.len())
+    let wal = fs::metadata(beside(database, "-wal"));
+    wal.map_or(0, |wal| wal.len())
 }
 
 fn truncate_wal(connection: &Connection) -> Result<bool, Error> {
