@@ -956,16 +956,15 @@ impl LookUp for Rebinding {
 #[test]
 fn a_name_that_changes_its_address_is_checked_again_and_only_checked_addresses_are_dialled() {
     // Here 127.0.0.2 plays a public address, and 127.0.0.1 a private one.
-    let listener = TcpListener::bind("127.0.0.2:0").unwrap();
-    let public = listener.local_addr().unwrap();
-    drop(listener);
+    let (_, home) = nowhere();
+    let inside = Destination::start_at(home, |_| ok());
+    // Nobody else uses that address, so its port is free.
+    let public = SocketAddr::from(([127, 0, 0, 2], home.port()));
     let outside = Destination::start_at(public, |_| {
         Reaction::Raw(
             b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok".to_vec(),
         )
     });
-    let home = SocketAddr::from(([127, 0, 0, 1], public.port()));
-    let inside = Destination::start_at(home, |_| ok());
     let settings = Settings {
         timeout: Duration::from_secs(5),
         max_response: 100,
