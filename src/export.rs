@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
+use serde_json::value::{RawValue, to_raw_value};
 use uuid::Uuid;
 
 use crate::destination::Destination;
@@ -142,12 +142,12 @@ impl ExtResponse {
             ..Self::default()
         }
     }
+}
 
-    /// The JSON that is stored and shown.
-    pub fn to_json(&self) -> String {
-        // Structs of strings and numbers always serialise.
-        serde_json::to_string(self).expect("a struct serialises")
-    }
+/// JSON as it is stored, and shown.
+pub fn to_json(value: &impl Serialize) -> Arc<RawValue> {
+    // Structs of strings and numbers always serialise.
+    to_raw_value(value).expect("a struct serialises").into()
 }
 
 /// Why an attempt failed, as apps read it in `last_error`.

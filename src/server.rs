@@ -180,19 +180,13 @@ impl Service {
         match decided {
             Ok(Command::Status) => answerer.put(answer::status()),
             Ok(Command::Submit(submission, wait)) => {
-                let reply = Reply {
-                    to: answerer,
-                    line: line(request),
-                };
+                let reply = reply(request, answerer);
                 self.exports
                     .submit(submission, received, received + wait, reply);
             }
             Ok(Command::Poll(query, wait)) => {
                 log::debug!(id:% = query.id; "poll");
-                let reply = Reply {
-                    to: answerer,
-                    line: line(request),
-                };
+                let reply = reply(request, answerer);
                 self.exports.poll(&query, received + wait, reply);
             }
             Err(refusal) => {
@@ -218,6 +212,11 @@ fn header<'a>(request: &'a tiny_http::Request, name: &'static str) -> Option<&'a
     let mut headers = request.headers().iter();
     let found = headers.find(|header| header.field.equiv(name));
     found.map(|header| header.value.as_str())
+}
+
+fn reply(request: &tiny_http::Request, to: Answerer) -> Reply {
+    let line = line(request);
+    Reply { to, line }
 }
 
 fn line(request: &tiny_http::Request) -> RequestLine {

@@ -8,12 +8,14 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::queues::{Failed, Next, Oldest, Turn};
+use super::Exports;
+use super::queues::{Failed, Next, Oldest, Queues, Turn};
 use super::store::{self, ExportUpdate, QueueUpdate, Queued, Reader, Report};
-use super::{Exports, raw};
 use crate::backoff::jitter;
 use crate::destination::{BadUrl, Destination};
-use crate::export::{Export, ExtResponse, FailureReport, LastError, Millis, QueueId, Retry};
+use crate::export::{
+    Export, ExtResponse, FailureReport, LastError, Millis, QueueId, Retry, to_json,
+};
 
 /// What the worker is to do next.
 pub enum Work {
@@ -93,11 +95,7 @@ impl Exports {
             return None;
         }
         let error = found.last_error.take().or_else(|| queues.error(queue));
-        let queue_update = match queues.is_done(queue) {
-            // The backoff of a queue without exports is not remembered beyond this run.
-            true => QueueUpdate::Recovered,
-            false => QueueUpdate::AsBefore,
-        };
+        let queue_update = unless_done(&queues, queue, QueueUpdate::AsBefore);
         drop(queues);
         match Destination::parse(&found.destination) {
             Ok(destination) => Some(GivenUp {
@@ -168,10 +166,7 @@ impl Exports {
     pub fn ended(&self, export: &Export, result: ExtResponse) {
         let mut queues = self.queues.lock();
         queues.ended(export.queue, self.running());
-        let queue_update = match queues.is_done(export.queue) {
-            true => QueueUpdate::Recovered,
-            false => QueueUpdate::AsBefore,
-        };
+        let queue_update = unless_done(&queues, export.queue, QueueUpdate::AsBefore);
         drop(queues);
         self.finish(export, result, queue_update, false);
     }
@@ -186,34 +181,31 @@ impl Exports {
         took: Duration,
     ) -> Option<GivenUp> {
         let now = self.running();
-        let error = raw(error);
+        let error = to_json(error);
         let mut queues = self.queues.lock();
         let Failed { backoff, given_up } =
             queues.failed(&mut export, retry, error.clone(), took, jitter(), now);
-        let is_done = queues.is_done(export.queue);
-        drop(queues);
+        let queue_update = QueueUpdate::Failing(backoff, error.clone());
         if given_up {
             return Some(GivenUp {
                 reason: kind_and_message(&error),
+                queue_update: unless_done(&queues, export.queue, queue_update),
                 export,
-                queue_update: match is_done {
-                    true => QueueUpdate::Recovered,
-                    false => QueueUpdate::Failing(backoff, error),
-                },
                 resumes: false,
             });
         }
+        drop(queues);
         self.report(Report {
             id: export.id,
             seq: export.seq,
             queue: export.queue,
             update: ExportUpdate::Rescheduled {
                 attempts: export.attempts,
-                error: error.clone(),
+                error,
                 to_end: retry.to_end,
                 first_moved_at: export.first_moved_at,
             },
-            queue_update: QueueUpdate::Failing(backoff, error),
+            queue_update,
         });
         None
     }
@@ -282,9 +274,17 @@ impl Exports {
     }
 }
 
+/// What is stored of a queue. The backoff of one without exports is not remembered beyond this run.
+fn unless_done(queues: &Queues, queue: QueueId, update: QueueUpdate) -> QueueUpdate {
+    match queues.is_done(queue) {
+        true => QueueUpdate::Recovered,
+        false => update,
+    }
+}
+
 fn finished(result: ExtResponse, resumes: bool) -> ExportUpdate {
     ExportUpdate::Finished {
-        response: raw(&result),
+        response: to_json(&result),
         memory: result.memory,
         resumes,
     }

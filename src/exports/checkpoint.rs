@@ -104,13 +104,7 @@ impl Checkpoint {
 
     /// Copies all of the WAL, so that the next commit restarts it. Returns when to try again.
     fn restart(&self) -> Option<Instant> {
-        let reader = self.reader.lock();
-        let moved = reader.checkpoint().and_then(|_| {
-            // Only what was written meanwhile: commits wait briefly.
-            let _commits = self.hold();
-            reader.checkpoint()
-        });
-        match moved {
+        match self.copy(Reader::checkpoint) {
             Ok(true) => {
                 self.long.store(false, Ordering::Relaxed);
                 None
@@ -125,13 +119,8 @@ impl Checkpoint {
 
     /// Truncates the WAL. Returns when to try again.
     fn truncate(&self, held_up: &mut Option<HeldUp>) -> Option<Instant> {
-        let reader = self.reader.lock();
         self.wrote.store(false, Ordering::Relaxed);
-        let truncated = reader.checkpoint().and_then(|_| {
-            let _commits = self.hold();
-            reader.truncate_wal()
-        });
-        match truncated {
+        match self.copy(Reader::truncate_wal) {
             Ok(true) => {
                 *held_up = None;
                 self.long.store(false, Ordering::Relaxed);
@@ -147,6 +136,18 @@ impl Checkpoint {
                 Some(Instant::now() + LONG)
             }
         }
+    }
+
+    /// Copies the WAL into the database. What was written meanwhile is left to `last`, for which commits
+    /// wait briefly.
+    fn copy(
+        &self,
+        last: impl FnOnce(&Reader) -> Result<bool, store::Error>,
+    ) -> Result<bool, store::Error> {
+        let reader = self.reader.lock();
+        reader.checkpoint()?;
+        let _commits = self.hold();
+        last(&reader)
     }
 
     /// Warns of a reader in another process, once until the WAL is truncated.

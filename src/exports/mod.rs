@@ -21,8 +21,6 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use parking_lot::{Mutex, MutexGuard};
-use serde::Serialize;
-use serde_json::value::{RawValue, to_raw_value};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
@@ -157,13 +155,7 @@ impl Exports {
         let (urge, awaited) = bounded(1);
         let (wake, woken) = bounded(1);
         let clock = Clock::new(store.running());
-        let queues = match read_queues(&mut store, limits.give_up_after) {
-            Err(store::Error::Damaged) => {
-                store.repair(&mut [])?;
-                read_queues(&mut store, limits.give_up_after)
-            }
-            queues => queues,
-        }?;
+        let queues = store.repaired(|store| read_queues(store, limits.give_up_after))?;
         let exports = Arc::new(Self {
             queues: Mutex::new(queues),
             parked: Arc::default(),
@@ -400,11 +392,6 @@ fn read_queues(store: &mut Store, give_up_after: Duration) -> Result<Queues, sto
     let now = store.running();
     store.queues(|id, found| queues.restore(id, found, now))?;
     Ok(queues)
-}
-
-fn raw(value: &impl Serialize) -> Arc<RawValue> {
-    // Structs of strings and numbers always serialise.
-    to_raw_value(value).expect("a struct serialises").into()
 }
 
 fn fingerprint(destination: &Destination, payload: &[u8]) -> [u8; 32] {

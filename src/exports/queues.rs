@@ -410,17 +410,12 @@ impl Queues {
             queue.after = export.turn.saturating_sub(1);
             queue.waiting += 1;
         }
-        let failing = queue.failing.get_or_insert_with(|| {
-            Box::new(Failing {
-                backoff,
-                error: None,
-                deadline: None,
-                again: None,
-            })
-        });
-        failing.backoff = backoff;
-        failing.error = Some(error);
-        failing.again = again;
+        queue.failing = Some(Box::new(Failing {
+            backoff,
+            error: Some(error),
+            deadline: queue.failing.as_ref().and_then(|before| before.deadline),
+            again,
+        }));
         self.set_phase(id, Phase::Idle);
         self.watch(id, None);
         self.schedule(id, now);

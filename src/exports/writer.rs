@@ -14,8 +14,8 @@ use serde_json::value::RawValue;
 
 use super::queues::Progress;
 use super::store::{self, Change, Effect, ExportUpdate, NewExport, Report, Store};
-use super::{Accept, Damage, Exports, Limits, UNWRITTEN_REPORTS, raw};
-use crate::export::{Error, ExtResponse, Millis, QueueId, State, View};
+use super::{Accept, Damage, Exports, Limits, UNWRITTEN_REPORTS};
+use crate::export::{Error, ExtResponse, Millis, QueueId, State, View, to_json};
 use crate::logging::millis;
 use crate::reply::Reply;
 
@@ -427,7 +427,7 @@ fn later(now: Millis, deadline: Instant) -> Millis {
 fn without_body(response: &Arc<RawValue>) -> Arc<RawValue> {
     match serde_json::from_str::<ExtResponse>(response.get()) {
         Ok(result) if result.body.is_empty() && result.body_base64.is_none() => response.clone(),
-        Ok(result) => raw(&ExtResponse {
+        Ok(result) => to_json(&ExtResponse {
             body: String::new(),
             body_base64: None,
             truncated: true,

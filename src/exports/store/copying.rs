@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::reading::value;
 use super::{Error, schema};
-use crate::export::{ExtResponse, FailureReport, Millis, QueueId};
+use crate::export::{ExtResponse, FailureReport, Millis, QueueId, to_json};
 
 /// This many row numbers behind a damaged page are tried one by one before the steps get longer. A page
 /// has only a few rows, but rows between them may have been deleted.
@@ -171,6 +171,8 @@ struct Head {
 type Rest = [Value; COLUMNS];
 const COLUMNS: usize = 12;
 const TURN: usize = 0;
+const ACCEPTED_AT: usize = 2;
+const RUNNING_AT: usize = 3;
 const ATTEMPTS: usize = 4;
 const FINISHED_AT: usize = 6;
 const LAST_ERROR: usize = 9;
@@ -460,8 +462,8 @@ impl Copying<'_> {
 fn lost(head: &Head, running: Millis) -> Rest {
     let mut rest = [const { Value::Null }; COLUMNS];
     rest[TURN] = head.turn.into();
-    rest[2] = head.accepted_at.into();
-    rest[3] = head.running_at.unwrap_or(running).into();
+    rest[ACCEPTED_AT] = head.accepted_at.into();
+    rest[RUNNING_AT] = head.running_at.unwrap_or(running).into();
     rest[ATTEMPTS] = 0.into();
     if let Some(finished_at) = head.finished_at {
         let result = ExtResponse {
@@ -473,7 +475,7 @@ fn lost(head: &Head, running: Millis) -> Rest {
             ..ExtResponse::with_status(502, "Bad Gateway")
         };
         rest[FINISHED_AT] = finished_at.into();
-        rest[RESPONSE] = Value::Text(result.to_json());
+        rest[RESPONSE] = Value::Text(to_json(&result).get().into());
     }
     rest
 }

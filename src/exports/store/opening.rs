@@ -51,12 +51,27 @@ impl Store {
             Place::Memory => Self::open_memory()
                 .map_err(|error| OpenError(format!("cannot keep exports in memory: {error}")))?,
         };
-        let loaded = match store.load() {
-            Err(Error::Damaged) => store.repair(&mut []).and_then(|()| store.load()),
-            loaded => loaded,
-        };
+        let loaded = store.repaired(Self::load);
         loaded.map_err(|error| OpenError(cannot_repair(&store.path, &error)))?;
         Ok(store)
+    }
+
+    /// Reads at the start, when there are no readers yet. If the store is damaged, repairs it and reads once
+    /// more.
+    ///
+    /// # Errors
+    /// The store cannot be read, or needs a repair that fails.
+    pub fn repaired<T>(
+        &mut self,
+        mut read: impl FnMut(&mut Self) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        match read(self) {
+            Err(Error::Damaged) => {
+                self.repair(&mut [])?;
+                read(self)
+            }
+            read => read,
+        }
     }
 
     fn open_memory() -> Result<Self, rusqlite::Error> {
