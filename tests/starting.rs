@@ -94,6 +94,23 @@ fn results(service: &Service, url: &str, ids: &[String]) -> Vec<Option<String>> 
     ids.iter().map(result).collect()
 }
 
+/// Has this many exports wait, damages the store, and starts the service again. Returns the ids and results.
+fn damaged_waiting(
+    count: usize,
+    bytes: usize,
+    name: &str,
+    kind: &str,
+    damage_pages: impl FnOnce(&mut [u8], &[usize]),
+) -> (Destination, Service, Vec<String>, Vec<Option<String>>) {
+    let (destination, gate) = Destination::held();
+    let (service, ids) = left_waiting(&destination, count, bytes);
+    damage(&service.folder(), name, kind, damage_pages);
+    gate.open();
+    let service = service.kill_and_restart();
+    let results = results(&service, &destination.url, &ids);
+    (destination, service, ids, results)
+}
+
 fn damaged_files(folder: &Path) -> usize {
     let names = fs::read_dir(folder)
         .unwrap()
@@ -105,18 +122,14 @@ fn damaged_files(folder: &Path) -> usize {
 
 #[test]
 fn a_damaged_payload_loses_only_its_own_export() {
-    let (destination, gate) = Destination::held();
+    let (destination, service, _, results) =
+        damaged_waiting(20, 10_000, "exports", "overflow", |bytes, pages| {
+            // One that says where the payload goes on; that the last page of one was zeroed cannot be told.
+            let goes_on = |page: &&usize| bytes[**page..][..4] != [0; 4];
+            let page = *pages.iter().skip(25).find(goes_on).unwrap();
+            bytes[page..][..4096].fill(0);
+        });
     let url = &destination.url;
-    let (service, ids) = left_waiting(&destination, 20, 10_000);
-    damage(&service.folder(), "exports", "overflow", |bytes, pages| {
-        // One that says where the payload goes on; that the last page of one was zeroed cannot be told.
-        let goes_on = |page: &&usize| bytes[**page..][..4] != [0; 4];
-        let page = *pages.iter().skip(25).find(goes_on).unwrap();
-        bytes[page..][..4096].fill(0);
-    });
-    gate.open();
-    let service = service.kill_and_restart();
-    let results = results(&service, url, &ids);
     let lost: Vec<_> = results
         .iter()
         .filter(|result| *result == &Some("lost".into()))
@@ -162,16 +175,12 @@ fn a_damaged_result_is_reported_as_lost_and_loses_no_other() {
 #[test]
 fn a_damaged_page_of_the_table_loses_only_what_is_on_it() {
     for which in 0..3 {
-        let (destination, gate) = Destination::held();
-        let (service, ids) = left_waiting(&destination, 150, 1);
         let mut all = 0;
-        damage(&service.folder(), "exports", "leaf", |bytes, pages| {
-            all = pages.len();
-            bytes[pages[which * (all - 1) / 2]] = 0;
-        });
-        gate.open();
-        let service = service.kill_and_restart();
-        let results = results(&service, &destination.url, &ids);
+        let (destination, service, ids, results) =
+            damaged_waiting(150, 1, "exports", "leaf", |bytes, pages| {
+                all = pages.len();
+                bytes[pages[which * (all - 1) / 2]] = 0;
+            });
         let kept = results.iter().flatten().count();
         eprintln!("{all} pages, of 150 exports {kept} kept");
         assert!((90..150).contains(&kept), "{results:?}");
@@ -196,14 +205,8 @@ fn a_damaged_index_loses_nothing() {
         "sqlite_autoindex_queues_1",
         "running",
     ] {
-        let (destination, gate) = Destination::held();
-        let (service, ids) = left_waiting(&destination, 60, 1);
-        damage(&service.folder(), index, "leaf", |bytes, pages| {
-            bytes[pages[0]] = 0
-        });
-        gate.open();
-        let service = service.kill_and_restart();
-        let results = results(&service, &destination.url, &ids);
+        let (destination, service, _, results) =
+            damaged_waiting(60, 1, index, "leaf", |bytes, pages| bytes[pages[0]] = 0);
         assert!(
             results
                 .iter()
@@ -222,14 +225,7 @@ fn a_damaged_index_loses_nothing() {
 
 #[test]
 fn damage_to_the_first_byte_of_the_third_page_loses_at_most_one_export() {
-    let (destination, gate) = Destination::held();
-    let (service, ids) = left_waiting(&destination, 60, 1);
-    damage(&service.folder(), "exports", "leaf", |bytes, _| {
-        bytes[8192] = 0
-    });
-    gate.open();
-    let service = service.kill_and_restart();
-    let results = results(&service, &destination.url, &ids);
+    let (.., results) = damaged_waiting(60, 1, "exports", "leaf", |bytes, _| bytes[8192] = 0);
     assert!(
         results
             .iter()
