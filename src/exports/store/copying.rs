@@ -250,7 +250,11 @@ impl Copying<'_> {
         let connection = self.from;
         let find = |from: i64| {
             let sql = "SELECT seq FROM exports NOT INDEXED WHERE seq >= ? ORDER BY seq LIMIT 1";
-            value::<i64>(connection, sql, [from])
+            match value::<i64>(connection, sql, [from])? {
+                // The rows of a damaged page may be out of order. To go back to one would never end.
+                Some(found) if found < from => Err(Error::Damaged),
+                found => Ok(found),
+            }
         };
         if let Some(found) = self.copied.undamaged(find(from))? {
             return Ok(found);
@@ -486,5 +490,89 @@ fn uuid(stored: ValueRef<'_>) -> Option<Uuid> {
         ValueRef::Text(text) => Uuid::try_parse_ascii(text).ok(),
         ValueRef::Blob(bytes) => Uuid::from_slice(bytes).ok(),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::fs;
+    use std::sync::LazyLock;
+
+    /// More than one level of pages.
+    const ROWS: i64 = 400;
+    const PAGE: usize = 4096;
+    /// The first byte of a page with a table's rows (SQLite's file format, section 1.6).
+    const TABLE_LEAF: u8 = 13;
+
+    /// A file of the current version with unfinished, finished and moved exports.
+    static WHOLE: LazyLock<Vec<u8>> = LazyLock::new(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("exports.db");
+        let mut connection = Connection::open(&path).unwrap();
+        schema::create(&mut connection).unwrap();
+        connection
+            .execute_batch(&format!(
+                "INSERT INTO queues (owner, destination, exports) VALUES (x'61', 'https://a.example/', {ROWS});
+                 WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < {ROWS})
+                 INSERT INTO exports (id, queue, turn, accepted_at, running_at, finished_at, response, payload)
+                 SELECT randomblob(16), 1, n, n, n, iif(n % 3, NULL, n), iif(n % 3, NULL, '{{}}'),
+                     iif(n % 3, zeroblob(n), NULL)
+                 FROM n;"
+            ))
+            .unwrap();
+        connection.close().unwrap();
+        fs::read(path).unwrap()
+    });
+
+    /// Copies a file with these bytes. None if it cannot even be opened.
+    fn copied(bytes: &[u8]) -> Option<Copied> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("exports.db");
+        fs::write(&path, bytes).unwrap();
+        let from = Connection::open(&path).unwrap();
+        let mut to = Connection::open_in_memory().unwrap();
+        schema::create(&mut to).unwrap();
+        copy(&from, schema::VERSION, &to, 0).ok()
+    }
+
+    #[test]
+    fn a_whole_file_is_copied_whole() {
+        let copied = copied(&WHOLE).unwrap();
+        assert!(copied.is_whole());
+        assert_eq!(copied.whole, ROWS.unsigned_abs());
+    }
+
+    #[test]
+    fn pages_that_stand_where_others_should_be_are_not_copied_for_ever() {
+        let leaves: Vec<_> = (PAGE..WHOLE.len())
+            .step_by(PAGE)
+            .filter(|at| WHOLE[*at] == TABLE_LEAF && WHOLE[at + 4] >= 3)
+            .collect();
+        for run in leaves.windows(4) {
+            let mut bytes = WHOLE.clone();
+            // A search for the rows of the third page goes on to the fourth.
+            bytes.copy_within(run[0]..run[0] + PAGE, run[2]);
+            bytes.copy_within(run[0]..run[0] + PAGE, run[3]);
+            let copied = copied(&bytes).expect("only damage");
+            assert!(copied.whole < ROWS.unsigned_abs());
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(60))]
+
+        #[test]
+        fn a_copy_of_a_file_with_any_damage_ends(
+            damage in proptest::collection::vec((PAGE..WHOLE.len(), any::<u8>()), 1..30),
+        ) {
+            let mut bytes = WHOLE.clone();
+            for (at, byte) in damage {
+                bytes[at] = byte;
+            }
+            // What it finds, and whether that works, is another matter.
+            let _ = copied(&bytes);
+        }
     }
 }
