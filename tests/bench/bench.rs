@@ -5,9 +5,9 @@
 //! does their beginning: `cargo bench -- submit drain-1`. `EXPORT_SERVICE_BIN` names another build of the
 //! program. It prints a table and writes `target/bench.json`; `scripts/bench` draws that too.
 //!
-//! CPU time and context switches are those of the measured process, and hardly depend on what else the
-//! machine does. Rates do, as the clients take their share of the processors: look at the ratios. A ratio of
-//! 1 is the limit itself; with 0.5 the service is half as fast.
+//! CPU time and context switches are those of the measured process, and depend little on what else the
+//! machine does. Rates depend on it, as the clients take their share of the processors: look at the ratios. A
+//! ratio of 1 is the limit itself; with 0.5 the service is half as fast.
 
 mod allocations;
 mod deliveries;
@@ -59,7 +59,7 @@ impl Bench {
 /// Measures what one row is about.
 type Measure = fn(&Bench) -> Vec<Figure>;
 
-const ROWS: [(&str, Measure); 20] = [
+const ROWS: [(&str, Measure); 18] = [
     ("size", size),
     ("idle", waiting::none),
     ("status", requests::status),
@@ -77,13 +77,8 @@ const ROWS: [(&str, Measure); 20] = [
     ("distant", deliveries::distant),
     ("held-polls", waiting::held_polls),
     ("allocations", allocations::allocations),
-    ("waiting-1000", |bench| waiting::many(bench, 1000)),
-    ("waiting-10000", |bench| waiting::many(bench, 10_000)),
-    ("waiting-100000", |bench| waiting::many(bench, 100_000)),
+    ("waiting", waiting::many),
 ];
-
-/// Not part of a quick run unless it is named.
-const LONG_ROW: (&str, Measure) = ("waiting-1000000", |bench| waiting::many(bench, 1_000_000));
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -117,21 +112,22 @@ fn product(name: &str) -> PathBuf {
 
 fn measure(quick: bool, names: &[&str]) -> ExitCode {
     let bench = Bench { quick };
-    let chosen = |row: &(&str, Measure)| match names {
-        [] => *row != LONG_ROW || !quick,
-        names => names.iter().any(|name| row.0.starts_with(name)),
-    };
-    let rows: Vec<_> = ROWS.into_iter().chain([LONG_ROW]).filter(chosen).collect();
-    if rows.is_empty() {
-        let all = ROWS.iter().chain([&LONG_ROW]).map(|row| row.0);
-        eprintln!(
-            "no such row; there are: {}",
-            all.collect::<Vec<_>>().join(" ")
-        );
+    let is_named = |row: &str, name: &str| row.starts_with(name);
+    let unknown = names
+        .iter()
+        .find(|name| !ROWS.iter().any(|row| is_named(row.0, name)));
+    if let Some(unknown) = unknown {
+        let all = ROWS.map(|row| row.0).join(" ");
+        eprintln!("there is no row {unknown}, but these: {all}");
         return ExitCode::FAILURE;
     }
+    let rows = ROWS.into_iter().filter(|row| {
+        let mut names = names.iter();
+        names.len() == 0 || names.any(|name| is_named(row.0, name))
+    });
     let mut report = Report::new(quick);
-    println!("{}\n\n{}", report.conditions(), report::heading());
+    println!("{}: {}\n", report.binary.path, report.conditions());
+    println!("{}", report::heading());
     for (name, measure) in rows {
         let name = name.to_owned();
         let row = match catch_unwind(AssertUnwindSafe(|| measure(&bench))) {
@@ -146,7 +142,8 @@ fn measure(quick: bool, names: &[&str]) -> ExitCode {
                 failure: Some(reason(&*panic)),
             },
         };
-        println!("{}", report.add(row).table());
+        println!("{}", row.table());
+        report.rows.push(row);
     }
     let json = serde_json::to_string_pretty(&report).unwrap();
     fs::write(product("bench.json"), json + "\n").unwrap();

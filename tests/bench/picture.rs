@@ -39,8 +39,6 @@ pub fn draw(report: &Report) -> String {
         y = lines(&mut body, y + 24.0, &waiting);
     }
     for line in report.conditions().lines() {
-        // The path says nothing to others.
-        let line = line.split_once(": ").map_or(line, |(_, what)| what);
         text(&mut body, 10.0, y, "start", line);
         y += 16.0;
     }

@@ -14,8 +14,6 @@ use crate::load::percentile;
 use crate::process::new_folder;
 use crate::support;
 
-/// The count of waiting exports to which others are compared.
-const FEW: usize = 1000;
 /// How many syncs are tried to see what one takes.
 const SYNCS: usize = 100;
 
@@ -209,32 +207,7 @@ impl Report {
         }
     }
 
-    /// Adds a row. A figure with many exports waiting is compared to the same one with few.
-    pub fn add(&mut self, mut row: Row) -> &Row {
-        for figure in &mut row.figures {
-            let is_few = figure.waiting.is_some_and(|waiting| waiting == FEW);
-            let few = match is_few {
-                true => None,
-                false => figure.waiting.and_then(|_| self.with_few(&figure.what)),
-            };
-            if let Some((value, cpu)) = few {
-                let name = "1,000 waiting".to_owned();
-                figure.limits.push(Limit { name, value, cpu });
-            }
-        }
-        self.rows.push(row);
-        &self.rows[self.rows.len() - 1]
-    }
-
-    /// The figure of this kind (the words before the comma) with few exports waiting.
-    fn with_few(&self, what: &str) -> Option<(f64, Option<f64>)> {
-        let kind = kind(what);
-        let mut figures = self.rows.iter().flat_map(|row| &row.figures);
-        let few = figures.find(|few| few.waiting == Some(FEW) && self::kind(&few.what) == kind)?;
-        few.cpu.map(|_| (few.value, few.cpu))
-    }
-
-    /// What ran where, in two lines.
+    /// What ran where, in two lines, without the machine's paths.
     pub fn conditions(&self) -> String {
         let Self {
             machine, binary, ..
@@ -248,8 +221,7 @@ impl Report {
             false => "",
         };
         format!(
-            "{}: {} bytes, {linking}.{quick}\n{}, {} cores, Linux {}, fdatasync {:.2} ms",
-            binary.path,
+            "{} bytes, {linking}.{quick}\n{}, {} cores, Linux {}, fdatasync {:.2} ms",
             thousands(binary.bytes as f64),
             machine.cpu,
             machine.cores,

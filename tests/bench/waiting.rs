@@ -27,15 +27,14 @@ const POLLS: usize = 1000;
 const SETTLE: Duration = Duration::from_secs(2);
 /// Starts of which the median counts.
 const STARTS: usize = 5;
-/// The most exports that are submitted and delivered in one round.
-const MOST_IN_A_ROUND: usize = 4000;
 
 pub fn none(_: &Bench) -> Vec<Figure> {
     let memory = settled(&Service::start(&[])).memory();
     let starts = (0..STARTS).map(|_| Service::start(&[]).start);
+    let mut starts: Vec<_> = starts.collect();
     vec![
         Figure::new("memory, idle", memory, Unit::Megabytes),
-        start_time("start in a new folder", starts.collect()),
+        start_time("start in a new folder", &mut starts),
     ]
 }
 
@@ -44,64 +43,132 @@ fn settled(service: &Service) -> &Service {
     service
 }
 
-fn start_time(what: &str, mut starts: Vec<Duration>) -> Figure {
-    let median = percentile(&mut starts, 0.5).as_secs_f64() * 1e3;
+fn start_time(what: &str, starts: &mut [Duration]) -> Figure {
+    let median = percentile(starts, 0.5).as_secs_f64() * 1e3;
     Figure::new(what, median, Unit::Milliseconds)
 }
 
-/// Memory, the start and all rates, with this many exports waiting.
-pub fn many(bench: &Bench, count: usize) -> Vec<Figure> {
-    let (_, address) = nowhere();
-    let folder = filled(count, |queue| format!("http://{address}/{queue}"));
-    // Nobody listens there yet, so that all of it stays where it is.
-    let start = || {
-        Service::start_as(Setup {
-            folder: Some(folder.clone()),
-            ..Setup::default()
-        })
-    };
-    let starts = (0..STARTS).map(|_| start().start);
-    let starts = starts.collect();
-    let memory = settled(&start()).memory();
-    forget_failures(&folder);
+/// A service in which exports wait, and what was measured of it.
+struct Waiting {
+    count: usize,
+    drain: Drain,
+    memory: f64,
+    starts: Vec<Duration>,
+    submissions: Vec<Round>,
+    polls: Vec<Round>,
+    deliveries: Vec<Round>,
+}
 
-    let sink = Sink::start_at(address, 0, Duration::ZERO);
-    let mut drain = Drain::new(start(), sink, QUEUES);
-    let pid = drain.service.pid();
-    let polled = |number: usize| {
-        let number = number * 7919 % count;
-        (number % QUEUES, id(number).to_string())
+/// Memory, the start and all rates with few and with many exports waiting. The services take turns, so that
+/// a slope is theirs and not the machine's.
+pub fn many(bench: &Bench) -> Vec<Figure> {
+    let counts: &[usize] = match bench.quick {
+        true => &[1000, 10_000, 100_000],
+        false => &[1000, 10_000, 100_000, 1_000_000],
     };
-    let each = (count / 2).min(MOST_IN_A_ROUND);
-    // As many operations as with many waiting, in more rounds.
-    let rounds = bench.rounds() * (bench.batch() / each).max(1);
-    let mut rates = [Vec::new(), Vec::new(), Vec::new()];
+    let mut all: Vec<_> = counts.iter().map(|count| Waiting::new(*count)).collect();
     for _ in 0..bench.rounds() {
-        rates[0].push(metered(pid, || drain.poll(bench.lasting() / 2, polled)));
+        all.iter_mut().for_each(|one| one.poll(bench));
     }
-    for _ in 0..rounds {
-        rates[1].push(metered(pid, || drain.submit(each)));
-        rates[2].push(metered(pid, || drain.deliver(each)));
+    for _ in 0..bench.rounds() {
+        all.iter_mut().for_each(|one| one.submit_and_deliver(bench));
     }
-    let [polls, submissions, deliveries] = rates.map(|rounds| median(&rounds));
-    let what = |kind: &str| format!("{kind}, {} waiting", thousands(count as f64));
-    let rate = |kind: &str, round: Round| Figure {
-        cpu: Some(round.cpu),
-        switches: Some(round.switches),
-        ..Figure::new(&what(kind), round.rate, Unit::PerSecond)
-    };
-    let figures = [
-        Figure::new(&what("memory"), memory, Unit::Megabytes),
-        start_time(&what("start"), starts),
-        rate("submissions", submissions),
-        rate("polls", polls),
-        rate("deliveries", deliveries),
+    let kinds: [fn(&mut Waiting) -> Figure; 5] = [
+        |one| Figure::new("memory", one.memory, Unit::Megabytes),
+        |one| start_time("start", &mut one.starts),
+        |one| rate("submissions", &one.submissions),
+        |one| rate("polls", &one.polls),
+        |one| rate("deliveries", &one.deliveries),
     ];
-    let waiting = Some(count);
-    figures
-        .map(|figure| Figure { waiting, ..figure })
-        .into_iter()
-        .collect()
+    let figures = kinds.map(|figure| {
+        let mut slope: Vec<_> = all.iter_mut().map(|one| one.label(figure)).collect();
+        compare_to_first(&mut slope);
+        slope
+    });
+    figures.into_iter().flatten().collect()
+}
+
+/// The first figure, which is that with the fewest waiting, is the limit of the other rates.
+fn compare_to_first(figures: &mut [Figure]) {
+    let [few, others @ ..] = figures else { return };
+    for other in others.iter_mut().filter(|other| other.cpu.is_some()) {
+        other.limits.push(Limit {
+            name: format!("{} waiting", thousands(few.waiting.unwrap_or(0) as f64)),
+            value: few.value,
+            cpu: few.cpu,
+        });
+    }
+}
+
+fn rate(what: &str, rounds: &[Round]) -> Figure {
+    let median = median(rounds);
+    Figure {
+        cpu: Some(median.cpu),
+        switches: Some(median.switches),
+        ..Figure::new(what, median.rate, Unit::PerSecond)
+    }
+}
+
+impl Waiting {
+    /// Starts a service in which this many exports wait.
+    fn new(count: usize) -> Self {
+        let (_, address) = nowhere();
+        let folder = filled(count, |queue| format!("http://{address}/{queue}"));
+        // Nobody listens there yet, so that all of it stays where it is.
+        let start = || {
+            Service::start_as(Setup {
+                folder: Some(folder.clone()),
+                ..Setup::default()
+            })
+        };
+        let starts = (0..STARTS).map(|_| start().start).collect();
+        let memory = settled(&start()).memory();
+        forget_failures(&folder);
+        let sink = Sink::start_at(address, 0, Duration::ZERO);
+        Self {
+            count,
+            drain: Drain::new(start(), sink, QUEUES),
+            memory,
+            starts,
+            submissions: Vec::new(),
+            polls: Vec::new(),
+            deliveries: Vec::new(),
+        }
+    }
+
+    fn poll(&mut self, bench: &Bench) {
+        let count = self.count;
+        let polled = |number: usize| {
+            let number = number * 7919 % count;
+            (number % QUEUES, id(number).to_string())
+        };
+        let (pid, time) = (self.drain.service.pid(), bench.lasting());
+        let poll = || self.drain.poll(time, polled);
+        self.polls.push(metered(pid, poll));
+    }
+
+    /// Submits some exports, and has as many delivered, so that as many wait as before. Where few wait, does so
+    /// several times.
+    fn submit_and_deliver(&mut self, bench: &Bench) {
+        let each = (self.count / 2).min(bench.batch());
+        let pid = self.drain.service.pid();
+        for _ in 0..bench.batch() / each {
+            let submit = || self.drain.submit(each);
+            self.submissions.push(metered(pid, submit));
+            let deliver = || self.drain.deliver(each);
+            self.deliveries.push(metered(pid, deliver));
+        }
+    }
+
+    /// A figure with how many exports waited.
+    fn label(&mut self, figure: fn(&mut Self) -> Figure) -> Figure {
+        let figure = figure(self);
+        Figure {
+            what: format!("{}, {} waiting", figure.what, thousands(self.count as f64)),
+            waiting: Some(self.count),
+            ..figure
+        }
+    }
 }
 
 /// The id of the export with this number: ids grow with it, as those of a service grow with time.
