@@ -24,7 +24,7 @@ use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 use crate::Bench;
 use crate::deliveries::Drain;
 use crate::load::{Until, drive, submission};
-use crate::process::{self, Setup};
+use crate::process::{self, Counted, Setup};
 use crate::report::{Figure, Unit};
 use crate::requests::Polls;
 use crate::sink::Sink;
@@ -40,7 +40,7 @@ const REQUESTS: usize = 2000;
 pub fn allocations(_: &Bench) -> Vec<Figure> {
     let start = || {
         process::Service::start_as(Setup {
-            allocations: true,
+            counted: Counted::Allocations,
             ..Setup::default()
         })
     };

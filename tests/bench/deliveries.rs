@@ -4,12 +4,12 @@ use std::time::{Duration, Instant};
 
 use crate::Bench;
 use crate::load::{self, Client, Until, Work, drive, member};
-use crate::process::{Process, Service, Setup, can_count_syncs, new_folder};
+use crate::process::{Counted, Process, Service, Setup, can_count_syncs, new_folder};
 use crate::report::{Figure, Limit, Unit};
 use crate::requests::CROWD;
 use crate::sink::{Last, Sink};
 use crate::support::token;
-use crate::turns::{Contender, Round, compare, metered};
+use crate::turns::{Contender, compare, metered};
 
 const UREQ: &str = "bare ureq loop";
 
@@ -105,7 +105,7 @@ fn drain(bench: &Bench, queues: usize, what: &str) -> Figure {
 fn syncs(count: impl FnOnce(Service) -> f64) -> Option<f64> {
     let service = || {
         Service::start_as(Setup {
-            syncs: true,
+            counted: Counted::Syncs,
             ..Setup::default()
         })
     };
@@ -201,36 +201,28 @@ pub fn round_trip(bench: &Bench) -> Vec<Figure> {
 }
 
 /// 500 exports to 20 destinations that take 200 ms each.
-pub fn distant(bench: &Bench) -> Vec<Figure> {
+pub fn distant(_: &Bench) -> Vec<Figure> {
     const EXPORTS: usize = 500;
     const DESTINATIONS: usize = 20;
     const DELAY: Duration = Duration::from_millis(200);
-    let sink = Sink::open(DELAY);
-    let mut drain = Drain::new(Service::start(&[]), sink, DESTINATIONS);
-    let pid = drain.service.pid();
-    let rounds = if bench.quick { 1 } else { 2 };
-    let mut rounds: Vec<Round> = (0..rounds)
-        .map(|_| metered(pid, || submit_and_deliver(&mut drain, EXPORTS).0))
-        .collect();
-    rounds.sort_by(|one, other| other.rate.total_cmp(&one.rate));
-    let Round {
-        rate,
-        cpu,
-        switches,
-        ..
-    } = rounds[0];
-    let milliseconds = |seconds: f64| seconds * 1e3;
+    let mut drain = Drain::new(Service::start(&[]), Sink::open(DELAY), DESTINATIONS);
+    let round = metered(drain.service.pid(), || {
+        submit_and_deliver(&mut drain, EXPORTS).0
+    });
+    let least = DELAY * (EXPORTS / DESTINATIONS) as u32;
+    let limit = Limit {
+        name: "25 × 200 ms each".into(),
+        value: least.as_secs_f64() * 1e3,
+        cpu: None,
+    };
+    let took = EXPORTS as f64 / round.rate * 1e3;
     vec![Figure {
-        cpu: Some(cpu),
-        switches: Some(switches),
-        limits: vec![Limit {
-            name: "25 × 200 ms each".into(),
-            value: milliseconds(DELAY.as_secs_f64() * (EXPORTS / DESTINATIONS) as f64),
-            cpu: None,
-        }],
+        cpu: Some(round.cpu),
+        switches: Some(round.switches),
+        limits: vec![limit],
         ..Figure::new(
             "500 exports to 20 slow destinations",
-            milliseconds(EXPORTS as f64 / rate),
+            took,
             Unit::Milliseconds,
         )
     }]

@@ -36,9 +36,48 @@ const NO_LIMITS: [&str; 10] = [
 /// How often a service that starts is tried.
 const TRY_EVERY: Duration = Duration::from_micros(200);
 
+/// strace, which is no parent of the service and stops it only at the calls that are counted.
+const TRACE: [&str; 4] = ["-D", "-f", "--seccomp-bpf", "-qq"];
+/// The file in which they are.
+const SYNCS: &str = "syncs";
+
 /// A new folder, on the disk that the project is on.
 pub fn new_folder() -> Arc<TempDir> {
     Arc::new(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap())
+}
+
+/// What is counted of a service, at some cost.
+#[derive(Clone, Copy, Default)]
+pub enum Counted {
+    #[default]
+    Nothing,
+    /// By strace, which stops the service at each.
+    Syncs,
+    /// By this program, which is the service then.
+    Allocations,
+}
+
+impl Counted {
+    /// A program that serves, without its arguments.
+    fn command(self, folder: &Path) -> Command {
+        match self {
+            Self::Nothing => Command::new(support::program()),
+            Self::Syncs => {
+                let mut command = Command::new("strace");
+                command
+                    .args(TRACE)
+                    .args(["-e", "trace=fsync,fdatasync", "-o"])
+                    .arg(folder.join(SYNCS))
+                    .arg(support::program());
+                command
+            }
+            Self::Allocations => {
+                let mut command = Command::new(env::current_exe().unwrap());
+                command.arg("counted");
+                command
+            }
+        }
+    }
 }
 
 /// How the program is started.
@@ -49,10 +88,7 @@ pub struct Setup<'a> {
     pub arguments: &'a [&'a str],
     /// For a service with `--tls-pem`.
     pub trust: Option<Arc<ClientConfig>>,
-    /// Whether its syncs are counted, which makes them slower.
-    pub syncs: bool,
-    /// Whether its allocations are counted: then it is this program, with the library's service.
-    pub allocations: bool,
+    pub counted: Counted,
 }
 
 /// The service, killed when this is dropped.
@@ -75,21 +111,7 @@ impl Service {
     pub fn start_as(setup: Setup<'_>) -> Self {
         let folder = setup.folder.unwrap_or_else(new_folder);
         let (_, address) = support::nowhere();
-        let mut command = if setup.allocations {
-            let mut command = Command::new(env::current_exe().unwrap());
-            command.arg("counted");
-            command
-        } else if setup.syncs {
-            let mut command = Command::new("strace");
-            command
-                .args(["-D", "-f", "--seccomp-bpf", "-qq"])
-                .args(["-e", "trace=fsync,fdatasync", "-o"])
-                .arg(folder.path().join("syncs"))
-                .arg(support::program());
-            command
-        } else {
-            Command::new(support::program())
-        };
+        let mut command = setup.counted.command(folder.path());
         command
             .args(["serve", "-q", "--bind", "127.0.0.1", "--port"])
             .arg(address.port().to_string())
@@ -166,7 +188,7 @@ impl Service {
 
     /// How many syncs it has made, if they are counted.
     pub fn syncs(&self) -> usize {
-        let calls = fs::read_to_string(self.folder.path().join("syncs")).unwrap();
+        let calls = fs::read_to_string(self.folder.path().join(SYNCS)).unwrap();
         let begun = |line: &&str| line.contains("fsync(") || line.contains("fdatasync(");
         calls.lines().filter(begun).count()
     }
@@ -182,7 +204,8 @@ impl Service {
 /// Whether syncs can be counted here.
 pub fn can_count_syncs() -> bool {
     let tried = Command::new("strace")
-        .args(["-D", "-f", "--seccomp-bpf", "-o", "/dev/null", "true"])
+        .args(TRACE)
+        .args(["-o", "/dev/null", "true"])
         .stderr(Stdio::null())
         .status();
     tried.is_ok_and(|status| status.success())
