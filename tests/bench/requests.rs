@@ -16,8 +16,6 @@ use crate::turns::{Compared, Contender, compare, metered};
 
 /// Clients that are there at once, where there is more than one.
 pub const CROWD: usize = 64;
-/// Submissions after which the log of the store does not grow any more.
-const LOG_IS_LONG: usize = 4000;
 /// Exports that polls go round.
 const POLLED: usize = 2000;
 
@@ -80,15 +78,6 @@ fn submit(bench: &Bench, clients: usize) -> Compared {
     let token = token(&url);
     let request = |number| load::submission("/export", &token, &url, number);
     let answer = service.client().ask(&request(0));
-    // So that the log of the store is as long as it becomes: until then, each sync makes it longer.
-    let fill = Until::Count(LOG_IS_LONG);
-    drive(
-        &mut service.server.clients(CROWD),
-        fill,
-        |client, number| {
-            client.ask(&request(number));
-        },
-    );
     let bare = LimitServer::start(&["tiny_http", &answer], None);
     let folder = new_folder();
     let arguments = [
