@@ -357,6 +357,44 @@ mod tests {
     }
 
     #[test]
+    fn a_key_whose_fingerprint_was_removed_is_refused_for_any_submission() {
+        let mut store = Store::open(&Place::Memory).unwrap();
+        let export = [new_export("me", Some("k"), 1)];
+        accept(&mut store, &export);
+        let removed = "UPDATE exports SET fingerprint = NULL";
+        store.connection.execute(removed, []).unwrap();
+        assert!(matches!(
+            accept(&mut store, &export)[..],
+            [Effect::Conflict]
+        ));
+    }
+
+    #[test]
+    fn positions_behind_which_no_export_would_be_found_are_given_anew() {
+        for strange in ["9223372036854775807", "-9223372036854775808", "-1"] {
+            let folder = tempfile::tempdir().unwrap();
+            let place = Place::Folder(folder.path().to_owned());
+            let mut store = Store::open(&place).unwrap();
+            let exports = [1, 2].map(|content| new_export("me", None, content));
+            accept(&mut store, &exports);
+            let moved = format!("UPDATE exports SET turn = {strange} WHERE seq = 2");
+            store.connection.execute(&moved, []).unwrap();
+            drop(store);
+            let mut store = Store::open(&place).unwrap();
+            store.repaired(|store| store.queues(|_, _| {})).unwrap();
+            accept(&mut store, &[new_export("me", None, 3)]);
+            let reader = store.reader().unwrap();
+            let (mut after, mut found) = (-1, Vec::new());
+            while let Some(next) = reader.next(1, after).unwrap() {
+                after = next.turn;
+                found.extend(next.payload.unwrap());
+            }
+            assert_eq!(found.len(), 3, "{strange}");
+            assert_eq!(found[2], 3, "{strange}");
+        }
+    }
+
+    #[test]
     fn a_queue_is_forgotten_with_its_last_export() {
         let mut store = Store::open(&Place::Memory).unwrap();
         let effects = accept(

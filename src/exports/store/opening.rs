@@ -180,7 +180,11 @@ impl Store {
                 first: row.get(2)?,
                 failing: (backoff.failures > 0).then_some((backoff, error)),
             };
-            self.last_turn = self.last_turn.max(row.get(3)?);
+            let last = row.get(3)?;
+            if found.first < 0 || last > schema::LAST_TURN {
+                return Err(Error::Damaged);
+            }
+            self.last_turn = self.last_turn.max(last);
             each(row.get(0)?, found);
         }
         Ok(())
