@@ -395,6 +395,46 @@ mod tests {
     }
 
     #[test]
+    fn a_value_that_the_tables_do_not_take_costs_only_its_own_payload() {
+        for damage in [
+            "attempts = NULL",
+            "first_moved_at = 'text'",
+            "idempotency_key = x'00'",
+            "fingerprint = 'text'",
+            "payload = 'text'",
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let place = Place::Folder(folder.path().to_owned());
+            let mut store = Store::open(&place).unwrap();
+            accept(
+                &mut store,
+                &[1, 2, 3].map(|content| new_export("me", None, content)),
+            );
+            // Damage to the file can put any value into any column.
+            let file = store.path.clone();
+            drop(store);
+            for sql in [
+                "UPDATE sqlite_schema SET sql = replace(replace(sql, 'STRICT', ''), 'NOT NULL', '')
+                 WHERE name = 'exports'",
+                &format!("UPDATE exports SET {damage} WHERE seq = 2"),
+            ] {
+                let raw = Connection::open(&file).unwrap();
+                raw.pragma_update(None, "writable_schema", true).unwrap();
+                raw.execute(sql, []).unwrap();
+            }
+            let mut store = Store::open(&place).unwrap();
+            store.repair(&mut []).unwrap();
+            let reader = store.reader().unwrap();
+            let (mut after, mut payloads) = (-1, Vec::new());
+            while let Some(next) = reader.next(1, after).unwrap() {
+                after = next.turn;
+                payloads.push(next.payload);
+            }
+            assert_eq!(payloads, [Some(vec![1]), None, Some(vec![3])], "{damage}");
+        }
+    }
+
+    #[test]
     fn a_queue_is_forgotten_with_its_last_export() {
         let mut store = Store::open(&Place::Memory).unwrap();
         let effects = accept(
