@@ -105,7 +105,8 @@ impl From<rusqlite::Error> for Error {
     fn from(error: rusqlite::Error) -> Self {
         match error.sqlite_error_code() {
             Some(ErrorCode::DiskFull) => Self::Full,
-            Some(ErrorCode::DatabaseCorrupt) => Self::Damaged,
+            // No statement of this program violates a constraint, unless a row or an index is damaged.
+            Some(ErrorCode::DatabaseCorrupt | ErrorCode::ConstraintViolation) => Self::Damaged,
             Some(_) => Self::Failed(error),
             None => match error {
                 // The tables are strict, so no statement can have written such a value.
@@ -432,6 +433,30 @@ mod tests {
             }
             assert_eq!(payloads, [Some(vec![1]), None, Some(vec![3])], "{damage}");
         }
+    }
+
+    #[test]
+    fn a_damaged_running_time_is_found_again_from_the_exports() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = Place::Folder(folder.path().to_owned());
+        let mut store = Store::open(&place).unwrap();
+        accept(&mut store, &[new_export("me", None, 7)]);
+        let file = store.path.clone();
+        drop(store);
+        for sql in [
+            "UPDATE sqlite_schema SET sql = replace(sql, 'NOT NULL', '') WHERE name = 'running'",
+            "UPDATE running SET millis = NULL",
+            "UPDATE sqlite_schema SET sql = replace(sql, ' INTEGER ', ' INTEGER NOT NULL ')
+             WHERE name = 'running'",
+        ] {
+            let raw = Connection::open(&file).unwrap();
+            raw.pragma_update(None, "writable_schema", true).unwrap();
+            raw.execute(sql, []).unwrap();
+        }
+        let store = Store::open(&place).unwrap();
+        assert_eq!(store.running(), 7);
+        let next = store.reader().unwrap().next(1, i64::MIN).unwrap().unwrap();
+        assert_eq!(next.payload, Some(vec![7]));
     }
 
     #[test]
