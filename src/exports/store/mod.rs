@@ -105,8 +105,11 @@ impl From<rusqlite::Error> for Error {
     fn from(error: rusqlite::Error) -> Self {
         match error.sqlite_error_code() {
             Some(ErrorCode::DiskFull) => Self::Full,
-            // No statement of this program violates a constraint, unless a row or an index is damaged.
-            Some(ErrorCode::DatabaseCorrupt | ErrorCode::ConstraintViolation) => Self::Damaged,
+            // No statement of this program violates a constraint or reads a value that is too long, unless a
+            // row or an index is damaged.
+            Some(
+                ErrorCode::DatabaseCorrupt | ErrorCode::ConstraintViolation | ErrorCode::TooBig,
+            ) => Self::Damaged,
             Some(_) => Self::Failed(error),
             None => match error {
                 // The tables are strict, so no statement can have written such a value.

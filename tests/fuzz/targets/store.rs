@@ -152,9 +152,9 @@ pub fn run(bytes: &[u8]) {
         Ok(store) => store,
         Err(error) => return assert!(left.beginning, "{error}"),
     };
-    let opened = Exports::open(store, LIMITS);
-    let Ok((exports, writer, _woken)) = opened else {
-        return assert!(left.beginning, "it cannot be read");
+    let (exports, writer, _woken) = match Exports::open(store, LIMITS) {
+        Ok(opened) => opened,
+        Err(error) => return assert!(left.beginning, "{error}"),
     };
     let (stop, stopped) = bounded::<()>(0);
     let writing = thread::spawn(move || writer.run(&stopped));
@@ -162,6 +162,11 @@ pub fn run(bytes: &[u8]) {
         exports,
         waits: Arc::default(),
     };
+    if left.beginning {
+        // Statements may fail in any way.
+        drop((stop, service));
+        return writing.join().expect("the writer");
+    }
     for export in &readable {
         // What a damaged index says is wrong cannot be told, unless all rows are read.
         if service.shows(export)
