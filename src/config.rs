@@ -38,6 +38,8 @@ use crate::logging::Format;
 const LARGE_REQUESTS: usize = 16 * 1024 * 1024;
 /// The smallest store that has room for anything, in bytes.
 const LEAST_STORE: u64 = 256 * 1024;
+/// The longest `--attempt-timeout`. A far longer one would end after all times that the system can tell.
+const LONGEST_ATTEMPT: Duration = Duration::from_secs(24 * 60 * 60);
 /// The largest file that is read from the secrets folder, in bytes. A Databox's have about a hundred.
 const LONGEST_FILE: u64 = 4096;
 /// The file with the token by which the arbiter knows this service.
@@ -511,6 +513,13 @@ impl ServeArgs {
                 )));
             }
         }
+        if self.attempt_timeout > LONGEST_ATTEMPT {
+            return Err(ConfigError(format!(
+                "--attempt-timeout is {}: it must be at most {}",
+                humantime::format_duration(self.attempt_timeout),
+                humantime::format_duration(LONGEST_ATTEMPT)
+            )));
+        }
         let signing_key = match self
             .signing_secret
             .as_deref()
@@ -600,7 +609,7 @@ impl ServeArgs {
         let endpoint: Endpoint = self.arbiter.parse().map_err(|()| {
             ConfigError(format!(
                 "--arbiter {}: give the arbiter's address like tcp://arbiter:4444",
-                self.arbiter
+                self.arbiter.escape_debug()
             ))
         })?;
         arbiter::Settings::new(endpoint, server_key, &token, &self.secret.name).ok_or_else(|| {
@@ -745,6 +754,11 @@ mod tests {
             ("--retry-on", "503,0429,5xx", "--retry-on 5xx:"),
             ("--retry-on", "99999999", "--retry-on 99999999:"),
             ("--give-up-after", "50ms", "--give-up-after is 50ms"),
+            (
+                "--attempt-timeout",
+                "18446744073709551615s",
+                "--attempt-timeout is 584542046090years",
+            ),
             ("--name", " ", "--name is empty"),
         ] {
             let message = checked(&[flag, list]).err().unwrap().to_string();

@@ -16,6 +16,7 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{CertificateError, ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use time::OffsetDateTime;
 
+use crate::gate::tls::pem_damage;
 use crate::socket::Socket;
 
 /// The roots that destinations' certificates are verified against.
@@ -37,7 +38,8 @@ impl Trust {
         if let Some(pem) = more {
             let mut found = false;
             for certificate in CertificateDer::pem_slice_iter(pem) {
-                let certificate = certificate.map_err(|error| format!("is not PEM: {error}"))?;
+                let certificate =
+                    certificate.map_err(|error| format!("is not PEM: {}", pem_damage(&error)))?;
                 roots
                     .add(certificate)
                     .map_err(|error| format!("holds a certificate that cannot be used: {error}"))?;

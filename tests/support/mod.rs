@@ -339,6 +339,19 @@ impl Service {
         Self::launch(folder, command(), Some(SECRET), &arguments)
     }
 
+    /// The same with these variables in its environment.
+    pub fn start_with_variables(variables: &[(&str, &str)]) -> Self {
+        let folder = Arc::new(tempfile::tempdir().unwrap());
+        let mut command = command();
+        command.envs(variables.iter().copied());
+        Self::launch(
+            folder,
+            command,
+            Some(SECRET),
+            &["--allow-network", LOOPBACK],
+        )
+    }
+
     fn launch(
         folder: Arc<TempDir>,
         command: Command,

@@ -94,10 +94,7 @@ pub struct Copied {
 
 impl Layout {
     fn spread_out(&self, turn: i64) -> i64 {
-        match self.spread {
-            1 => turn,
-            spread => turn.clamp(0, i64::MAX / 2 / spread) * spread,
-        }
+        turn.clamp(0, schema::LAST_TURN / self.spread) * self.spread
     }
 }
 
@@ -149,6 +146,7 @@ pub fn copy(
     copying.queues()?;
     copying.exports()?;
     copying.order_moved()?;
+    copying.separate()?;
     copying.count()?;
     copying.running()?;
     copying.name_gone()?;
@@ -175,8 +173,11 @@ const ACCEPTED_AT: usize = 2;
 const RUNNING_AT: usize = 3;
 const ATTEMPTS: usize = 4;
 const FINISHED_AT: usize = 6;
+const KEY: usize = 7;
+const FINGERPRINT: usize = 8;
 const LAST_ERROR: usize = 9;
 const RESPONSE: usize = 10;
+const PAYLOAD: usize = 11;
 
 struct Copying<'a> {
     from: &'a Connection,
@@ -248,14 +249,7 @@ impl Copying<'_> {
     /// The first row number at or behind `from` that can be found.
     fn next(&mut self, from: i64) -> Result<Option<i64>, Error> {
         let connection = self.from;
-        let find = |from: i64| {
-            let sql = "SELECT seq FROM exports NOT INDEXED WHERE seq >= ? ORDER BY seq LIMIT 1";
-            match value::<i64>(connection, sql, [from])? {
-                // The rows of a damaged page may be out of order. To go back to one would never end.
-                Some(found) if found < from => Err(Error::Damaged),
-                found => Ok(found),
-            }
-        };
+        let find = |from| find(connection, from);
         if let Some(found) = self.copied.undamaged(find(from))? {
             return Ok(found);
         }
@@ -314,6 +308,30 @@ impl Copying<'_> {
         }
         if let Value::Integer(attempts) = &mut rest[ATTEMPTS] {
             *attempts = (*attempts).clamp(0, MOST);
+        }
+        // A damaged row may have values that the tables do not take.
+        let [
+            turn,
+            _,
+            accepted_at,
+            running_at,
+            attempts,
+            first_moved_at,
+            finished_at,
+            ..,
+        ] = &rest;
+        let is_integer = |value: &&Value| matches!(value, Value::Integer(_));
+        let is_sound = [turn, accepted_at, running_at, attempts]
+            .iter()
+            .all(is_integer)
+            && [first_moved_at, finished_at]
+                .iter()
+                .all(|value| is_integer(value) || **value == Value::Null)
+            && matches!(rest[KEY], Value::Text(_) | Value::Null)
+            && matches!(rest[FINGERPRINT], Value::Blob(_) | Value::Null)
+            && matches!(rest[PAYLOAD], Value::Blob(_) | Value::Null);
+        if !is_sound {
+            return Err(Error::Damaged);
         }
         let is_json = |value: &Value| match value {
             Value::Text(text) => serde_json::from_str::<&RawValue>(text).is_ok(),
@@ -401,6 +419,23 @@ impl Copying<'_> {
         Ok(())
     }
 
+    /// Numbers all exports that wait if two of a queue have the same position, or one has none behind it: only
+    /// one of them would be found, or no new one. This program never wrote such positions.
+    fn separate(&self) -> Result<(), Error> {
+        let strange = "SELECT 1 FROM exports WHERE finished_at IS NULL
+            GROUP BY queue, turn HAVING count(*) > 1 OR turn > ? LIMIT 1";
+        if value::<i64>(self.to, strange, [schema::LAST_TURN])?.is_some() {
+            self.to.execute(
+                "UPDATE exports SET turn = place
+                 FROM (SELECT seq AS numbered, row_number() OVER (ORDER BY turn, seq) AS place
+                       FROM exports WHERE finished_at IS NULL)
+                 WHERE seq = numbered",
+                [],
+            )?;
+        }
+        Ok(())
+    }
+
     /// Stores how many exports each queue has, and deletes queues that have none.
     fn count(&self) -> Result<(), Error> {
         for (queue, exports) in &self.queues {
@@ -458,6 +493,38 @@ impl Copying<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// The first row number at or behind `from`. A row whose number is damaged seems to be elsewhere; to believe
+/// that would skip all rows in between.
+fn find(connection: &Connection, from: i64) -> Result<Option<i64>, Error> {
+    let ask = |sql, number| value::<i64>(connection, sql, [number]);
+    let behind = "SELECT seq FROM exports NOT INDEXED WHERE seq >= ? ORDER BY seq LIMIT 1";
+    let found = ask(behind, from)?;
+    if found == Some(from) {
+        return Ok(found);
+    }
+    let before = match found {
+        Some(found) => {
+            let exactly = "SELECT seq FROM exports NOT INDEXED WHERE seq = ?";
+            if found < from || ask(exactly, found)?.is_none() {
+                return Err(Error::Damaged);
+            }
+            let before =
+                "SELECT seq FROM exports NOT INDEXED WHERE seq < ? ORDER BY seq DESC LIMIT 1";
+            ask(before, found)
+        }
+        None => {
+            let last = "SELECT seq FROM exports NOT INDEXED ORDER BY seq DESC LIMIT 1";
+            value(connection, last, [])
+        }
+    };
+    match before {
+        Ok(Some(before)) if before >= from => Err(Error::Damaged),
+        // Where rows before it are damaged, this one need not be.
+        Ok(_) | Err(Error::Damaged) => Ok(found),
+        Err(error) => Err(error),
     }
 }
 

@@ -105,7 +105,11 @@ impl From<rusqlite::Error> for Error {
     fn from(error: rusqlite::Error) -> Self {
         match error.sqlite_error_code() {
             Some(ErrorCode::DiskFull) => Self::Full,
-            Some(ErrorCode::DatabaseCorrupt) => Self::Damaged,
+            // No statement of this program violates a constraint or reads a value that is too long, unless a
+            // row or an index is damaged.
+            Some(
+                ErrorCode::DatabaseCorrupt | ErrorCode::ConstraintViolation | ErrorCode::TooBig,
+            ) => Self::Damaged,
             Some(_) => Self::Failed(error),
             None => match error {
                 // The tables are strict, so no statement can have written such a value.
@@ -354,6 +358,108 @@ mod tests {
         // What was taken already does not count.
         let (oldest, is_first) = reader.oldest(queue, oldest.turn).unwrap().unwrap();
         assert!(is_first && oldest.accepted_at == 4);
+    }
+
+    #[test]
+    fn a_key_whose_fingerprint_was_removed_is_refused_for_any_submission() {
+        let mut store = Store::open(&Place::Memory).unwrap();
+        let export = [new_export("me", Some("k"), 1)];
+        accept(&mut store, &export);
+        let removed = "UPDATE exports SET fingerprint = NULL";
+        store.connection.execute(removed, []).unwrap();
+        assert!(matches!(
+            accept(&mut store, &export)[..],
+            [Effect::Conflict]
+        ));
+    }
+
+    #[test]
+    fn positions_behind_which_no_export_would_be_found_are_given_anew() {
+        for strange in ["9223372036854775807", "-9223372036854775808", "-1"] {
+            let folder = tempfile::tempdir().unwrap();
+            let place = Place::Folder(folder.path().to_owned());
+            let mut store = Store::open(&place).unwrap();
+            let exports = [1, 2].map(|content| new_export("me", None, content));
+            accept(&mut store, &exports);
+            let moved = format!("UPDATE exports SET turn = {strange} WHERE seq = 2");
+            store.connection.execute(&moved, []).unwrap();
+            drop(store);
+            let mut store = Store::open(&place).unwrap();
+            store.repaired(|store| store.queues(|_, _| {})).unwrap();
+            accept(&mut store, &[new_export("me", None, 3)]);
+            let reader = store.reader().unwrap();
+            let (mut after, mut found) = (-1, Vec::new());
+            while let Some(next) = reader.next(1, after).unwrap() {
+                after = next.turn;
+                found.extend(next.payload.unwrap());
+            }
+            assert_eq!(found.len(), 3, "{strange}");
+            assert_eq!(found[2], 3, "{strange}");
+        }
+    }
+
+    #[test]
+    fn a_value_that_the_tables_do_not_take_costs_only_its_own_payload() {
+        for damage in [
+            "attempts = NULL",
+            "first_moved_at = 'text'",
+            "idempotency_key = x'00'",
+            "fingerprint = 'text'",
+            "payload = 'text'",
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let place = Place::Folder(folder.path().to_owned());
+            let mut store = Store::open(&place).unwrap();
+            accept(
+                &mut store,
+                &[1, 2, 3].map(|content| new_export("me", None, content)),
+            );
+            // Damage to the file can put any value into any column.
+            let file = store.path.clone();
+            drop(store);
+            for sql in [
+                "UPDATE sqlite_schema SET sql = replace(replace(sql, 'STRICT', ''), 'NOT NULL', '')
+                 WHERE name = 'exports'",
+                &format!("UPDATE exports SET {damage} WHERE seq = 2"),
+            ] {
+                let raw = Connection::open(&file).unwrap();
+                raw.pragma_update(None, "writable_schema", true).unwrap();
+                raw.execute(sql, []).unwrap();
+            }
+            let mut store = Store::open(&place).unwrap();
+            store.repair(&mut []).unwrap();
+            let reader = store.reader().unwrap();
+            let (mut after, mut payloads) = (-1, Vec::new());
+            while let Some(next) = reader.next(1, after).unwrap() {
+                after = next.turn;
+                payloads.push(next.payload);
+            }
+            assert_eq!(payloads, [Some(vec![1]), None, Some(vec![3])], "{damage}");
+        }
+    }
+
+    #[test]
+    fn a_damaged_running_time_is_found_again_from_the_exports() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = Place::Folder(folder.path().to_owned());
+        let mut store = Store::open(&place).unwrap();
+        accept(&mut store, &[new_export("me", None, 7)]);
+        let file = store.path.clone();
+        drop(store);
+        for sql in [
+            "UPDATE sqlite_schema SET sql = replace(sql, 'NOT NULL', '') WHERE name = 'running'",
+            "UPDATE running SET millis = NULL",
+            "UPDATE sqlite_schema SET sql = replace(sql, ' INTEGER ', ' INTEGER NOT NULL ')
+             WHERE name = 'running'",
+        ] {
+            let raw = Connection::open(&file).unwrap();
+            raw.pragma_update(None, "writable_schema", true).unwrap();
+            raw.execute(sql, []).unwrap();
+        }
+        let store = Store::open(&place).unwrap();
+        assert_eq!(store.running(), 7);
+        let next = store.reader().unwrap().next(1, i64::MIN).unwrap().unwrap();
+        assert_eq!(next.payload, Some(vec![7]));
     }
 
     #[test]

@@ -66,11 +66,28 @@ impl Store {
         mut read: impl FnMut(&mut Self) -> Result<T, Error>,
     ) -> Result<T, Error> {
         match read(self) {
-            Err(Error::Damaged) => {
+            Err(error) if self.is_damage(&error) => {
                 self.repair(&mut [])?;
                 read(self)
             }
             read => read,
+        }
+    }
+
+    /// Whether an error is because of damage. SQLite may call that a lack of memory, as it asks for as much as a
+    /// damaged length says.
+    fn is_damage(&self, error: &Error) -> bool {
+        match error {
+            Error::Damaged => true,
+            Error::Failed(_) => {
+                let sound = |row: &rusqlite::Row<'_>| Ok(row.get::<_, String>(0)? == "ok");
+                let check = "PRAGMA quick_check(1)";
+                match self.connection.query_row(check, [], sound) {
+                    Ok(sound) => !sound,
+                    Err(error) => matches!(error.into(), Error::Damaged),
+                }
+            }
+            Error::Full | Error::InUse => false,
         }
     }
 
@@ -180,7 +197,11 @@ impl Store {
                 first: row.get(2)?,
                 failing: (backoff.failures > 0).then_some((backoff, error)),
             };
-            self.last_turn = self.last_turn.max(row.get(3)?);
+            let last = row.get(3)?;
+            if found.first < 0 || last > schema::LAST_TURN {
+                return Err(Error::Damaged);
+            }
+            self.last_turn = self.last_turn.max(last);
             each(row.get(0)?, found);
         }
         Ok(())

@@ -14,6 +14,9 @@ const APPLICATION_ID: i32 = 0x4558_5053;
 /// The version of the tables that this release writes.
 pub const VERSION: i32 = 3;
 
+/// The highest position that an export is found with. There are as many behind it for those that follow.
+pub const LAST_TURN: i64 = i64::MAX / 2;
+
 /// `queues` has every queue that an export belongs to, finished or not. `exports` counts these. `failures`
 /// counts the attempts that failed since the last success, and `last_error` is why the last one did.
 ///

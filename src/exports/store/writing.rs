@@ -310,10 +310,14 @@ where
         let Some(row) = rows.next()? else {
             return Ok(None);
         };
-        Ok(Some(match row.get::<_, Vec<u8>>(7)? == key.fingerprint {
-            true => Effect::Repeat(row.get(6)?, stored(row)?),
-            false => Effect::Conflict,
-        }))
+        // None if somebody has removed it: then no submission can be known to be the same.
+        let fingerprint: Option<Vec<u8>> = row.get(7)?;
+        Ok(Some(
+            match fingerprint.as_deref() == Some(&key.fingerprint) {
+                true => Effect::Repeat(row.get(6)?, stored(row)?),
+                false => Effect::Conflict,
+            },
+        ))
     }
 
     fn next_turn(&mut self) -> i64 {

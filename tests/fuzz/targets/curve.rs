@@ -3,14 +3,12 @@
 //! these keys nobody gets as far as a request.
 //!
 //! An input is a list of pieces, each after a byte for its kind and a byte for its length.
-#![no_main]
 
 use std::sync::LazyLock;
 
 use crypto_box::aead::Aead;
 use crypto_box::{PublicKey, SalsaBox, SecretKey};
 use export_service::arbiter::curve::{Client, Error, RANDOM, key_of_z85};
-use libfuzzer_sys::fuzz_target;
 
 /// The randomness of the client; fixed, so that its keys are known.
 const RANDOM_BYTES: [u8; RANDOM] = [7; RANDOM];
@@ -35,7 +33,7 @@ static KEYS: LazyLock<Keys> = LazyLock::new(|| {
     }
 });
 
-fuzz_target!(|bytes: &[u8]| {
+pub fn run(bytes: &[u8]) {
     if let Ok(text) = str::from_utf8(bytes) {
         let _ = key_of_z85(text);
     }
@@ -105,7 +103,7 @@ fuzz_target!(|bytes: &[u8]| {
             assert!(!client.take_output().is_empty());
         }
     }
-});
+}
 
 fn frame(flags: u8, body: &[u8]) -> Vec<u8> {
     let length = (body.len() as u64).to_be_bytes();

@@ -1,12 +1,10 @@
 //! A connection's bytes, cut into pieces as the first of them say: the requests are the same however
 //! they are cut, none exceeds the limits, and each reads back from what is passed on.
-#![no_main]
 
 use std::net::SocketAddr;
 
 use export_service::answer::{Refusal, refusal};
 use export_service::gate::framing::{Framer, Request};
-use libfuzzer_sys::fuzz_target;
 
 const MAX_BODY: usize = 512;
 
@@ -29,7 +27,7 @@ fn requests(bytes: &[u8], piece: usize) -> (Vec<Request>, Option<Refusal>) {
     }
 }
 
-fuzz_target!(|bytes: &[u8]| {
+pub fn run(bytes: &[u8]) {
     let Some((piece, bytes)) = bytes.split_first() else {
         return;
     };
@@ -57,4 +55,4 @@ fuzz_target!(|bytes: &[u8]| {
         assert_eq!((twin.method(), twin.target()), (&*method, &*target));
         assert_eq!(twin.take_body(), body);
     }
-});
+}

@@ -1,6 +1,5 @@
 //! Whole requests with a genuine token: target, headers and body, with a NUL between each. An
 //! accepted payload is a part of the input, or the text of a string in it.
-#![no_main]
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -9,9 +8,8 @@ use export_service::answer::refusal;
 use export_service::auth::secret::Secret;
 use export_service::auth::{Key, Macaroon};
 use export_service::routes::{Command, Policy, Request, command};
-use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|bytes: &[u8]| {
+pub fn run(bytes: &[u8]) {
     let mut parts = bytes.splitn(4, |&byte| byte == 0);
     // Header values and targets are already text when they get here.
     let mut text = || str::from_utf8(parts.next().unwrap_or_default()).unwrap_or_default();
@@ -57,4 +55,4 @@ fuzz_target!(|bytes: &[u8]| {
             );
         }
     }
-});
+}

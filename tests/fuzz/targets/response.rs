@@ -1,21 +1,19 @@
 //! Destinations' responses: they read the same in pieces of any size, nothing is lost or added, and
 //! what is written for ureq is a head and chunks.
-#![no_main]
 
 use export_service::delivery::response::Reader;
-use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|bytes: &[u8]| {
+pub fn run(bytes: &[u8]) {
     let Some((&piece, input)) = bytes.split_first() else {
         return;
     };
     let all = read(input, input.len().max(1));
     assert_eq!(read(input, usize::from(piece) + 1), all);
-});
+}
 
 /// The status line and the body, whether the response is complete, and how much of the input was
 /// used; `None` if it is not a response.
-fn read(input: &[u8], piece: usize) -> Option<(Vec<u8>, Vec<u8>, bool, usize)> {
+pub fn read(input: &[u8], piece: usize) -> Option<(Vec<u8>, Vec<u8>, bool, usize)> {
     let (mut reader, mut out) = (Reader::new(), Vec::new());
     let mut used = 0;
     for part in input.chunks(piece) {

@@ -1,11 +1,9 @@
 //! Replies of the arbiter, and requests to it: a reply's payload is the end of the message, and an
 //! encoded request reads back as it was.
-#![no_main]
 
 use export_service::arbiter::zest::{Reply, get, observe};
-use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|bytes: &[u8]| {
+pub fn run(bytes: &[u8]) {
     if let Some(reply) = Reply::read(bytes) {
         assert_eq!(Some(&reply.code), bytes.first());
         assert!(bytes.ends_with(reply.payload));
@@ -25,4 +23,4 @@ fuzz_target!(|bytes: &[u8]| {
         assert!(read.code == 1 && read.instance.is_none() && read.payload.is_empty());
         assert!(message[4..].starts_with(token));
     }
-});
+}
