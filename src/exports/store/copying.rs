@@ -250,7 +250,11 @@ impl Copying<'_> {
         let connection = self.from;
         let find = |from: i64| {
             let sql = "SELECT seq FROM exports NOT INDEXED WHERE seq >= ? ORDER BY seq LIMIT 1";
-            value::<i64>(connection, sql, [from])
+            match value::<i64>(connection, sql, [from])? {
+                // A page whose rows are out of order. Without this the copy would go round in circles.
+                Some(found) if found < from => Err(Error::Damaged),
+                found => Ok(found),
+            }
         };
         if let Some(found) = self.copied.undamaged(find(from))? {
             return Ok(found);
