@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use super::client::Client;
 use super::promises::{Count, Promises, data, is_long};
-use super::random::Random;
+use super::random::{Random, SEED};
 use crate::support::{Destination, PATIENCE, Reaction, Response, Service, command, token_of};
 
 /// Each has a queue of its own. The last one's destination breaks connections now and then.
@@ -115,7 +115,7 @@ pub fn run(rounds: usize, seed: u64) -> Count {
             let log = driver.round(&folder, moment, &mut random);
             driver.hold_promises(
                 &folder,
-                &format!("round {round}, killed at {moment:?}"),
+                &format!("{SEED}={seed}, round {round}, killed at {moment:?}"),
                 &log,
             );
         }
@@ -123,7 +123,7 @@ pub fn run(rounds: usize, seed: u64) -> Count {
     });
     let log = driver.finish(&folder);
     let count = driver.promises.end();
-    driver.hold_promises(&folder, "the last start", &log);
+    driver.hold_promises(&folder, &format!("{SEED}={seed}, the last start"), &log);
     count
 }
 

@@ -176,6 +176,41 @@ impl Recording {
         takeover
     }
 
+    /// A start on a damaged file, of which everything can be saved.
+    pub fn of_a_repair() -> Self {
+        let mut repair = Self::new("repair");
+        let service = Service::start_in(repair.root.clone(), &[]);
+        repair.submit_from_three(&service, 10, 100);
+        for (id, accepted) in repair.accepted.lock().unwrap().iter() {
+            let waits = accepted.url.ends_with("/held");
+            let result = (!waits).then(|| service.result(&accepted.url, id));
+            repair.earlier.insert(id.clone(), result);
+        }
+        drop(service);
+        repair.gate.lock().unwrap().open();
+        let data = repair.root.path().join("data");
+        let file = data.join("exports.db");
+        // Moves the log into the file when it is closed.
+        let store = Connection::open(&file).unwrap();
+        let sql = "SELECT rootpage FROM sqlite_schema WHERE name = 'unfinished'";
+        let page: u32 = store.query_row(sql, [], |row| row.get(0)).unwrap();
+        store.close().unwrap();
+        let mut bytes = fs::read(&file).unwrap();
+        bytes[4096 * (usize::try_from(page).unwrap() - 1)] = 0;
+        fs::write(&file, bytes).unwrap();
+        fs::remove_dir_all(data.join("gate")).unwrap();
+        let copy = repair.initial.path().join("data");
+        fs::create_dir(&copy).unwrap();
+        for name in ["exports.db", "lock"] {
+            fs::copy(data.join(name), copy.join(name)).unwrap();
+        }
+        let mut disk = Disk::of(repair.initial.path(), repair.root.path());
+        repair.run(&mut disk, LONG, End::Kill, |repair, service| {
+            repair.until_killed(service, 10, 100);
+        });
+        repair
+    }
+
     fn run(
         &mut self,
         disk: &mut Disk,
