@@ -13,7 +13,8 @@
 //!
 //! - Each sector, of 512 or 4096 bytes, of a file holds what it held at some moment since the last sync of that
 //!   file, and so does the file's length, each at a moment of its own. So writes are lost, torn and reordered,
-//!   within a file and between files. Where a file is longer than what was written, there are zeros.
+//!   within a file and between files. Where a file is longer than what was written, there are zeros. A cut of a
+//!   file is there as a whole or not at all, and if not, nothing that was written behind it later is either.
 //! - Each change of a folder since its last sync is there or not, and a later one may be there without an
 //!   earlier one. A rename is there as a whole or not at all. Syncing a file does not sync its name.
 //! - What a killed service had not synced stays unsynced for the next one.

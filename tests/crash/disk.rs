@@ -2,8 +2,9 @@
 //!
 //! Each sector of a file holds what it held at some moment since the file was last synced, each sector at a
 //! moment of its own, and the file's length is from such a moment too. So a write may be there, not at all,
-//! in part, or before an earlier one. Changes of a folder since it was last synced may each be there or not;
-//! a rename is never there by half.
+//! in part, or before an earlier one. That a file was cut is never there by half, and it is there if anything
+//! is that was written behind the cut later. Changes of a folder since it was last synced may each be there or
+//! not; a rename is never there by half.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -319,19 +320,32 @@ impl File {
 
     fn left(&self, fate: Fate, sector: usize, random: &mut Random) -> Vec<u8> {
         let count = self.pending.len();
-        let last = random.below(count + 1);
-        // How many of the changes a sector has seen.
-        let mut seen = || match fate {
+        let last = match fate {
             Fate::Lost => 0,
             Fate::There => count,
-            Fate::Prefix => (last + random.below(2)).min(count),
-            Fate::Halves => count * random.below(2),
-            Fate::Any => random.below(count + 1),
+            _ => random.below(count + 1),
+        };
+        let cuts: Vec<_> = self.cuts().collect();
+        // How many of the changes a sector with this end has seen. The first `last` have cut the file, and
+        // later ones have not.
+        let mut seen = |end| {
+            let cuts = cuts.iter().filter(|(_, length)| *length < end);
+            let (before, after): (Vec<_>, Vec<_>) = cuts.partition(|(at, _)| *at < last);
+            let least = before.last().map_or(0, |(at, _)| at + 1);
+            let most = after.first().map_or(count, |(at, _)| *at);
+            let seen = match fate {
+                Fate::Lost | Fate::There => last,
+                Fate::Prefix => last + random.below(2),
+                Fate::Halves => count * random.below(2),
+                Fate::Any => random.below(count + 1),
+            };
+            seen.clamp(least, most)
         };
         let ends = self.pending.iter().map(|(_, change)| change.end());
         let longest = ends.max().unwrap_or(0).max(self.durable.len());
-        let length_seen = seen();
-        let seen: Vec<_> = (0..longest.div_ceil(sector)).map(|_| seen()).collect();
+        let length_seen = seen(usize::MAX);
+        let sectors = 0..longest.div_ceil(sector);
+        let seen: Vec<_> = sectors.map(|nth| seen((nth + 1) * sector)).collect();
         let mut bytes = self.durable.clone();
         let mut length = bytes.len();
         bytes.resize(longest, 0);
@@ -363,6 +377,15 @@ impl File {
         bytes.truncate(length);
         bytes.resize(length, 0);
         bytes
+    }
+
+    /// The changes that cut the file, by their places and the lengths to which they cut it.
+    fn cuts(&self) -> impl Iterator<Item = (usize, usize)> {
+        let changes = self.pending.iter().enumerate();
+        changes.filter_map(|(at, (_, change))| match change {
+            Change::Truncate(length) => Some((at, offset(*length))),
+            Change::Write(..) => None,
+        })
     }
 }
 
