@@ -40,6 +40,7 @@ mod crash {
 
 use std::path::Path;
 
+use crash::journal::Event;
 use crash::random::{Random, SEED};
 use crash::recording::Recording;
 
@@ -98,5 +99,19 @@ fn three_hundred_losses_of_power_break_no_promise_unless_syncs_do_nothing() {
             broken.len(),
             broken[..broken.len().min(3)].join("\n")
         );
+    }
+}
+
+/// Beside the new file, SQLite would take the log of the old one for the new one's.
+#[test]
+fn a_new_file_takes_the_old_ones_place_only_when_the_old_ones_log_is_durably_gone() {
+    for recording in [Recording::of_a_takeover(2), Recording::of_a_repair()] {
+        let events = || recording.journal.events.iter().map(|(_, event)| event);
+        let renamed = events().position(|event| matches!(event, Event::Rename(..)));
+        let renamed = renamed.unwrap();
+        let is_log = |event: &Event| matches!(event, Event::Remove(path) if path.ends_with("exports.db-wal"));
+        let removed = events().take(renamed).position(is_log).unwrap();
+        let covers = |event: &Event| matches!(event, Event::Sync(path, began) if path.ends_with("data") && *began > removed);
+        assert!(events().take(renamed).any(covers), "{}", recording.name);
     }
 }

@@ -46,8 +46,14 @@ impl Recording {
         let marks: Vec<_> = (0..events.len())
             .filter(|at| !matches!(events[*at].1, Event::Write(..) | Event::Sent(_)))
             .collect();
+        let is_rename = |at: &usize| matches!(events[*at].1, Event::Rename(..));
+        let renames: Vec<_> = (0..events.len()).filter(is_rename).collect();
         let mut points: Vec<_> = (0..images)
-            .map(|_| {
+            .map(|nth| {
+                // Half of them are when a file has just taken another's place.
+                if nth % 2 == 0 && !renames.is_empty() {
+                    return (random.pick(&renames) + 1 + random.below(6)).min(events.len());
+                }
                 let mark = random.below(marks.len());
                 let end = marks.get(mark + 1).unwrap_or(&events.len()) - marks[mark];
                 marks[mark] + random.below(end) + 1

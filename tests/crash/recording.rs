@@ -138,6 +138,12 @@ impl Recording {
                 .unwrap();
         }
         for number in 0..40 {
+            if number == 20 {
+                // The rest stays in the log.
+                store
+                    .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))
+                    .unwrap();
+            }
             let id = format!("01890a5d-ac96-774b-bcce-{number:012}");
             let url = takeover.url(number);
             let data = payload(number);
