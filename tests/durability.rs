@@ -243,6 +243,27 @@ fn a_result_and_its_idempotency_key_expire_after_the_retention() {
 }
 
 #[test]
+fn a_submission_waits_while_something_else_has_the_store_locked() {
+    let destination = Destination::start(|_| ok());
+    let service = Service::start(&[]);
+    let url = &destination.url;
+    let id = service.submit(url, &payload(1));
+    service.result(url, &id);
+    let other = Connection::open(service.folder().join("exports.db")).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let (sender, answer) = std::sync::mpsc::channel();
+    thread::scope(|scope| {
+        scope.spawn(|| sender.send(service.submit(url, &payload(2))).unwrap());
+        // Refused at once is refused by now.
+        let early = answer.recv_timeout(Duration::from_secs(1));
+        other.execute_batch("COMMIT").unwrap();
+        assert!(early.is_err(), "{early:?}");
+    });
+    let id = answer.recv().unwrap();
+    assert_eq!(service.result(url, &id)["status_code"], 200);
+}
+
+#[test]
 fn the_data_folder_is_for_one_service_and_its_user_alone() {
     use std::os::unix::fs::PermissionsExt;
     let service = Service::start(&[]);

@@ -194,6 +194,28 @@ fn a_damaged_page_of_the_table_loses_only_what_is_on_it() {
 }
 
 #[test]
+fn rows_that_are_out_of_order_do_not_keep_the_repair_from_ending() {
+    let (destination, gate) = Destination::held();
+    let (service, ids) = left_waiting(&destination, 150, 1);
+    damage(&service.folder(), "exports", "internal", |bytes, pages| {
+        // The highest row number in the first subtree: some of the next one's are said to be there.
+        let root = &mut bytes[pages[0]..][..4096];
+        let cell = usize::from(u16::from_be_bytes([root[12], root[13]]));
+        root[cell + 4] += 5;
+    });
+    // So that the repair comes before any row is written.
+    damage(&service.folder(), "unfinished", "leaf", |bytes, pages| {
+        bytes[pages[0]] = 0;
+    });
+    gate.open();
+    let service = service.kill_and_restart();
+    let results = results(&service, &destination.url, &ids);
+    let kept = results.iter().flatten().count();
+    assert_eq!(kept, 145, "{results:?}");
+    assert_eq!(damaged_files(&service.folder()), 1);
+}
+
+#[test]
 fn a_damaged_index_loses_nothing() {
     // The first is at byte 8192.
     for index in [

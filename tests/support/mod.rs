@@ -365,6 +365,46 @@ impl Service {
 
     fn launch_read(
         folder: Arc<TempDir>,
+        command: Command,
+        secret: Option<&'static str>,
+        arguments: &[&str],
+        reading: &Gate,
+    ) -> Self {
+        let mut service = Self::spawn(folder, command, secret, arguments, reading);
+        let listening = service.event("listening", |_| true);
+        service.address = listening["address"].as_str().unwrap().parse().unwrap();
+        service
+    }
+
+    /// Starts this command, which is the program or runs it, on `data` in this folder. Does not wait until
+    /// it listens.
+    pub fn begin(folder: Arc<TempDir>, command: Command, arguments: &[&str]) -> Self {
+        let reading = Gate::default();
+        reading.open();
+        let arguments = [&["--allow-network", LOOPBACK], arguments].concat();
+        Self::spawn(folder, command, Some(SECRET), &arguments, &reading)
+    }
+
+    /// Waits until it listens, after [`Service::begin`]. False if it ended before that.
+    pub fn listens(&mut self) -> bool {
+        let deadline = Instant::now() + PATIENCE;
+        let mut lines = self.log.lines.lock().unwrap();
+        loop {
+            let mut values = lines.values.iter();
+            if let Some(line) = values.find(|line| line["event"] == "listening") {
+                self.address = line["address"].as_str().unwrap().parse().unwrap();
+                return true;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if lines.ended || left.is_zero() {
+                return false;
+            }
+            lines = self.log.changed.wait_timeout(lines, left).unwrap().0;
+        }
+    }
+
+    fn spawn(
+        folder: Arc<TempDir>,
         mut command: Command,
         secret: Option<&'static str>,
         arguments: &[&str],
@@ -392,7 +432,7 @@ impl Service {
         let (stderr, written) = (child.stderr.take().unwrap(), log.clone());
         let reading = reading.clone();
         thread::spawn(move || written.read(stderr, &reading));
-        let mut service = Self {
+        Self {
             address: SocketAddr::from(([0; 4], 0)),
             child,
             log,
@@ -402,10 +442,7 @@ impl Service {
                 .map(|&argument| argument.to_owned())
                 .collect(),
             folder,
-        };
-        let listening = service.event("listening", |_| true);
-        service.address = listening["address"].as_str().unwrap().parse().unwrap();
-        service
+        }
     }
 
     /// Waits for a log line with this event for which `wanted` holds.
@@ -744,15 +781,23 @@ impl Response {
 
     /// Reads one of several responses.
     pub fn next(reader: &mut impl BufRead) -> Self {
+        Self::try_next(reader).unwrap()
+    }
+
+    /// The same, from a connection that may end before the response does.
+    pub fn try_next(reader: &mut impl BufRead) -> std::io::Result<Self> {
+        let broken = |part: &str| std::io::Error::other(format!("broken off at {part:?}"));
         let mut line = || {
             let mut line = String::new();
-            reader.read_line(&mut line).unwrap();
-            assert!(line.ends_with("\r\n"), "broken off at {line:?}");
-            line.trim_end().to_owned()
+            reader.read_line(&mut line)?;
+            match line.strip_suffix("\r\n") {
+                Some(line) => Ok(line.to_owned()),
+                None => Err(broken(&line)),
+            }
         };
-        let status = line().split(' ').nth(1).unwrap().parse().unwrap();
+        let status = line()?.split(' ').nth(1).unwrap().parse().unwrap();
         let mut headers = Vec::new();
-        while let Some((name, value)) = line().split_once(": ") {
+        while let Some((name, value)) = line()?.split_once(": ") {
             headers.push((name.to_ascii_lowercase(), value.to_owned()));
         }
         let mut response = Self {
@@ -761,11 +806,11 @@ impl Response {
             body: String::new(),
         };
         let length = response.header("content-length").unwrap().parse().unwrap();
-        reader
-            .take(length)
-            .read_to_string(&mut response.body)
-            .unwrap();
-        response
+        reader.take(length).read_to_string(&mut response.body)?;
+        if (response.body.len() as u64) < length {
+            return Err(broken(&response.body));
+        }
+        Ok(response)
     }
 
     pub fn json(&self) -> Value {

@@ -124,6 +124,14 @@ impl Folder {
             fs::hard_link(&database, &old)?;
             old_path = Some(old);
         }
+        // A power cut must not leave the new file beside the old one's WAL, whatever order the file system
+        // writes in: SQLite would take it for the new file's.
+        match File::open(beside(&database, "-wal")) {
+            Ok(wal) => wal.sync_all()?,
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        self.sync().map_err(|error| io::Error::other(error.0))?;
         fs::rename(new, database)?;
         Ok(old_path)
     }

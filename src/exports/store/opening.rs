@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use rusqlite::config::DbConfig;
 use rusqlite::hooks::Wal;
-use rusqlite::{Connection, OpenFlags};
+use rusqlite::{Connection, OpenFlags, TransactionBehavior};
 use uuid::Uuid;
 
 use super::copying::{self, Copied};
@@ -442,6 +442,10 @@ pub(super) fn connect(path: &Path, access: OpenFlags) -> Result<Connection, rusq
         flags |= OpenFlags::SQLITE_OPEN_URI;
     }
     let mut connection = Connection::open_with_flags(path, flags)?;
+    // Else a transaction that has begun with a read fails at once when its first write finds the store locked.
+    // A connection that reads locks it too, for a moment: when it meets a half-written header of the WAL's
+    // index.
+    connection.set_transaction_behavior(TransactionBehavior::Immediate);
     // Else SQLite plans a statement again whenever another value is bound, which costs more than to run it.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     if path.starts_with(MEMORY) {
