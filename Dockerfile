@@ -9,6 +9,7 @@ WORKDIR /build
 ENV RUSTFLAGS="-C target-feature=+crt-static"
 # The dependencies in a separate layer, built with an empty program: they take the longest
 # and change the least.
+COPY .cargo .cargo
 COPY Cargo.toml Cargo.lock ./
 RUN mkdir src && echo 'fn main() {}' > src/main.rs && touch src/lib.rs \
     && cargo build --release --locked \
