@@ -253,8 +253,9 @@ impl Client {
             let room = self.max_response - body.len();
             let length = body.len() + read.min(room);
             if length > body.capacity() {
-                // In steps, so that a body takes no more memory than is reserved.
-                let capacity = (body.len() + SMALL).max(length).min(self.max_response);
+                // In steps, so that a body takes no more memory than is reserved. Most are a few bytes.
+                let step = body.len().min(SMALL);
+                let capacity = (body.len() + step).max(length).min(self.max_response);
                 if capacity > SMALL && !memory.grow(capacity, deadline) {
                     return false;
                 }
