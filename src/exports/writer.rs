@@ -25,6 +25,8 @@ const ROW: usize = 512;
 const BATCH: usize = 512;
 /// How long results that nobody waits for are gathered.
 const GATHER: Duration = Duration::from_millis(3);
+/// How often the size of the store is measured while it is written.
+const MEASURE: Duration = Duration::from_secs(1);
 /// From a failed write until the next try.
 const RETRY: Duration = Duration::from_secs(1);
 /// A difference between the clocks, in milliseconds, from which the wall clock counts as having been set.
@@ -59,6 +61,13 @@ pub struct Writer {
     reports: Vec<Report>,
     /// Whether the last commit found the disk full.
     disk_full: bool,
+    size: Size,
+}
+
+/// The size of the store in bytes as it was measured last, and all that was added since.
+struct Size {
+    bytes: u64,
+    measured: Instant,
 }
 
 impl Writer {
@@ -68,9 +77,14 @@ impl Writer {
         limits: Limits,
         incoming: Incoming,
     ) -> Self {
+        let size = Size {
+            bytes: u64::MAX,
+            measured: Instant::now(),
+        };
         Self {
             exports,
             store,
+            size,
             limits,
             incoming,
             repair_again_at: Instant::now(),
@@ -86,6 +100,8 @@ impl Writer {
         loop {
             let stopping = self.sleep(stop, &housekeeping);
             self.follow_clock(&mut housekeeping);
+            // Before each write, and when there is nothing to write.
+            self.check_files_exist();
             while self.take_waiting() {
                 let written = self.write();
                 if !(stopping && written) {
@@ -104,7 +120,6 @@ impl Writer {
             if housekeeping.is_running_due() && self.exports.queues.lock().is_any_failing() {
                 self.save_running();
             }
-            self.check_files_exist();
             if housekeeping.expire_at <= Instant::now() {
                 housekeeping.expire_at = Instant::now() + self.expire();
             }
@@ -257,7 +272,6 @@ impl Writer {
 
     /// Writes what was taken, and answers. False if reports are left that could not be written.
     fn write(&mut self) -> bool {
-        self.check_files_exist();
         let accepts = mem::take(&mut self.accepts);
         let bytes = accepts
             .iter()
@@ -327,7 +341,7 @@ impl Writer {
         if self.disk_full && self.store.truncate_wal().is_err() {
             return Err(store::Error::Full);
         }
-        let mut size = self.store.size()?;
+        let mut size = self.size(accepts)?;
         for report in &mut self.reports {
             if let ExportUpdate::Finished { response, .. } = &mut report.update {
                 if size + response.get().len() as u64 > self.limits.max_store {
@@ -354,7 +368,29 @@ impl Writer {
         };
         let (now, running) = (exports.now(), exports.running());
         let mut effects = self.store.commit(&changes, now, running, has_room)?;
+        self.size.bytes = size;
         Ok(effects.split_off(self.reports.len()))
+    }
+
+    /// The size of the store before a commit. Measured only now and then, as that costs more than a small
+    /// commit; but always if the store might be full.
+    fn size(&mut self, accepts: &[Accept]) -> Result<u64, store::Error> {
+        let results = self.reports.iter().map(|report| match &report.update {
+            ExportUpdate::Finished { response, .. } => response.get().len(),
+            ExportUpdate::Rescheduled { .. } => 0,
+        });
+        let exports = accepts
+            .iter()
+            .map(|accept| accept.export.payload.len() + ROW);
+        let more = results.chain(exports).sum::<usize>() as u64;
+        let most = self.size.bytes.saturating_add(more);
+        if most > self.limits.max_store || self.size.measured.elapsed() > MEASURE {
+            self.size = Size {
+                bytes: self.store.size()?,
+                measured: Instant::now(),
+            };
+        }
+        Ok(self.size.bytes)
     }
 
     /// Answers a submission.
