@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::value::RawValue;
+use uuid::Uuid;
 
 use crate::auth::Denial;
 use crate::auth::secret::Missing;
@@ -181,7 +182,7 @@ pub struct Response {
     /// The HTTP status.
     pub status: u16,
     /// Headers in addition to those that every response has.
-    pub headers: Vec<(&'static str, String)>,
+    pub headers: Vec<(&'static str, Cow<'static, str>)>,
     /// The whole body.
     pub body: String,
 }
@@ -199,7 +200,7 @@ pub fn status() -> Response {
 pub fn view(view: &View) -> Response {
     #[derive(Serialize)]
     struct Body<'a> {
-        id: String,
+        id: &'a str,
         state: State,
         ext_response: ExtResponse<'a>,
         #[serde(flatten, skip_serializing_if = "Option::is_none")]
@@ -223,7 +224,10 @@ pub fn view(view: &View) -> Response {
     json(
         200,
         &Body {
-            id: view.id.to_string(),
+            id: view
+                .id
+                .hyphenated()
+                .encode_lower(&mut Uuid::encode_buffer()),
             state: view.state,
             ext_response: response.map_or(ExtResponse::None {}, ExtResponse::Result),
             failure: view.last_error.as_deref().map(|last_error| Failure {
@@ -267,7 +271,9 @@ pub fn refusal(refusal: &Refusal) -> Response {
         Refusal::Denied(_) => {
             for scheme in ["Bearer", "Basic"] {
                 let challenge = format!("{scheme} realm=\"export-service\"");
-                response.headers.push(("WWW-Authenticate", challenge));
+                response
+                    .headers
+                    .push(("WWW-Authenticate", challenge.into()));
             }
         }
         _ if matches!(status, 429 | 503) => {
@@ -275,7 +281,8 @@ pub fn refusal(refusal: &Refusal) -> Response {
                 Refusal::Busy => RETRY_AFTER_BUSY,
                 _ => RETRY_AFTER,
             };
-            response.headers.push(("Retry-After", seconds.to_string()));
+            let seconds = seconds.to_string();
+            response.headers.push(("Retry-After", seconds.into()));
         }
         _ => {}
     }
@@ -283,11 +290,13 @@ pub fn refusal(refusal: &Refusal) -> Response {
 }
 
 fn json(status: u16, body: &impl Serialize) -> Response {
+    // Structs of strings and of valid JSON: this cannot fail.
+    let mut body = serde_json::to_string(body).expect("a response serialises");
+    // Separates the answer from a shell's prompt or a script's next line.
+    body.push('\n');
     Response {
         status,
         headers: vec![("Content-Type", "application/json".into())],
-        // Structs of strings and of valid JSON: this cannot fail. The newline separates the answer from a
-        // shell's prompt or a script's next line.
-        body: serde_json::to_string(body).expect("a response serialises") + "\n",
+        body,
     }
 }
