@@ -13,6 +13,7 @@
 use std::fmt::{Display, Write as _};
 use std::io::{self, ErrorKind, Write};
 use std::mem;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -89,14 +90,15 @@ pub fn refused(
     target: &str,
     (status, code): (u16, &str),
     reason: &dyn Display,
-    client: &str,
+    client: SocketAddr,
 ) {
     of_clients(|| {
         let path = target.split('?').next().unwrap_or_default();
         let path: String = path.chars().take(LONGEST_PATH).collect();
         let method: String = method.chars().take(LONGEST_METHOD).collect();
         log::info!(
-            method = method.as_str(), path = path.as_str(), status, code, reason:% = reason, client;
+            method = method.as_str(), path = path.as_str(), status, code, reason:% = reason,
+            client:%;
             "refused"
         );
     });

@@ -7,30 +7,12 @@ use crate::export::{Error, View};
 use crate::logging;
 use crate::waits::Answerer;
 
-/// What is logged of a refused request.
-pub struct RequestLine {
-    /// As the client sent it.
-    pub method: String,
-    /// Path and query; only the path is logged.
-    pub target: String,
-    /// The client's address and port.
-    pub client: String,
-}
-
-impl RequestLine {
-    /// Logs that the request was refused.
-    pub fn refused(&self, refusal: &Refusal) {
-        let (method, target) = (&self.method, &self.target);
-        logging::refused(method, target, refusal.status(), refusal, &self.client);
-    }
-}
-
-/// Answers one request, once.
+/// Answers one POST request, once.
 pub struct Reply {
     /// The connection that waits for it.
     pub to: Answerer,
-    /// For the log, if the answer is a refusal.
-    pub line: RequestLine,
+    /// Path and query, for the log.
+    pub target: String,
 }
 
 impl Reply {
@@ -38,11 +20,13 @@ impl Reply {
     pub fn answer(self, result: Result<View, Error>) {
         match result {
             Ok(view) => self.to.put(answer::view(&view)),
-            Err(error) => {
-                let refusal = Refusal::Export(error);
-                self.line.refused(&refusal);
-                self.to.put(answer::refusal(&refusal));
-            }
+            Err(error) => refuse("POST", &self.target, &self.to, &Refusal::Export(error)),
         }
     }
+}
+
+/// Gives a connection the answer to a refused request, and logs that.
+pub fn refuse(method: &str, target: &str, to: &Answerer, refusal: &Refusal) {
+    logging::refused(method, target, refusal.status(), refusal, to.client());
+    to.put(answer::refusal(refusal));
 }

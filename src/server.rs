@@ -2,7 +2,7 @@
 //!
 //! A pool thread takes a request from tiny_http, has `routes` decide, and passes submissions and polls to
 //! `exports` with the means to answer the connection, which waits in `waits`. So it waits for no commit and
-//! no destination. The answer that it gives tiny_http is always empty.
+//! no destination. tiny_http itself gets no answer.
 //!
 //! Not here: clients. tiny_http trusts its clients, so it listens on a socket that only `gate` can reach,
 //! which sends it whole requests of a bounded size.
@@ -21,13 +21,11 @@ use uuid::Uuid;
 
 use crate::answer;
 use crate::exports::Exports;
-use crate::reply::{Reply, RequestLine};
+use crate::reply::{self, Reply};
 use crate::routes::{self, Command, Policy, Request};
 use crate::threads::{self, Thread};
 use crate::waits::{Answerer, Waits};
 
-/// The header in which `gate` passes the client's address on, for the log.
-pub const CLIENT: &str = "Client-Address";
 /// The header in which `gate` passes the connection's number on, for the answer.
 pub const CONNECTION: &str = "Connection-Number";
 /// How long a stop waits for requests that the pool has begun to serve.
@@ -154,19 +152,19 @@ impl Service {
             // The link broke in the middle of a request: no connection waits for an answer.
             return;
         }
-        let number = header(&request, CONNECTION).and_then(|number| number.parse().ok());
-        // None for the request that proves a link, or if the connection has ended by now.
-        if let Some(answerer) = number.and_then(|number| self.waits.answerer(number)) {
+        let Some(number) = header(&request, CONNECTION) else {
+            return prove(request);
+        };
+        // None if the connection has ended by now.
+        if let Some(answerer) = number
+            .parse()
+            .ok()
+            .and_then(|number| self.waits.answerer(number))
+        {
             self.answer(&request, &body, received, answerer);
         }
-        // Not `Request::respond`, which evaluates the request's headers and adds some of its own.
-        let mut writer = request.into_writer();
-        let written = writer
-            .write_all(b"HTTP/1.1 204 No Content\r\n\r\n")
-            .and_then(|()| writer.flush());
-        if let Err(error) = written {
-            log::debug!(reason:% = error; "a link to tiny_http broke");
-        }
+        // tiny_http sends nothing then: nobody would read it.
+        drop(request.into_writer());
     }
 
     fn answer(
@@ -177,23 +175,37 @@ impl Service {
         answerer: Answerer,
     ) {
         let decided = routes::command(&parts(request, body), &self.policy, SystemTime::now());
+        let reply = |to| Reply {
+            to,
+            target: request.url().to_owned(),
+        };
         match decided {
             Ok(Command::Status) => answerer.put(answer::status()),
             Ok(Command::Submit(submission, wait)) => {
-                let reply = reply(request, answerer);
                 self.exports
-                    .submit(submission, received, received + wait, reply);
+                    .submit(submission, received, received + wait, reply(answerer));
             }
             Ok(Command::Poll(query, wait)) => {
                 log::debug!(id:% = query.id; "poll");
-                let reply = reply(request, answerer);
-                self.exports.poll(&query, received + wait, reply);
+                self.exports.poll(&query, received + wait, reply(answerer));
             }
             Err(refusal) => {
-                line(request).refused(&refusal);
-                answerer.put(answer::refusal(&refusal));
+                let (method, target) = (request.method().as_str(), request.url());
+                reply::refuse(method, target, &answerer, &refusal);
             }
         }
+    }
+}
+
+/// Answers the request by which `gate` finds that a link works.
+fn prove(request: tiny_http::Request) {
+    // Not `Request::respond`, which evaluates the request's headers and adds some of its own.
+    let mut writer = request.into_writer();
+    let written = writer
+        .write_all(b"HTTP/1.1 204 No Content\r\n\r\n")
+        .and_then(|()| writer.flush());
+    if let Err(error) = written {
+        log::debug!(reason:% = error; "a link to tiny_http broke");
     }
 }
 
@@ -212,17 +224,4 @@ fn header<'a>(request: &'a tiny_http::Request, name: &'static str) -> Option<&'a
     let mut headers = request.headers().iter();
     let found = headers.find(|header| header.field.equiv(name));
     found.map(|header| header.value.as_str())
-}
-
-fn reply(request: &tiny_http::Request, to: Answerer) -> Reply {
-    let line = line(request);
-    Reply { to, line }
-}
-
-fn line(request: &tiny_http::Request) -> RequestLine {
-    RequestLine {
-        method: request.method().as_str().to_owned(),
-        target: request.url().to_owned(),
-        client: header(request, CLIENT).unwrap_or_default().to_owned(),
-    }
 }

@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::mem;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -24,8 +25,8 @@ pub struct Waits {
     hurried: AtomicBool,
 }
 
-#[derive(Default)]
 struct Entry {
+    client: SocketAddr,
     state: Mutex<State>,
     changed: Condvar,
     hurried: AtomicBool,
@@ -48,14 +49,16 @@ struct Later {
 }
 
 impl Waits {
-    /// Registers a connection.
-    pub fn enter(self: &Arc<Self>) -> Wait {
+    /// Registers a connection from this client.
+    pub fn enter(self: &Arc<Self>, client: SocketAddr) -> Wait {
         // Relaxed: the numbers only have to differ.
         let number = self.last.fetch_add(1, Ordering::Relaxed) + 1;
         let entry = Arc::new(Entry {
+            client,
+            state: Mutex::default(),
+            changed: Condvar::new(),
             // For connections that `hurry` does not find in the map.
             hurried: AtomicBool::new(self.hurried.load(Ordering::SeqCst)),
-            ..Entry::default()
         });
         self.entries.lock().insert(number, entry.clone());
         Wait {
@@ -167,6 +170,11 @@ impl Drop for Wait {
 pub struct Answerer(Arc<Entry>);
 
 impl Answerer {
+    /// The client's address and port.
+    pub fn client(&self) -> SocketAddr {
+        self.0.client
+    }
+
     /// Gives the connection its answer. Does not block. If the connection has ended, or no longer waits, the
     /// answer is dropped.
     pub fn put(&self, response: Response) {
@@ -198,10 +206,12 @@ impl Answerer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::{Ipv4Addr, SocketAddrV4};
     use std::thread;
 
     const LONG: Duration = Duration::from_secs(60);
     const OFTEN: Duration = Duration::from_millis(1);
+    const CLIENT: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 1));
 
     fn response(status: u16) -> Response {
         Response {
@@ -213,7 +223,7 @@ mod tests {
     #[test]
     fn an_answer_reaches_the_connection_that_asked_from_another_thread() {
         let waits = Arc::new(Waits::default());
-        let (first, second) = (waits.enter(), waits.enter());
+        let (first, second) = (waits.enter(CLIENT), waits.enter(CLIENT));
         first.ask();
         second.ask();
         thread::scope(|scope| {
@@ -229,7 +239,7 @@ mod tests {
     #[test]
     fn nobody_hears_an_answer_that_comes_too_late_or_is_not_wanted() {
         let waits = Arc::new(Waits::default());
-        let wait = waits.enter();
+        let wait = waits.enter(CLIENT);
         let answerer = waits.answerer(wait.number()).unwrap();
         answerer.put(response(1));
         wait.ask();

@@ -1,7 +1,6 @@
 //! What the gate reads as one request, and that tiny_http reads the same (RFC 9112).
 
 use std::io::{Read, Write};
-use std::net::SocketAddr;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use export_service::answer::Refusal;
@@ -335,8 +334,7 @@ impl Inside {
     /// How tiny_http reads a request as it is passed on. Another one follows, so that a byte too many or
     /// too few is noticed.
     fn sees(&mut self, mut request: Request) -> (String, String, Vec<u8>) {
-        let client = SocketAddr::from(([127, 0, 0, 1], 1));
-        let head = request.normalised_head(client, 7);
+        let head = request.normalised_head(7);
         let body = request.take_body();
         self.link.write_all(&[&head, &body[..]].concat()).unwrap();
         let taken = self.receive();

@@ -131,7 +131,6 @@ impl Inner {
 mod tests {
     use super::*;
     use crate::export::View;
-    use crate::reply::RequestLine;
     use crate::waits::{Wait, Waits};
     use serde_json::value::RawValue;
     use std::time::Duration;
@@ -141,15 +140,11 @@ mod tests {
     /// A connection that has asked for something, and the means to answer it.
     fn asked() -> (Arc<Waits>, Wait, Reply) {
         let waits = Arc::new(Waits::default());
-        let wait = waits.enter();
+        let wait = waits.enter(([127, 0, 0, 1], 1).into());
         wait.ask();
         let reply = Reply {
             to: waits.answerer(wait.number()).unwrap(),
-            line: RequestLine {
-                method: "POST".into(),
-                target: "/lp/export".into(),
-                client: String::new(),
-            },
+            target: "/lp/export".into(),
         };
         (waits, wait, reply)
     }

@@ -69,7 +69,7 @@ pub fn run(shared: &Shared, permit: Permit, stream: Arc<TcpStream>, client: Sock
         shared,
         wire,
         framer: Framer::new(shared.max_body),
-        wait: shared.waits.enter(),
+        wait: shared.waits.enter(client),
         client,
         life: born + LIFE,
         memory: shared.memory.part(&permit),
@@ -217,7 +217,7 @@ impl Connection<'_> {
 
     /// Passes a request on to the service, and waits for its answer.
     fn pass_on(&mut self, request: &mut Request) -> Result<Response, End> {
-        let head = request.normalised_head(self.client, self.wait.number());
+        let head = request.normalised_head(self.wait.number());
         let body = request.take_body();
         self.permit.serve().map_err(Refusal::from)?;
         self.wait.ask();
@@ -263,8 +263,7 @@ impl Connection<'_> {
             Refusal::Busy if self.shared.common.is_closing() => &Refusal::Stopping,
             refusal => refusal,
         };
-        let client = self.client.to_string();
-        logging::refused(method, target, refusal.status(), refusal, &client);
+        logging::refused(method, target, refusal.status(), refusal, self.client);
         // What was read is no longer needed, and must not take memory while the connection lingers.
         self.framer = Framer::new(self.shared.max_body);
         self.memory.release();

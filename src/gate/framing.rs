@@ -8,14 +8,13 @@
 use std::fmt::Write as _;
 use std::io::{self, Read};
 use std::mem;
-use std::net::SocketAddr;
 
 use httparse::{EMPTY_HEADER, Status};
 use ureq::http::Uri;
 use ureq::http::uri::Authority;
 
 use crate::answer::Refusal;
-use crate::server::{CLIENT, CONNECTION};
+use crate::server::CONNECTION;
 
 /// The largest request line and headers together, in bytes; also the largest trailer section.
 const MAX_HEAD: usize = 16 * 1024;
@@ -67,13 +66,21 @@ impl Request {
 
     /// The head as it is passed on: in canonical form, with only the headers that the service uses, and the
     /// number of the connection that waits for the answer.
-    pub fn normalised_head(&self, client: SocketAddr, connection: u64) -> Vec<u8> {
-        let Head { method, target, .. } = &self.head;
-        let mut head = format!(
-            "{method} {target} HTTP/1.1\r\n{CLIENT}: {client}\r\n{CONNECTION}: {connection}\r\n"
+    pub fn normalised_head(&self, connection: u64) -> Vec<u8> {
+        let Head {
+            method,
+            target,
+            passed,
+            ..
+        } = &self.head;
+        let values: usize = passed.iter().map(|(_, value)| 32 + value.len()).sum();
+        let mut head = String::with_capacity(128 + target.len() + values);
+        // Writing to a String cannot fail.
+        let _ = write!(
+            head,
+            "{method} {target} HTTP/1.1\r\n{CONNECTION}: {connection}\r\n"
         );
-        for (name, value) in &self.head.passed {
-            // Writing to a String cannot fail.
+        for (name, value) in passed {
             let _ = write!(head, "{name}: {value}\r\n");
         }
         let _ = write!(head, "Content-Length: {}\r\n\r\n", self.body.len());

@@ -2,53 +2,41 @@
 //!
 //! tiny_http may never serve a connection when several arrive at once, and stops accepting for good when it
 //! gets no descriptor or thread. So all links are opened while nothing else is going on, each after the one
-//! before has been answered. A link is used only while a request is sent: the answer comes another way (see
-//! `waits`), and tiny_http's own, which is empty, is read by the link's next user.
+//! before has been answered. After that a link only carries requests, one behind the other: their answers come
+//! another way (see `waits`), and none through tiny_http.
 //!
 //! A link that breaks means that tiny_http is dead. The service is of no use without it and cannot recover,
 //! so the process ends with an error in the log.
 //!
 //! Not here: the requests, and who has sent them.
 
-use std::collections::VecDeque;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Mutex, MutexGuard};
 
-use crate::socket::is_timeout;
-
-/// How many links there are. More would gain nothing, as each is in use only while tiny_http reads a
-/// request.
-const LINKS: usize = 8;
+/// How many links there are. More would gain nothing: each is in use only while a request is sent, and a thread
+/// of tiny_http that finds the next request waiting need not sleep in between.
+const LINKS: usize = 4;
 /// How long a request may wait for a link.
 const TURN: Duration = Duration::from_secs(10);
 /// How long tiny_http may take to answer the request that proves a link, even on a machine that is booting.
 const PROOF: Duration = Duration::from_secs(30);
 /// The request that proves a link. No connection waits for its answer.
 const QUESTION: &[u8] = b"GET /status HTTP/1.1\r\n\r\n";
-/// The end of tiny_http's own answer, which has no body.
+/// The end of its answer, which has no body.
 const END: &[u8] = b"\r\n\r\n";
-/// A body of up to this many bytes is sent together with its head.
-const SMALL: usize = 16 * 1024;
 
 /// All links to one tiny_http.
 pub struct Links {
-    /// The least recently used one is at the front: tiny_http is done with it before the others.
-    free: Mutex<VecDeque<Link>>,
-    returned: Condvar,
+    links: [Mutex<UnixStream>; LINKS],
+    /// Which one to wait for when all are in use.
+    next: AtomicUsize,
     /// Set when tiny_http is about to stop, which breaks the links.
     closing: AtomicBool,
-}
-
-/// A connection to tiny_http.
-struct Link {
-    socket: UnixStream,
-    /// What was read of an incomplete answer. None if none is expected.
-    answer: Option<Vec<u8>>,
 }
 
 impl Links {
@@ -57,20 +45,13 @@ impl Links {
     /// # Errors
     /// A link cannot be opened, or is not answered.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let mut free = VecDeque::with_capacity(LINKS);
+        let mut links = Vec::with_capacity(LINKS);
         for _ in 0..LINKS {
-            let mut link = Link {
-                socket: UnixStream::connect(path)?,
-                answer: None,
-            };
-            link.socket.set_read_timeout(Some(TURN))?;
-            link.send(QUESTION, &[])?;
-            link.read_answer(Instant::now() + PROOF)?;
-            free.push_back(link);
+            links.push(Mutex::new(open(path)?));
         }
         Ok(Self {
-            free: Mutex::new(free),
-            returned: Condvar::new(),
+            links: links.try_into().expect("as many as there are to be"),
+            next: AtomicUsize::new(0),
             closing: AtomicBool::new(false),
         })
     }
@@ -80,7 +61,8 @@ impl Links {
         self.closing.store(true, Ordering::Release);
     }
 
-    /// Sends a request. Blocks until tiny_http has taken it. Waits at most ten seconds for a link.
+    /// Sends a request. Blocks until tiny_http has taken it, without a limit: a slow disk can hold up its
+    /// readers, and half a request would make the link useless. Waits at most ten seconds for a link.
     ///
     /// # Errors
     /// `ErrorKind::TimedOut`: the service does not keep up, and the request was not sent. Any other: the
@@ -89,33 +71,24 @@ impl Links {
     /// # Panics
     /// tiny_http is dead although [`Links::close`] was not called. That ends the process.
     pub fn send(&self, head: &[u8], body: &[u8]) -> io::Result<()> {
-        let deadline = Instant::now() + TURN;
-        let mut free = self.free.lock();
-        let mut link = loop {
-            if let Some(link) = free.pop_front() {
-                break link;
-            }
-            if self.returned.wait_until(&mut free, deadline).timed_out() {
-                return Err(ErrorKind::TimedOut.into());
-            }
-        };
-        drop(free);
-        let sent = link
-            .read_answer(deadline)
-            .and_then(|()| link.send(head, body));
-        match &sent {
-            Err(error) if error.kind() != ErrorKind::TimedOut => {
-                if !self.closing.load(Ordering::Acquire) {
-                    dead(error);
-                }
-            }
-            // After a timeout the link is as it was, as not a byte was sent.
-            _ => {
-                self.free.lock().push_back(link);
-                self.returned.notify_one();
-            }
+        let mut link = self.free().ok_or(ErrorKind::TimedOut)?;
+        let sent = write(&mut link, head, body);
+        if let Err(error) = &sent
+            && !self.closing.load(Ordering::Acquire)
+        {
+            dead(error);
         }
         sent
+    }
+
+    /// The first link that is not in use. The later ones sleep while there is little to do.
+    fn free(&self) -> Option<MutexGuard<'_, UnixStream>> {
+        let free = self.links.iter().find_map(Mutex::try_lock);
+        free.or_else(|| {
+            // Relaxed: the numbers only have to differ.
+            let next = self.next.fetch_add(1, Ordering::Relaxed) % LINKS;
+            self.links[next].try_lock_for(TURN)
+        })
     }
 }
 
@@ -124,52 +97,49 @@ fn dead(error: &io::Error) -> ! {
     panic!("a connection to tiny_http broke");
 }
 
-impl Link {
-    /// Blocks without a limit until tiny_http has taken the request: a slow disk can hold up its readers, and
-    /// half a request would make the link useless.
-    fn send(&mut self, head: &[u8], body: &[u8]) -> io::Result<()> {
-        self.answer = Some(Vec::new());
-        if body.len() > SMALL {
-            self.socket.write_all(head)?;
-            return self.socket.write_all(body);
-        }
-        self.socket.write_all(&[head, body].concat())
-    }
-
-    /// Reads the empty answer to the previous request, if there was one.
-    fn read_answer(&mut self, deadline: Instant) -> io::Result<()> {
-        let Some(answer) = &mut self.answer else {
-            return Ok(());
-        };
+/// Opens a link and waits for the answer to a first request.
+fn open(path: &Path) -> io::Result<UnixStream> {
+    let mut link = UnixStream::connect(path)?;
+    link.set_read_timeout(Some(PROOF))?;
+    link.write_all(QUESTION)?;
+    let mut answer = Vec::new();
+    while !answer.ends_with(END) {
         let mut bytes = [0; 256];
-        while !answer.ends_with(END) {
-            if Instant::now() >= deadline {
-                return Err(ErrorKind::TimedOut.into());
-            }
-            match self.socket.read(&mut bytes) {
-                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-                Ok(read) => answer.extend_from_slice(&bytes[..read]),
-                Err(error) if is_timeout(&error) || error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
+        match link.read(&mut bytes) {
+            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(read) => answer.extend_from_slice(&bytes[..read]),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
         }
-        self.answer = None;
-        Ok(())
     }
+    Ok(link)
+}
+
+fn write(link: &mut UnixStream, head: &[u8], body: &[u8]) -> io::Result<()> {
+    let sent = loop {
+        match link.write_vectored(&[IoSlice::new(head), IoSlice::new(body)]) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            sent => break sent?,
+        }
+    };
+    if sent < head.len() {
+        link.write_all(&head[sent..])?;
+    }
+    link.write_all(&body[sent.saturating_sub(head.len())..])
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::os::unix::net::UnixListener;
-    use std::sync::Arc;
     use std::thread;
     use tempfile::TempDir;
 
     const EMPTY: &[u8] = b"HTTP/1.1 204 No Content\r\n\r\n";
+    const REQUEST: &[u8] = b"POST / HTTP/1.1\r\n\r\n";
 
-    /// Acts as tiny_http: reads this many requests without a body on each link, and answers all but the last.
-    fn links(requests: usize) -> (TempDir, Arc<Links>) {
+    /// Acts as tiny_http: reads this many requests without a body on each link, and answers the first.
+    fn links(requests: usize) -> (TempDir, Links) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
@@ -177,48 +147,58 @@ mod tests {
             for stream in listener.incoming() {
                 let mut stream = stream.unwrap();
                 thread::spawn(move || {
-                    for number in 1..=requests {
+                    for number in 0..requests {
                         let mut text = Vec::new();
                         while !text.ends_with(END) {
                             let mut byte = [0];
                             stream.read_exact(&mut byte).unwrap();
                             text.extend(byte);
                         }
-                        if number < requests {
+                        if number == 0 {
                             stream.write_all(EMPTY).unwrap();
                         }
                     }
                 });
             }
         });
-        (folder, Arc::new(Links::open(&path).unwrap()))
+        let links = Links::open(&path).unwrap();
+        (folder, links)
     }
 
-    const REQUEST: &[u8] = b"POST / HTTP/1.1\r\n\r\n";
+    /// Sends requests until a link breaks.
+    fn break_links(links: &Links) -> io::Error {
+        loop {
+            if let Err(error) = links.send(REQUEST, b"") {
+                return error;
+            }
+        }
+    }
 
     #[test]
-    fn a_link_is_free_again_before_its_request_is_answered() {
-        let (_folder, links) = links(3);
-        for _ in 0..LINKS {
+    fn requests_do_not_wait_for_the_answers_of_earlier_ones() {
+        let (_folder, links) = links(usize::MAX);
+        for _ in 0..1000 {
             links.send(REQUEST, b"").unwrap();
         }
-        assert_eq!(links.free.lock().len(), LINKS);
+    }
+
+    #[test]
+    fn while_a_link_is_in_use_the_others_serve() {
+        let (_folder, links) = links(usize::MAX);
+        let _in_use: Vec<_> = (1..LINKS).map(|_| links.free().unwrap()).collect();
+        links.send(REQUEST, b"").unwrap();
     }
 
     #[test]
     #[should_panic(expected = "a connection to tiny_http broke")]
     fn a_link_that_breaks_ends_the_process() {
-        let (_folder, links) = links(2);
-        for _ in 0..2 * LINKS {
-            links.send(REQUEST, b"").unwrap();
-        }
+        break_links(&links(2).1);
     }
 
     #[test]
     fn links_that_break_while_the_service_stops_are_no_harm() {
         let (_folder, links) = links(2);
         links.close();
-        let broken = (0..2 * LINKS).find_map(|_| links.send(REQUEST, b"").err());
-        assert!(broken.is_some());
+        assert_ne!(break_links(&links).kind(), ErrorKind::TimedOut);
     }
 }

@@ -18,7 +18,7 @@ use export_service::export::ExtResponse;
 use export_service::exports::attempts::Work;
 use export_service::exports::store::{FILE, Place, Store};
 use export_service::exports::{Exports, Limits, Query, Submission};
-use export_service::reply::{Reply, RequestLine};
+use export_service::reply::Reply;
 use export_service::waits::Waits;
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags};
@@ -343,15 +343,11 @@ struct Service {
 
 impl Service {
     fn ask(&mut self, ask: impl FnOnce(&Arc<Exports>, Reply)) -> (u16, String) {
-        let wait = self.waits.enter();
+        let wait = self.waits.enter(([127, 0, 0, 1], 1).into());
         wait.ask();
         let to = self.waits.answerer(wait.number()).expect("a connection");
-        let line = RequestLine {
-            method: "POST".into(),
-            target: "/export".into(),
-            client: "somebody".into(),
-        };
-        ask(&self.exports, Reply { to, line });
+        let target = "/export".into();
+        ask(&self.exports, Reply { to, target });
         let answer = wait.answer(PATIENCE, PATIENCE, || true).expect("an answer");
         (answer.status, answer.body)
     }
