@@ -156,7 +156,7 @@ impl Client {
             .max_redirects(0)
             .proxy(None)
             .user_agent(USER_AGENT)
-            .max_idle_connections(4)
+            .max_idle_connections(16)
             .max_idle_connections_per_host(1)
             .build();
         let judge = Arc::new(Judge { names, rules });
