@@ -11,7 +11,7 @@ use crate::client::{Client, Response, post};
 use crate::destinations::Kind;
 use crate::model::{Random, hash, payload};
 use crate::support::token_of;
-use crate::{GIVE_UP_AFTER, RETENTION, World};
+use crate::{RETENTION, World};
 
 /// The longest that an app may wait for an answer, beside the time of a long poll.
 const SERVED: Duration = Duration::from_secs(10);
@@ -113,8 +113,9 @@ impl<'a> App<'a> {
         let deadline = Instant::now() + self.world.last_results;
         loop {
             // It is given up at some time after the load.
+            let due = 3 * self.world.give_up_after;
             self.unfinished
-                .retain(|one| self.plan.kind != Kind::Dead || one.at.elapsed() > 3 * GIVE_UP_AFTER);
+                .retain(|one| self.plan.kind != Kind::Dead || one.at.elapsed() > due);
             let Some(first) = self.unfinished.front() else {
                 return;
             };
@@ -299,7 +300,7 @@ impl<'a> App<'a> {
                 let status = json["ext_response"]["status_code"].as_u64();
                 let kind = self.plan.kind;
                 if status != Some(kind.status()) {
-                    let result: String = body.chars().take(400).collect();
+                    let result: String = body.trim_end().chars().take(400).collect();
                     model.broken(format!("{id} for {} ended with {result}", kind.name()));
                 }
                 if kind != Kind::Dead && model.arrived((self.queue, one.number)).is_none() {

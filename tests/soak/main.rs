@@ -33,13 +33,12 @@ use samples::{Events, Samples, descriptors, is_flat, status};
 
 /// How long results can be read.
 pub const RETENTION: Duration = Duration::from_secs(120);
-/// How long exports are tried.
-pub const GIVE_UP_AFTER: Duration = Duration::from_secs(180);
 /// Long poll clients, connections of the destinations and the like may outlive the load by this.
 const QUIET: Duration = Duration::from_secs(180);
 /// How many threads and descriptors more than at first there may be when nobody asks any more.
 const MORE_WHEN_QUIET: f64 = 8.0;
-/// The longest that the destination that moves is away: its queues are tried again after as much time.
+/// The longest that the destination that moves is away. Its queues are tried again after as much time, and
+/// a fifth more at most; so it is there for half as long again, and nothing is given up for five times as long.
 const AWAY: Duration = Duration::from_secs(120);
 /// From the end of one event to the next, depending on the time that there is.
 const SHORTEST_STEP: Duration = Duration::from_secs(6);
@@ -60,6 +59,8 @@ pub struct World {
     pub destinations: Destinations,
     /// While the store is being filled, submissions may be refused.
     pub store_may_be_full: AtomicBool,
+    /// How long exports are tried.
+    pub give_up_after: Duration,
     /// How long the last exports may take once the load has ended.
     pub last_results: Duration,
     /// All apps have all their results.
@@ -143,7 +144,7 @@ fn soak(load: Duration) -> bool {
                 thread::sleep(samples::EVERY);
             }
         });
-        scope.spawn(move || Destinations::keep_moving(world, away / 2, away));
+        scope.spawn(move || Destinations::keep_moving(world, away * 3 / 2, away));
         for (queue, (kind, plan)) in plans.into_iter().enumerate() {
             let url = world.destinations.url(kind, queue);
             scope.spawn(move || App::new(world, queue, url, plan).run());
@@ -176,11 +177,12 @@ fn soak(load: Duration) -> bool {
 fn world(folder: &Path, away: Duration, apps: usize) -> Arc<World> {
     let (model, destinations) = (Arc::new(Model::default()), Destinations::new());
     let ca = destinations.identity.ca();
+    let give_up_after = format!("{}s", (5 * away).as_secs());
     let arguments = [
         ["--allow-network", "127.0.0.0/8"],
         ["--ca-file", ca.to_str().unwrap()],
         ["--retention", "120s"],
-        ["--give-up-after", "180s"],
+        ["--give-up-after", &give_up_after],
         ["--attempt-timeout", "10s"],
         ["--max-store", "50000000"],
     ];
@@ -190,6 +192,7 @@ fn world(folder: &Path, away: Duration, apps: usize) -> Arc<World> {
         model,
         destinations,
         store_may_be_full: AtomicBool::new(false),
+        give_up_after: 5 * away,
         last_results: 3 * away + Duration::from_secs(120),
         idle: Barrier::new(apps + 1),
         restarted: Barrier::new(apps + 1),

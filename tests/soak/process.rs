@@ -139,6 +139,10 @@ impl Process {
             thread::sleep(Duration::from_millis(5));
         };
         PID.store(0, Ordering::Relaxed);
+        // What libfaketime leaves behind when it is killed.
+        for name in ["faketime_shm", "sem.faketime_sem"] {
+            let _ = fs::remove_file(format!("/dev/shm/{name}_{}", child.id()));
+        }
         let expected = match signal {
             "KILL" => status.signal() == Some(9),
             _ => status.success(),
