@@ -20,6 +20,7 @@ mod process;
 mod samples;
 
 use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier, Condvar, Mutex};
 use std::thread;
@@ -163,7 +164,7 @@ fn soak(load: Duration) -> bool {
         world.restarted.wait();
     });
     world.process.stop("TERM");
-    check_store(&world);
+    check_store(&world, &world.process.data().join("exports.db"));
     report(
         &world,
         &folder,
@@ -259,6 +260,32 @@ fn plans() -> Vec<(Kind, Plan)> {
     plans.into_iter().map(|plan| (plan.kind, plan)).collect()
 }
 
+/// What is done to the service, in turns.
+const EVENTS: [&str; 6] = [
+    "store filled",
+    "clock ahead",
+    "log not read",
+    "clock back",
+    "certificate renewed",
+    "backup",
+];
+/// The same while it is restarted too.
+const WITH_RESTARTS: [&str; 13] = [
+    "store filled",
+    "SIGTERM",
+    "clock ahead",
+    "SIGKILL",
+    "log not read",
+    "start with a wrong clock",
+    "clock back",
+    "SIGKILL",
+    "certificate renewed",
+    "SIGTERM",
+    "backup",
+    "SIGKILL",
+    "store filled",
+];
+
 /// Does one thing after the other to the service until the time is over. Returns how much went into the store each time that it was filled.
 fn operate(
     world: &World,
@@ -286,33 +313,40 @@ fn operate(
     while started.elapsed() + step + LONGEST_EVENT.min(load / 10) < load {
         let restarts = started.elapsed() < load / 3;
         thread::sleep(if restarts { step / 2 } else { step });
-        let event = match (number % 10, restarts) {
-            (1 | 5, true) => "SIGTERM",
-            (3 | 7 | 9, true) => "SIGKILL",
-            (0 | 5, _) => "store filled",
-            (2 | 7, _) => "clock ahead",
-            (4 | 9, _) => "certificate renewed",
-            (6 | 1, _) => "clock back",
-            _ => "log not read",
+        let all = if restarts {
+            &WITH_RESTARTS[..]
+        } else {
+            &EVENTS
         };
+        let event = all[number % all.len()];
         number += 1;
-        if event.starts_with("clock") && !world.process.has_clock() {
+        if event.contains("clock") && !world.process.has_clock() {
             continue;
         }
         events.push((samples.lock().unwrap().seconds(), event));
         eprintln!("{:>5.0} s  {event}", started.elapsed().as_secs_f64());
+        let process = &world.process;
         let down = Duration::from_millis(random.below(3000) as u64);
         match event {
-            "SIGTERM" => world.process.restart("TERM", down),
-            "SIGKILL" => world.process.restart("KILL", down),
-            "store filled" => fillings.push(fill_store(world, &mut filler)),
-            "clock ahead" => set_clock_for_a_while(world, 5 * 3600 + 7),
-            "clock back" => set_clock_for_a_while(world, -2 * 24 * 3600),
-            "certificate renewed" => world.process.renew_certificate(),
+            "SIGTERM" => process.restart("TERM", down),
+            "SIGKILL" => process.restart("KILL", down),
+            "store filled" => fillings.push(fill_store(world, &mut filler, restarts)),
+            "clock ahead" => set_clock_for_a_while(world, 5 * 3600 + 7, restarts),
+            "clock back" => set_clock_for_a_while(world, -2 * 24 * 3600, restarts),
+            "start with a wrong clock" => {
+                process.stop("KILL");
+                process.set_clock(-40 * 24 * 3600);
+                process.launch();
+                thread::sleep(2 * SHORTEST_STEP);
+                process.set_clock(0);
+                thread::sleep(2 * SHORTEST_STEP);
+            }
+            "certificate renewed" => process.renew_certificate(),
+            "backup" => back_up(world),
             _ => {
-                world.process.log.paused.store(true, Ordering::Relaxed);
+                process.log.paused.store(true, Ordering::Relaxed);
                 thread::sleep(SHORTEST_STEP);
-                world.process.log.paused.store(false, Ordering::Relaxed);
+                process.log.paused.store(false, Ordering::Relaxed);
             }
         }
     }
@@ -320,10 +354,14 @@ fn operate(
     fillings
 }
 
-/// Submits until the store is full, and delivers it all a little later. Returns how much was submitted.
-fn fill_store(world: &World, filler: &mut App<'_>) -> usize {
+/// Submits until the store is full, and delivers it all a little later, or after a kill. Returns how much was
+/// submitted.
+fn fill_store(world: &World, filler: &mut App<'_>, kill: bool) -> usize {
     world.store_may_be_full.store(true, Ordering::Relaxed);
     let accepted = filler.fill();
+    if kill {
+        world.process.restart("KILL", Duration::ZERO);
+    }
     thread::sleep(SHORTEST_STEP);
     world.destinations.filled.set_open(true);
     filler.drain();
@@ -345,12 +383,30 @@ fn check_room(world: &World, fillings: &[usize]) {
     }
 }
 
-fn set_clock_for_a_while(world: &World, offset: i64) {
-    for offset in [offset, 0] {
-        world.process.set_clock(offset);
-        // Long enough to be noticed and written.
-        thread::sleep(2 * SHORTEST_STEP);
+/// Sets the clock and sets it back, in the same run or in the next one.
+fn set_clock_for_a_while(world: &World, offset: i64, restart: bool) {
+    world.process.set_clock(offset);
+    // Long enough to be noticed and written.
+    thread::sleep(2 * SHORTEST_STEP);
+    if restart {
+        world.process.restart("KILL", Duration::ZERO);
     }
+    world.process.set_clock(0);
+    thread::sleep(2 * SHORTEST_STEP);
+}
+
+/// Copies the store while the service runs, as README says, and checks the copy.
+fn back_up(world: &World) {
+    let copy = world.process.folder.join("copy.db");
+    let _ = std::fs::remove_file(&copy);
+    let done = Command::new("sqlite3")
+        .arg(world.process.data().join("exports.db"))
+        .arg(format!("VACUUM INTO '{}'", copy.display()))
+        .status();
+    if !done.unwrap().success() {
+        return world.model.broken("there is no backup".into());
+    }
+    check_store(world, &copy);
 }
 
 fn threads_and_descriptors(world: &World) -> [f64; 2] {
@@ -378,9 +434,8 @@ fn becomes_quiet(world: &World, at_first: [f64; 2]) {
     }
 }
 
-/// Checks the file itself, after the last stop.
-fn check_store(world: &World) {
-    let file = world.process.data().join("exports.db");
+/// Checks a file itself.
+fn check_store(world: &World, file: &Path) {
     let connection = rusqlite::Connection::open(file).unwrap();
     let read = |row: &rusqlite::Row<'_>| row.get::<_, String>(0);
     let found = connection.query_row("PRAGMA integrity_check", [], read);
@@ -413,15 +468,11 @@ fn report(
         read(&model.repeated),
         read(&model.busy),
     );
-    println!(
-        "{} SIGTERM, {} SIGKILL, {} times the clock was set and set back, {} certificates, {} times full, {} times no log was read",
-        count("SIGTERM"),
-        count("SIGKILL"),
-        count("clock ahead") + count("clock back"),
-        count("certificate renewed"),
-        count("store filled"),
-        count("log not read"),
-    );
+    let mut kinds = WITH_RESTARTS.to_vec();
+    kinds.sort_unstable();
+    kinds.dedup();
+    let done = kinds.iter().map(|kind| format!("{kind}: {}", count(kind)));
+    println!("{}", done.collect::<Vec<_>>().join(", "));
     let broken = model.all_broken();
     for what in broken.iter().chain(&grown) {
         println!("WRONG: {what}");

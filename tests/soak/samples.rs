@@ -159,7 +159,7 @@ impl Samples {
 
     /// Draws each figure above the time, with a line for each event.
     pub fn svg(&self, events: &Events) -> String {
-        const WIDTH: f64 = 960.0;
+        const WIDTH: f64 = 1040.0;
         const HEIGHT: f64 = 80.0;
         const LEFT: f64 = 150.0;
         const STEP: f64 = HEIGHT + 22.0;
@@ -172,7 +172,9 @@ impl Samples {
              <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n",
             LEFT + WIDTH + 20.0
         );
-        let colours = ["#b33", "#393", "#36c", "#c80", "#939", "#088"];
+        let colours = [
+            "#b33", "#393", "#36c", "#c80", "#939", "#088", "#666", "#850",
+        ];
         let mut kinds: Vec<&str> = Vec::new();
         for (seconds, kind) in events {
             let known = kinds.iter().position(|other| other == kind);
@@ -184,7 +186,7 @@ impl Samples {
                 total - 45.0
             );
             if known.is_none() {
-                let legend = LEFT + WIDTH / 6.0 * kinds.len() as f64;
+                let legend = LEFT + WIDTH / 8.0 * kinds.len() as f64;
                 let _ = writeln!(
                     svg,
                     "<text x=\"{legend}\" y=\"{}\" fill=\"{colour}\">{kind}</text>",
