@@ -39,6 +39,8 @@ pub struct Plan {
     pub slow: bool,
     /// Submits the next one only when the last one is finished.
     pub one_by_one: bool,
+    /// Sends each one to a destination of its own, and so through a queue of its own.
+    pub apart: bool,
 }
 
 /// An export that was accepted.
@@ -55,7 +57,6 @@ pub struct App<'a> {
     plan: Plan,
     queue: usize,
     url: String,
-    token: String,
     client: Client,
     random: Random,
     next: usize,
@@ -67,13 +68,12 @@ pub struct App<'a> {
 impl<'a> App<'a> {
     pub fn new(world: &'a World, queue: usize, url: String, plan: Plan) -> Self {
         let in_order = [Kind::Quick, Kind::Slow, Kind::Fails, Kind::Large].contains(&plan.kind);
-        if in_order && plan.keyed {
+        if in_order && plan.keyed && !plan.apart {
             world.model.keeps_order(queue);
         }
         // Some share an address, as behind a port mapping.
         let from = [127, 0, 0, 2 + u8::try_from(queue % 8).unwrap()];
         Self {
-            token: token_of(&format!("owner-{queue}"), &url),
             client: Client::new(from, plan.slow),
             world,
             plan,
@@ -130,6 +130,16 @@ impl<'a> App<'a> {
         }
     }
 
+    /// The destination of the export with this number, and the token for it.
+    fn destination(&self, number: usize) -> (String, String) {
+        let url = match self.plan.apart {
+            true => format!("{}/{number}", self.url),
+            false => self.url.clone(),
+        };
+        let token = token_of(&format!("owner-{}", self.queue), &url);
+        (url, token)
+    }
+
     /// Submits the next export, and repeats that until it is accepted.
     pub fn submit(&mut self) {
         let (least, most) = self.plan.length;
@@ -141,13 +151,14 @@ impl<'a> App<'a> {
                 .keyed
                 .then(|| format!("key-{}-{number}", self.queue));
             let data = payload((self.queue, number), length);
-            let body = format!("{{\"uri\":\"{}\",\"data\":{data}}}", self.url);
+            let (url, token) = self.destination(number);
+            let body = format!("{{\"uri\":\"{url}\",\"data\":{data}}}");
             let path = if self.plan.long {
                 "/lp/export?timeout=5"
             } else {
                 "/export"
             };
-            let request = post(path, &self.token, key.as_deref(), &body);
+            let request = post(path, &token, key.as_deref(), &body);
             if key.is_none() {
                 self.next += 1;
             }
@@ -190,9 +201,10 @@ impl<'a> App<'a> {
         let before = self.next;
         loop {
             let data = payload((self.queue, self.next), self.plan.length.1);
-            let body = format!("{{\"uri\":\"{}\",\"data\":{data}}}", self.url);
+            let (url, token) = self.destination(self.next);
+            let body = format!("{{\"uri\":\"{url}\",\"data\":{data}}}");
             let key = format!("key-{}-{}", self.queue, self.next);
-            let request = post("/export", &self.token, Some(&key), &body);
+            let request = post("/export", &token, Some(&key), &body);
             let Ok(response) = self.client.ask(&self.world.process, &request) else {
                 continue;
             };
@@ -256,8 +268,9 @@ impl<'a> App<'a> {
     /// Polls one and puts it where it belongs then.
     fn poll(&mut self, mut one: Accepted, path: &str) {
         let body = format!("{{\"id\":\"{}\"}}", one.id);
+        let (_, token) = self.destination(one.number);
         let response = loop {
-            let request = post(path, &self.token, None, &body);
+            let request = post(path, &token, None, &body);
             if let Some(response) = self.ask(&request, true) {
                 break response;
             }

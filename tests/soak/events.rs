@@ -57,6 +57,7 @@ pub fn cause(world: &World, load: Duration, samples: &Mutex<Samples>, events: &m
         keyed: true,
         slow: false,
         one_by_one: false,
+        apart: false,
     };
     let mut filler = App::new(world, queue, world.destinations.filled_url(queue), filling);
     let (started, step) = (

@@ -205,6 +205,7 @@ fn plans() -> Vec<(Kind, Plan)> {
         keyed: true,
         slow: false,
         one_by_one: false,
+        apart: false,
     };
     let mut plans = vec![
         plan(Kind::Quick, 150),
@@ -234,6 +235,14 @@ fn plans() -> Vec<(Kind, Plan)> {
         Plan {
             slow: true,
             ..plan(Kind::Large, 15_000)
+        },
+        Plan {
+            apart: true,
+            ..plan(Kind::Quick, 400)
+        },
+        Plan {
+            apart: true,
+            ..plan(Kind::Moves, 4000)
         },
     ];
     for kind in [
