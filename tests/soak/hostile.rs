@@ -13,6 +13,8 @@ use crate::support::token_of;
 
 /// Connections of a crowd.
 const CROWD: usize = 300;
+/// Silent connections at a time. As many each time, since they are there most of the time and count.
+const HALF_OPEN: usize = 30;
 /// The service must have closed an idle or a slow connection by then.
 const CLOSED: Duration = Duration::from_secs(150);
 
@@ -117,8 +119,8 @@ fn noise_in_tls(world: &World, from: [u8; 4], random: &mut Random) {
 }
 
 /// Some say nothing at all, some stop in the middle of a handshake.
-fn half_open(world: &World, from: [u8; 4], random: &mut Random) {
-    let mut all: Vec<TcpStream> = (0..1 + random.below(60))
+fn half_open(world: &World, from: [u8; 4], _: &mut Random) {
+    let mut all: Vec<TcpStream> = (0..HALF_OPEN)
         .filter_map(|_| tcp(from, world.process.address).ok())
         .collect();
     for stream in all.iter_mut().step_by(2) {
