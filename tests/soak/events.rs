@@ -36,7 +36,7 @@ const WITH_RESTARTS: [&str; 13] = [
     "clock ahead",
     "SIGKILL",
     "log not read",
-    "start with a wrong clock",
+    "wrong clock",
     "clock back",
     "SIGKILL",
     "certificate renewed",
@@ -89,7 +89,7 @@ pub fn cause(world: &World, load: Duration, samples: &Mutex<Samples>, events: &m
             "store filled" => fillings.push(fill_store(world, &mut filler, restarts)),
             "clock ahead" => set_clock_for_a_while(world, 5 * 3600 + 7, restarts),
             "clock back" => set_clock_for_a_while(world, -2 * 24 * 3600, restarts),
-            "start with a wrong clock" => {
+            "wrong clock" => {
                 process.stop("KILL");
                 process.set_clock(-40 * 24 * 3600);
                 process.launch();

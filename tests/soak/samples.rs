@@ -10,6 +10,9 @@ use crate::World;
 /// From one sample to the next.
 pub const EVERY: Duration = Duration::from_secs(3);
 
+/// A load that is shorter says nothing about growth.
+const WARM_UP: Duration = Duration::from_secs(5 * 60);
+
 /// One figure: its name, its unit, and how much more than in the middle third of the load its median may be
 /// in the last third, as a part and in units. Figures without that are only drawn.
 struct Figure(&'static str, &'static str, Option<(f64, f64)>);
@@ -120,7 +123,8 @@ impl Samples {
         csv
     }
 
-    /// Says of each figure whether it is flat. Returns those that are not.
+    /// Says of each figure whether it is flat, unless there were only the first minutes, in which they may
+    /// rise. Returns those that are not.
     pub fn judge(&self, load: Duration) -> (String, Vec<String>) {
         let (mut table, mut grown) = (String::new(), Vec::new());
         let _ = writeln!(
@@ -140,6 +144,7 @@ impl Samples {
             let most = series(0.0, 1.0).into_iter().fold(0.0, f64::max);
             let verdict = match tolerance {
                 None => "",
+                Some(_) if load < WARM_UP => "too short to say",
                 Some(tolerance) if is_flat(middle, last, *tolerance) => "flat",
                 Some(_) => {
                     grown.push(format!(
@@ -186,7 +191,7 @@ impl Samples {
                 total - 45.0
             );
             if known.is_none() {
-                let legend = LEFT + WIDTH / 8.0 * kinds.len() as f64;
+                let legend = LEFT + WIDTH / 9.0 * kinds.len() as f64;
                 let _ = writeln!(
                     svg,
                     "<text x=\"{legend}\" y=\"{}\" fill=\"{colour}\">{kind}</text>",
