@@ -13,7 +13,10 @@ use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 use serde_json::json;
-use support::{Destination, Ends, MARK, PATIENCE, SECRET, Service, command, ok, payload, token};
+use support::{
+    Destination, Ends, MARK, PATIENCE, SECRET, Service, command, exited, nowhere, ok, payload,
+    token,
+};
 
 /// Tries to start a service on a folder and waits until it fails.
 fn refused(folder: &Path) -> (Option<i32>, String) {
@@ -101,6 +104,48 @@ fn try_submit(address: std::net::SocketAddr, token: &str, body: &str) -> Option<
     assert!(head.starts_with("HTTP/1.1 200 "), "{answer}");
     let json: serde_json::Value = serde_json::from_str(body).unwrap();
     Some(json["id"].as_str().unwrap().to_owned())
+}
+
+#[test]
+fn a_backup_made_while_exports_come_in_is_complete_and_can_be_restored() {
+    let destination = Destination::start(|_| ok());
+    let (dead, _) = nowhere();
+    let service = Service::start(&[]);
+    // So much that there are commits while it is copied.
+    let large = json!({"text": "x".repeat(900_000)});
+    let ids: Vec<_> = (0..60).map(|_| service.submit(&dead, &large)).collect();
+    let copy = service.folder().join("copy.db");
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let _ends = Ends(&done);
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let token = token(&destination.url);
+                let body = json!({"uri": destination.url, "data": payload(1)}).to_string();
+                while !done.load(Ordering::Relaxed) {
+                    try_submit(service.address, &token, &body);
+                }
+            });
+        }
+        // As README says.
+        let mut backup = std::process::Command::new("sqlite3")
+            .arg(service.folder().join("exports.db"))
+            .arg(format!("VACUUM INTO '{}'", copy.display()))
+            .spawn()
+            .unwrap();
+        assert!(exited(&mut backup).success());
+    });
+    let folder = service.folder();
+    let service = service.kill_and_restart_after(|| {
+        for name in ["exports.db-wal", "exports.db-shm"] {
+            let _ = fs::remove_file(folder.join(name));
+        }
+        fs::rename(&copy, folder.join("exports.db")).unwrap();
+    });
+    for id in ids {
+        let response = service.post("/export", &token(&dead), &json!({"id": id}));
+        assert_eq!(response.status, 200, "{}", response.body);
+    }
 }
 
 #[test]
