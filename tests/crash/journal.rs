@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::mem;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -91,6 +92,10 @@ impl Journal {
         };
         for line in BufReader::new(fs::File::open(trace).unwrap()).lines() {
             run.line(&line.unwrap());
+        }
+        // A kill can keep strace from saying how a call ended that it had begun to show.
+        for (call, began) in mem::take(&mut run.unfinished).into_values() {
+            run.returned(&format!("{call}) = ?"), began);
         }
         let time = run.time;
         let mut uncertain = Vec::new();
