@@ -3,10 +3,11 @@
 mod support;
 
 use std::net::TcpStream;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use support::{Destination, Response, Service, nowhere, ok, payload, token};
+use support::{Destination, PATIENCE, Response, Service, nowhere, ok, payload, token};
 
 fn long_poll(service: &Service, url: &str, id: &str, timeout: &str) -> TcpStream {
     let body = json!({"id": id}).to_string();
@@ -155,6 +156,12 @@ fn a_client_that_leaves_a_long_poll_frees_everything_long_before_its_timeout() {
     let url = &destination.url;
     let id = service.submit(url, &payload(1));
     destination.arrival();
+    // The submission's own connection ends a moment after its answer.
+    let submitted = Instant::now();
+    while service.threads("connection") > 0 {
+        assert!(submitted.elapsed() < PATIENCE);
+        thread::sleep(Duration::from_millis(1));
+    }
     let (threads, before) = (service.threads("connection"), descriptors(&service));
     let polls: Vec<_> = (0..40)
         .map(|_| long_poll(&service, url, &id, "60"))
@@ -167,7 +174,7 @@ fn a_client_that_leaves_a_long_poll_frees_everything_long_before_its_timeout() {
         // Two seconds on a machine that is not busy.
         let now = (service.threads("connection"), descriptors(&service));
         assert!(left.elapsed() < Duration::from_secs(50), "{now:?}");
-        std::thread::sleep(Duration::from_millis(20));
+        thread::sleep(Duration::from_millis(20));
     }
     eprintln!("40 clients that left were gone after {:?}", left.elapsed());
     gate.open();

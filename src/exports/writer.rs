@@ -373,7 +373,7 @@ impl Writer {
     }
 
     /// The size of the store before a commit. Measured only now and then, as that costs more than a small
-    /// commit; but always if the store might be full.
+    /// commit; but always if the store might be full, or somebody keeps the WAL from being restarted.
     fn size(&mut self, accepts: &[Accept]) -> Result<u64, store::Error> {
         let results = self.reports.iter().map(|report| match &report.update {
             ExportUpdate::Finished { response, .. } => response.get().len(),
@@ -384,7 +384,8 @@ impl Writer {
             .map(|accept| accept.export.payload.len() + ROW);
         let more = results.chain(exports).sum::<usize>() as u64;
         let most = self.size.bytes.saturating_add(more);
-        if most > self.limits.max_store || self.size.measured.elapsed() > MEASURE {
+        let outdated = self.size.measured.elapsed() > MEASURE || self.store.is_wal_long();
+        if outdated || most > self.limits.max_store {
             self.size = Size {
                 bytes: self.store.size()?,
                 measured: Instant::now(),
