@@ -26,10 +26,6 @@ use export_service::{arbiter, logging, threads};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// See Cargo.toml.
-#[global_allocator]
-static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
-
 /// How long after the signal to stop connections may still exist: parked polls and submissions are
 /// answered, and clients read their answers.
 const LAST_ANSWERS: Duration = Duration::from_secs(3);
