@@ -269,8 +269,10 @@ pub fn refusal(refusal: &Refusal) -> Response {
                 .push(("Accept-Encoding", "identity".into()));
         }
         Refusal::Denied(_) => {
-            for scheme in ["Bearer", "Basic"] {
-                let challenge = format!("{scheme} realm=\"export-service\"");
+            for challenge in [
+                "Bearer realm=\"export-service\"",
+                "Basic realm=\"export-service\"",
+            ] {
                 response
                     .headers
                     .push(("WWW-Authenticate", challenge.into()));

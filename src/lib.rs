@@ -21,7 +21,8 @@
 //!
 //! Below all of these: [`logging`] decides what may be shown, [`threads`] makes a panic end the process,
 //! [`dial`] looks names up and connects, [`socket`] puts one deadline on everything that it does, [`memory`]
-//! is a shared budget of bytes, and [`backoff`] says how long to wait after failures. Beside them are the
+//! is a shared budget of bytes, [`backoff`] says how long to wait after failures, and [`pem`] what is wrong
+//! with a certificate file. Beside them are the
 //! [`tools`] for a person at the keyboard.
 
 // A line printed in passing would bypass the log and its rules on what may be shown.
@@ -40,6 +41,7 @@ pub mod exports;
 pub mod gate;
 pub mod logging;
 pub mod memory;
+pub mod pem;
 pub mod reply;
 pub mod routes;
 pub mod server;

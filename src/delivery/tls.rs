@@ -16,7 +16,7 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{CertificateError, ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use time::OffsetDateTime;
 
-use crate::gate::tls::pem_damage;
+use crate::pem;
 use crate::socket::Socket;
 
 /// The roots that destinations' certificates are verified against.
@@ -39,7 +39,7 @@ impl Trust {
             let mut found = false;
             for certificate in CertificateDer::pem_slice_iter(pem) {
                 let certificate =
-                    certificate.map_err(|error| format!("is not PEM: {}", pem_damage(&error)))?;
+                    certificate.map_err(|error| format!("is not PEM: {}", pem::damage(&error)))?;
                 roots
                     .add(certificate)
                     .map_err(|error| format!("holds a certificate that cannot be used: {error}"))?;

@@ -9,8 +9,10 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use rustls::ServerConfig;
-use rustls::pki_types::pem::{self, PemObject};
+use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+
+use crate::pem;
 
 /// A PEM file and the certificate and key that were last read from it.
 pub struct Identity {
@@ -60,7 +62,7 @@ impl fmt::Debug for Identity {
 
 fn read(path: &PathBuf) -> Result<Arc<ServerConfig>, String> {
     let text = fs::read(path).map_err(|error| format!("cannot be read: {error}"))?;
-    let damaged = |error| format!("is damaged: {}", pem_damage(&error));
+    let damaged = |error| format!("is damaged: {}", pem::damage(&error));
     let chain = CertificateDer::pem_slice_iter(&text)
         .collect::<Result<Vec<_>, _>>()
         .map_err(damaged)?;
@@ -93,46 +95,4 @@ fn read(path: &PathBuf) -> Result<Arc<ServerConfig>, String> {
             }
             error => format!("cannot be used: {error}"),
         })
-}
-
-/// What is wrong with a PEM file. Shows nothing of it: where a line break is missing, a key is part of the line
-/// that the error quotes.
-pub fn pem_damage(error: &pem::Error) -> String {
-    match error {
-        pem::Error::MissingSectionEnd { .. } => "a block in it has no end".into(),
-        pem::Error::IllegalSectionStart { .. } => {
-            "a BEGIN line in it does not end with five hyphens".into()
-        }
-        error => error.to_string(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::delivery::tls::Trust;
-
-    #[test]
-    fn an_error_shows_no_key_of_which_the_line_breaks_were_lost() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("server.pem");
-        for text in [
-            "-----BEGIN PRIVATE KEY-----MIIEvQ\n-----END PRIVATE KEY-----\n",
-            "-----BEGIN PRIVATE KEY----- MIIEvQ -----END PRIVATE KEY-----\n",
-            "-----BEGIN PRIVATE KEY-----\nMIIEvQ!\n-----END PRIVATE KEY-----\n",
-        ] {
-            fs::write(&file, text).unwrap();
-            let errors = [
-                Identity::load(file.clone()).err().unwrap(),
-                Trust::new(Some(text.as_bytes())).err().unwrap(),
-            ];
-            for error in errors {
-                // As text, or as a list of numbers.
-                assert!(
-                    !error.contains("MII") && !error.contains("77, 73, 73"),
-                    "{error}"
-                );
-            }
-        }
-    }
 }

@@ -573,7 +573,7 @@ mod tests {
     /// The first byte of a page with a table's rows (SQLite's file format, section 1.6).
     const TABLE_LEAF: u8 = 13;
 
-    /// A file of the current version with unfinished, finished and moved exports.
+    /// A file of the current version with finished and unfinished exports.
     static WHOLE: LazyLock<Vec<u8>> = LazyLock::new(|| {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("exports.db");
