@@ -161,24 +161,14 @@ impl Service {
 
     /// Ends it as a signal to stop does, and returns its folder.
     pub fn stop(mut self) -> Arc<TempDir> {
-        let pid = self.pid().to_string();
-        let sent = Command::new("kill").arg(&pid).status().unwrap();
-        assert!(sent.success());
+        support::signal(self.pid(), "TERM");
         assert!(support::exited(&mut self.process.child).success());
         self.folder.clone()
     }
 
-    /// A number of `/proc/PID/status`, like `Threads` or `VmRSS` (in kB).
+    /// See [`support::figure`].
     pub fn figure(&self, name: &str) -> f64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
-        let mut lines = status.lines();
-        let line = lines.find(|line| line.starts_with(&format!("{name}:")));
-        line.unwrap()
-            .split_whitespace()
-            .nth(1)
-            .unwrap()
-            .parse()
-            .unwrap()
+        support::figure(self.pid(), name).unwrap() as f64
     }
 
     /// Its resident memory in MB.

@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject;
-use rustls::{ClientConfig, RootCertStore};
+use rustls::ClientConfig;
 
 use crate::Bench;
 use crate::load::{self, Client, Server, Until, drive};
@@ -39,6 +37,21 @@ fn asking<'a>(
     Contender::new(name, move || {
         metered(pid, || drive(&mut clients, until, &ask))
     })
+}
+
+/// The service and a bare tiny_http, asked the same.
+fn beside_tiny_http<'a>(
+    bench: &Bench,
+    service: &Service,
+    bare: &LimitServer,
+    clients: usize,
+    request: impl Fn(usize) -> Vec<u8> + Copy + Sync + 'a,
+) -> [Contender<'a>; 2] {
+    [
+        ("", &service.server, service.pid()),
+        (TINY_HTTP, &bare.server, bare.pid()),
+    ]
+    .map(|(name, server, pid)| asking(bench, name, (server, pid), clients, request))
 }
 
 /// `GET /status`.
@@ -87,26 +100,9 @@ fn submit(bench: &Bench, clients: usize) -> Compared {
     ];
     let mut sqlite = Process::limit(&arguments);
     let pid = sqlite.pid();
-    compare(
-        bench,
-        [
-            asking(
-                bench,
-                "",
-                (&service.server, service.pid()),
-                clients,
-                request,
-            ),
-            asking(
-                bench,
-                TINY_HTTP,
-                (&bare.server, bare.pid()),
-                clients,
-                request,
-            ),
-            Contender::new(SQLITE, || metered(pid, || sqlite.work(bench.lasting()))),
-        ],
-    )
+    let [ours, bare] = beside_tiny_http(bench, &service, &bare, clients, request);
+    let sqlite = Contender::new(SQLITE, || metered(pid, || sqlite.work(bench.lasting())));
+    compare(bench, [ours, bare, sqlite])
 }
 
 /// Submissions that are kept in memory.
@@ -117,13 +113,8 @@ pub fn ephemeral(bench: &Bench) -> Vec<Figure> {
     let request = |number| load::submission("/export", &token, &url, number);
     let answer = service.client().ask(&request(0));
     let bare = LimitServer::start(&["tiny_http", &answer], None);
-    let rates = compare(
-        bench,
-        [
-            asking(bench, "", (&service.server, service.pid()), CROWD, request),
-            asking(bench, TINY_HTTP, (&bare.server, bare.pid()), CROWD, request),
-        ],
-    );
+    let contenders = beside_tiny_http(bench, &service, &bare, CROWD, request);
+    let rates = compare(bench, contenders);
     vec![rates.rates("submissions, --ephemeral, 64 conn.")]
 }
 
@@ -190,11 +181,8 @@ fn secure_service(identity: &Identity, trust: &Arc<ClientConfig>) -> Service {
 /// A certificate, and what clients need to trust it.
 fn identity() -> (Identity, Arc<ClientConfig>) {
     let identity = Identity::new("ec");
-    let mut roots = RootCertStore::empty();
-    let ca = CertificateDer::from_pem_file(identity.ca()).unwrap();
-    roots.add(ca).unwrap();
-    let builder = ClientConfig::builder().with_root_certificates(roots);
-    (identity, Arc::new(builder.with_no_client_auth()))
+    let trust = identity.trust().unwrap();
+    (identity, trust)
 }
 
 /// Exports that were submitted in order to be polled.
@@ -249,23 +237,6 @@ pub fn poll_finished(bench: &Bench) -> Vec<Figure> {
 fn poll(bench: &Bench, service: &Service, polls: &Polls) -> Compared {
     let answer = service.client().ask(&polls.request()(0));
     let bare = LimitServer::start(&["tiny_http", &answer], None);
-    compare(
-        bench,
-        [
-            asking(
-                bench,
-                "",
-                (&service.server, service.pid()),
-                CROWD,
-                polls.request(),
-            ),
-            asking(
-                bench,
-                TINY_HTTP,
-                (&bare.server, bare.pid()),
-                CROWD,
-                polls.request(),
-            ),
-        ],
-    )
+    let contenders = beside_tiny_http(bench, service, &bare, CROWD, polls.request());
+    compare(bench, contenders)
 }

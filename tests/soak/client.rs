@@ -2,19 +2,15 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
-use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+use rustls::pki_types::ServerName;
+use rustls::{ClientConnection, StreamOwned};
 
 use crate::process::Process;
+use crate::support::{self, PATIENCE, Service};
 
-/// Nothing that a client waits for takes as long as this; long polls are held for ten seconds.
-const SILENCE: Duration = Duration::from_secs(60);
 /// What a slow client writes at once, and how long it waits after it.
 const SLOW_WRITE: (usize, Duration) = (1000, Duration::from_millis(100));
 /// The same for reading.
@@ -40,28 +36,17 @@ impl Response {
 
 /// Connects from an address of this machine.
 pub fn tcp(from: [u8; 4], to: SocketAddr) -> io::Result<TcpStream> {
-    // A service that is started meanwhile must not inherit it.
-    let flags = SocketFlags::CLOEXEC;
-    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
-    bind(&socket, &SocketAddr::from((from, 0)))?;
-    connect(&socket, &to)?;
-    let stream = TcpStream::from(socket);
+    let stream = support::connect(from, to)?;
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(SILENCE))?;
-    stream.set_write_timeout(Some(SILENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
     Ok(stream)
 }
 
 /// Connects with TLS. The certificate may be renewed at any time, so its CA is read again.
 pub fn tls(from: [u8; 4], process: &Process) -> io::Result<Tls> {
-    let ca = CertificateDer::from_pem_file(process.identity.ca()).map_err(io::Error::other)?;
-    let mut roots = RootCertStore::empty();
-    roots.add(ca).map_err(io::Error::other)?;
-    let config = ClientConfig::builder()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+    let trust = process.identity.trust()?;
     let name = ServerName::from(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST));
-    let session = ClientConnection::new(Arc::new(config), name).map_err(io::Error::other)?;
+    let session = ClientConnection::new(trust, name).map_err(io::Error::other)?;
     let mut stream = StreamOwned::new(session, tcp(from, process.address)?);
     stream.conn.complete_io(&mut stream.sock)?;
     Ok(stream)
@@ -156,12 +141,9 @@ pub fn read(stream: &mut impl BufRead, slow: bool) -> io::Result<(Response, bool
 
 /// A POST of JSON.
 pub fn post(path: &str, token: &str, key: Option<&str>, body: &str) -> Vec<u8> {
-    let key = key.map_or(String::new(), |key| format!("Idempotency-Key: {key}\r\n"));
-    let length = body.len();
-    format!(
-        "POST {path} HTTP/1.1\r\nHost: soak\r\nX-Api-Key: {token}\r\n{key}Content-Length: {length}\r\n\r\n{body}"
-    )
-    .into_bytes()
+    let mut headers = vec![("X-Api-Key", token), ("Connection", "keep-alive")];
+    headers.extend(key.map(|key| ("Idempotency-Key", key)));
+    Service::written("POST", path, &headers, body.as_bytes())
 }
 
 /// Reads until the peer closes. False if it has not within the time that the stream allows.

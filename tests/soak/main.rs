@@ -30,7 +30,7 @@ use apps::{App, Plan};
 use destinations::{Destinations, Kind};
 use model::Model;
 use process::Process;
-use samples::{Events, Samples, descriptors, is_flat, status};
+use samples::{Events, Samples, descriptors, is_flat};
 
 /// How long results can be read.
 pub const RETENTION: Duration = Duration::from_secs(120);
@@ -265,8 +265,8 @@ fn plans() -> Vec<(Kind, Plan)> {
 
 fn threads_and_descriptors(world: &World) -> [f64; 2] {
     let pid = world.process.pid();
-    let [threads] = status(pid, ["Threads"]).unwrap();
-    [threads, descriptors(pid) as f64]
+    let threads = support::figure(pid, "Threads").unwrap();
+    [threads as f64, descriptors(pid) as f64]
 }
 
 /// Waits until there are as few threads and descriptors as at first.

@@ -127,7 +127,7 @@ impl Process {
     pub fn stop(&self, signal: &str) {
         self.epoch.fetch_add(1, Ordering::SeqCst);
         let mut child = self.child.lock().unwrap().take().unwrap();
-        send_signal(child.id(), signal);
+        support::signal(child.id(), signal);
         let deadline = Instant::now() + RESTART;
         let status = loop {
             if let Some(status) = child.try_wait().unwrap() {
@@ -170,7 +170,7 @@ impl Process {
     pub fn renew_certificate(&self) {
         self.identity.renew("ec");
         self.log.wait_for("certificate read again", || {
-            send_signal(self.pid(), "HUP");
+            support::signal(self.pid(), "HUP");
         });
     }
 
@@ -234,16 +234,6 @@ pub fn kill_service() {
     if let Some(pid) = rustix::process::Pid::from_raw(PID.load(Ordering::Relaxed)) {
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
     }
-}
-
-fn send_signal(pid: u32, name: &str) {
-    let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
-    let signal = match name {
-        "KILL" => rustix::process::Signal::KILL,
-        "HUP" => rustix::process::Signal::HUP,
-        _ => rustix::process::Signal::TERM,
-    };
-    rustix::process::kill_process(pid, signal).unwrap();
 }
 
 /// The log of all runs, which is read, searched, written to a file, and counted.

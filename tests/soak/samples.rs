@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::World;
+use crate::support::{cpu_time, figure};
 
 /// From one sample to the next.
 pub const EVERY: Duration = Duration::from_secs(3);
@@ -72,14 +73,15 @@ impl Samples {
         let (process, model) = (&world.process, &world.model);
         process.check_running();
         let (pid, run) = (process.pid(), process.run());
-        let Some([rss, anonymous, threads]) = status(pid, ["VmRSS", "RssAnon", "Threads"]) else {
+        let figures = ["VmRSS", "RssAnon", "Threads"].map(|name| figure(pid, name));
+        let [Some(rss), Some(anonymous), Some(threads)] = figures else {
             return;
         };
         let now = Counters {
             at: Instant::now(),
             bytes: process.log.bytes.load(Ordering::Relaxed),
             lines: process.log.lines.load(Ordering::Relaxed),
-            cpu: cpu_time(pid),
+            cpu: cpu_time(pid).unwrap_or_default(),
         };
         let before = &self.before;
         let minutes = (now.at - before.at).as_secs_f64() / 60.0;
@@ -88,9 +90,9 @@ impl Samples {
             file.map_or(0.0, |file| file.len() as f64 / 1e6)
         };
         let figures = [
-            rss / 1024.0,
-            anonymous / 1024.0,
-            threads,
+            rss as f64 / 1024.0,
+            anonymous as f64 / 1024.0,
+            threads as f64,
             descriptors(pid) as f64,
             file("exports.db"),
             file("exports.db-wal"),
@@ -240,30 +242,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or_default()
 }
 
-/// Numbers of `/proc/PID/status`; none if there is no such process.
-pub fn status<const N: usize>(pid: u32, names: [&str; N]) -> Option<[f64; N]> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let number = |name: &str| {
-        let line = status.lines().find(|line| line.starts_with(name))?;
-        line.split_whitespace().nth(1)?.parse().ok()
-    };
-    let numbers = names.map(number);
-    // A process that is ending has no memory.
-    numbers
-        .iter()
-        .all(Option::is_some)
-        .then(|| numbers.map(Option::unwrap_or_default))
-}
-
 /// How many files and sockets it has open.
 pub fn descriptors(pid: u32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
-}
-
-/// The processor time of all its threads; the kernel counts in 10 ms.
-fn cpu_time(pid: u32) -> Duration {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields);
-    let ticks = fields.split(' ').skip(11).take(2);
-    Duration::from_millis(ticks.map(|field| field.parse().unwrap_or(0)).sum::<u64>() * 10)
 }

@@ -20,6 +20,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use export_service::auth::{Key, Macaroon};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use rustls::{ClientConfig, RootCertStore};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -99,6 +102,45 @@ pub fn exited(child: &mut Child) -> ExitStatus {
         }
         thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// A number of `/proc/PID/status`, like `Threads` or `VmRSS` (in kB). None if the process has ended; while it
+/// ends, it has no memory.
+pub fn figure(pid: u32, name: &str) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let mut lines = status.lines();
+    let line = lines.find(|line| line.starts_with(&format!("{name}:")))?;
+    line.split_whitespace().nth(1)?.parse().ok()
+}
+
+/// The CPU time that all threads of a process have used so far; the kernel counts in 10 ms. None if it has
+/// ended.
+pub fn cpu_time(pid: u32) -> Option<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, fields) = stat.rsplit_once(") ")?;
+    let ticks = fields.split(' ').skip(11).take(2);
+    let ticks: u64 = ticks.map(|field| field.parse::<u64>().unwrap()).sum();
+    Some(Duration::from_millis(10 * ticks))
+}
+
+/// Sends a signal by its name, like `TERM`.
+pub fn signal(pid: u32, name: &str) {
+    let arguments = [format!("-{name}"), pid.to_string()];
+    let sent = Command::new("kill").args(arguments).status().unwrap();
+    assert!(sent.success());
+}
+
+/// A connection from this address of this machine, like 127.0.0.2.
+pub fn connect(from: [u8; 4], to: SocketAddr) -> std::io::Result<TcpStream> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with};
+    // A service that is started meanwhile must not inherit it.
+    let flags = SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
+    bind(&socket, &SocketAddr::from((from, 0)))?;
+    rustix::net::connect(&socket, &to)?;
+    let stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(stream)
 }
 
 /// The program with an empty environment, free of the tester's own variables.
@@ -486,14 +528,9 @@ impl Service {
         self.child.id()
     }
 
-    /// A number of `/proc/PID/status`, like `Threads` or `VmRSS` (in kB).
+    /// See [`figure`].
     pub fn figure(&self, name: &str) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
-        let line = status
-            .lines()
-            .find(|line| line.starts_with(&format!("{name}:")))
-            .unwrap();
-        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+        figure(self.pid(), name).unwrap()
     }
 
     /// How many threads of this name it has.
@@ -518,23 +555,14 @@ impl Service {
         states.collect()
     }
 
-    /// The CPU time that all of its threads have used so far; the kernel counts in 10 ms.
+    /// See [`cpu_time`].
     pub fn cpu_time(&self) -> Duration {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
-        let (_, fields) = stat.rsplit_once(") ").unwrap();
-        let ticks = fields.split(' ').skip(11).take(2);
-        let ticks: u64 = ticks.map(|field| field.parse::<u64>().unwrap()).sum();
-        Duration::from_millis(10 * ticks)
+        cpu_time(self.pid()).unwrap()
     }
 
-    /// Sends a signal by its name, like `TERM`.
+    /// See [`signal`].
     pub fn signal(&self, name: &str) {
-        let pid = self.pid().to_string();
-        let sent = Command::new("kill")
-            .args([&format!("-{name}"), &pid])
-            .status()
-            .unwrap();
-        assert!(sent.success());
+        signal(self.pid(), name);
     }
 
     /// Waits for the process to end by itself, and for the end of its log.
@@ -632,15 +660,9 @@ impl Service {
         [head.as_bytes(), body].concat()
     }
 
-    /// A connection from this address of this machine, like 127.0.0.2.
+    /// See [`connect`].
     pub fn connect_from(&self, address: [u8; 4]) -> TcpStream {
-        use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
-        let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
-        bind(&socket, &SocketAddr::from((address, 0))).unwrap();
-        connect(&socket, &self.address).unwrap();
-        let stream = TcpStream::from(socket);
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream
+        connect(address, self.address).unwrap()
     }
 
     /// Whether the process has not ended since it was started.
@@ -891,6 +913,15 @@ impl Identity {
     /// The CA for its clients.
     pub fn ca(&self) -> PathBuf {
         self.folder.path().join("ca.pem")
+    }
+
+    /// What clients need to trust it.
+    pub fn trust(&self) -> std::io::Result<Arc<ClientConfig>> {
+        let ca = CertificateDer::from_pem_file(self.ca()).map_err(std::io::Error::other)?;
+        let mut roots = RootCertStore::empty();
+        roots.add(ca).map_err(std::io::Error::other)?;
+        let builder = ClientConfig::builder().with_root_certificates(roots);
+        Ok(Arc::new(builder.with_no_client_auth()))
     }
 
     /// openssl's client, connected to a service, with its input and output. It ends when the service closes
