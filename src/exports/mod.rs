@@ -333,7 +333,7 @@ impl Exports {
             } => {
                 let mut queues = self.queues.lock();
                 match resumes {
-                    true => queues.finished_and_resumed(queue, now),
+                    true => queues.finished_and_unblocked(queue, now),
                     false => queues.finished(queue, now),
                 }
                 drop(queues);

@@ -196,6 +196,7 @@ impl Store {
                 exports: usize::try_from(row.get::<_, i64>(1)?).unwrap_or(0),
                 first: row.get(2)?,
                 failing: (backoff.failures > 0).then_some((backoff, error)),
+                resumed_at: 0,
             };
             let last = row.get(3)?;
             if found.first < 0 || last > schema::LAST_TURN {
