@@ -222,6 +222,12 @@ impl Exports {
         });
         let export = NewExport {
             id: Uuid::now_v7(),
+            // On a Databox all identifiers are empty: there, only the address tells apps apart.
+            peer: if owner.is_empty() {
+                reply.to.client().ip().to_canonical().to_string()
+            } else {
+                String::new()
+            },
             owner,
             destination,
             payload,

@@ -129,7 +129,9 @@ pub struct NewExport {
     pub id: Uuid,
     /// The identifier of the macaroon it came with.
     pub owner: Vec<u8>,
-    /// With the owner, this determines its queue.
+    /// The client's IP address if the owner is empty, else nothing.
+    pub peer: String,
+    /// With the owner and the peer, this determines its queue.
     pub destination: Destination,
     /// Stored until the export is finished.
     pub payload: Vec<u8>,
@@ -245,6 +247,7 @@ mod tests {
         NewExport {
             id: Uuid::now_v7(),
             owner: owner.into(),
+            peer: String::new(),
             destination: Destination::parse("https://a.example/").unwrap(),
             payload: vec![content],
             accepted_at: 0,

@@ -257,11 +257,12 @@ where
     R: FnMut(&NewExport, Option<QueueId>, usize) -> Result<(), export::Error>,
 {
     fn accept(&mut self, export: &NewExport) -> Result<Effect, Error> {
-        let (owner, destination) = (&export.owner, export.destination.as_str());
-        let sql = "SELECT id FROM queues WHERE owner = ? AND destination = ?";
-        let queue = value(&self.transaction, sql, params![owner, destination])?;
-        if let (Some(key), Some(queue)) = (&export.key, queue)
-            && let Some(earlier) = self.earlier(queue, key)?
+        let NewExport { owner, peer, .. } = export;
+        let destination = export.destination.as_str();
+        let sql = "SELECT id FROM queues WHERE owner = ? AND destination = ? AND peer = ?";
+        let queue = value(&self.transaction, sql, params![owner, destination, peer])?;
+        if let Some(key) = &export.key
+            && let Some(earlier) = self.earlier(owner, destination, key)?
         {
             return Ok(earlier);
         }
@@ -273,8 +274,10 @@ where
             Some(queue) => queue,
             None => {
                 self.transaction
-                    .prepare_cached("INSERT INTO queues (owner, destination) VALUES (?, ?)")?
-                    .execute(params![owner, destination])?;
+                    .prepare_cached(
+                        "INSERT INTO queues (owner, destination, peer) VALUES (?, ?, ?)",
+                    )?
+                    .execute(params![owner, destination, peer])?;
                 self.transaction.last_insert_rowid()
             }
         };
@@ -298,15 +301,21 @@ where
         Ok(Effect::Written(queue))
     }
 
-    /// The effect of a submission whose key was used before in the same queue. None for a new key.
-    fn earlier(&self, queue: QueueId, key: &IdempotencyKey) -> Result<Option<Effect>, Error> {
+    /// The effect of a submission whose key was used before by the same owner for the same destination, perhaps
+    /// from another address. None for a new key.
+    fn earlier(
+        &self,
+        owner: &[u8],
+        destination: &str,
+        key: &IdempotencyKey,
+    ) -> Result<Option<Effect>, Error> {
         let mut statement = self.transaction.prepare_cached(
             "SELECT queue, owner, destination, attempts, exports.last_error, response, exports.id,
                  fingerprint
-             FROM exports JOIN queues ON queues.id = queue
-             WHERE queue = ? AND idempotency_key = ?",
+             FROM queues JOIN exports ON queue = queues.id
+             WHERE owner = ? AND destination = ? AND idempotency_key = ?",
         )?;
-        let mut rows = statement.query(params![queue, key.key])?;
+        let mut rows = statement.query(params![owner, destination, key.key])?;
         let Some(row) = rows.next()? else {
             return Ok(None);
         };
