@@ -20,6 +20,7 @@ pub const LAST_TURN: i64 = i64::MAX / 2;
 /// `queues` has every queue that an export belongs to, finished or not. `exports` counts these. `failures`
 /// counts the attempts that failed since the last success, and `last_error` is why the last one did. `peer` is
 /// the client's IP address if the owner is empty, as on a Databox, so that each app has its own queue.
+/// `resumed_at` is when its last pause ended: failures before that no longer count.
 ///
 /// `exports.turn` is the order of delivery in a queue. `response` is null until an export is finished, and
 /// `payload` is null from then on. `last_error` is the export's own. `first_moved_at` is when it was first
@@ -47,6 +48,7 @@ const TABLES: &str = "
         failing_since   INTEGER NOT NULL DEFAULT 0,
         last_error      TEXT,
         peer            TEXT NOT NULL DEFAULT '',
+        resumed_at      INTEGER NOT NULL DEFAULT 0,
         UNIQUE (owner, destination, peer)
     ) STRICT;
     CREATE TABLE exports (
