@@ -620,16 +620,20 @@ fn with_one_attempt_at_a_time_each_hanging_queue_costs_one_timeout() {
 
 #[test]
 fn distant_destinations_are_served_concurrently_and_each_in_order() {
+    // How many are answering at the same time, and the most of them that ever were.
+    static BUSY: AtomicUsize = AtomicUsize::new(0);
+    static MOST: AtomicUsize = AtomicUsize::new(0);
     let destinations: Vec<_> = (0..20)
         .map(|_| {
             Destination::start(|_| {
+                MOST.fetch_max(BUSY.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
                 thread::sleep(Duration::from_millis(200));
+                BUSY.fetch_sub(1, Ordering::SeqCst);
                 ok()
             })
         })
         .collect();
     let service = Service::start(&[]);
-    let started = Instant::now();
     let mut submitted: HashMap<&str, Vec<String>> = HashMap::new();
     for number in 0..500 {
         let url = destinations[number % 20].url.as_str();
@@ -651,12 +655,8 @@ fn distant_destinations_are_served_concurrently_and_each_in_order() {
             .collect();
         assert!(arrived == *ids, "in order, each once");
     }
-    eprintln!(
-        "500 exports of 200 ms each to 20 destinations: {:?}",
-        started.elapsed()
-    );
-    // One by one would take a hundred seconds.
-    assert!(started.elapsed() < Duration::from_secs(40));
+    let most = MOST.load(Ordering::SeqCst);
+    assert!(most >= 10, "at most {most} of 20 at a time");
 }
 
 #[test]
