@@ -18,6 +18,8 @@ use export_service::exports::Exports;
 use export_service::exports::store::{Place, Store};
 use export_service::gate::Gate;
 use export_service::gate::tls::Identity;
+use export_service::key_file::Key;
+use export_service::ledger::{self, LedgerKey};
 use export_service::routes::Policy;
 use export_service::server::{Server, Service};
 use export_service::tools::{check, healthcheck, sink, token};
@@ -102,7 +104,12 @@ fn serve(mut config: Config) -> Result<(), String> {
     let address = listener.local_addr().map_err(|error| error.to_string())?;
 
     let store = Store::open(&config.place).map_err(|error| error.to_string())?;
-    let (exports, writer, woken) = Exports::open(store, config.limits).map_err(|error| {
+    let key = match config.place.folder() {
+        Some(folder) => Key::in_file(&folder.join(ledger::KEY_FILE)),
+        None => Key::random(),
+    }?;
+    let opened = Exports::open(store, config.limits, LedgerKey::new(&key));
+    let (exports, writer, woken) = opened.map_err(|error| {
         format!(
             "cannot use the stored exports: {error}; see what the kernel's log says of the disk"
         )

@@ -29,18 +29,7 @@ const VERSION_2: &str = include_str!("upgrading/version_2.sql");
 /// The schema of the third release, which made a new file of the second one's.
 const VERSION_3: &str = include_str!("upgrading/version_3.sql");
 /// The rows of a file of the second release, in tables of the third.
-const AS_VERSION_3: &str = "
-    INSERT INTO queues (owner, destination, exports, failures, next_attempt_at, failing_since, last_error)
-    SELECT e.owner, e.destination, count(*), coalesce(q.failures, 0), coalesce(q.next_attempt_at, 0),
-        coalesce(q.failing_since, 0), q.last_error
-    FROM second.exports e LEFT JOIN second.queues q USING (owner, destination)
-    GROUP BY e.owner, e.destination;
-    INSERT INTO exports
-    SELECT seq, unhex(replace(e.id, '-', '')), q.id,
-        row_number() OVER (ORDER BY coalesce(turn, seq), moved_at, seq), accepted_at, running_at, attempts,
-        first_moved_at, finished_at, idempotency_key, fingerprint, e.last_error, response, payload
-    FROM second.exports e JOIN main.queues q USING (owner, destination);
-    UPDATE running SET millis = (SELECT millis FROM second.running);";
+const AS_VERSION_3: &str = include_str!("upgrading/as_version_3.sql");
 
 /// For how long the service had been running, in milliseconds, when a file of version 2 was left.
 const RUNNING: i64 = 300_000_000;

@@ -19,11 +19,13 @@ use parking_lot::{Condvar, Mutex};
 use ureq::http::StatusCode;
 
 use super::attempt::{Answer, Client, Failure, Kind, Outcome};
+use super::connect;
 use super::retry::{is_hopeless, retry};
 use crate::export::{Export, ExtResponse, FailureReport, LastError};
 use crate::exports::Exports;
 use crate::exports::attempts::{GivenUp, Taken, Work};
 use crate::exports::queues::Turn;
+use crate::ledger::{self, Sent};
 use crate::logging::millis;
 use crate::threads;
 
@@ -99,6 +101,7 @@ struct FinishedTurn {
 struct Attempt {
     export: Export,
     bytes: usize,
+    sent: Sent,
     took: Duration,
     outcome: Outcome,
 }
@@ -288,10 +291,25 @@ impl Workers {
                 connected: false,
             }),
         };
+        let took = started.elapsed();
+        let peer = payload.is_some().then(connect::peer).flatten();
+        let bytes = payload.as_ref().map_or(0, Vec::len);
+        let (may_have_left, bytes_in) = match &outcome {
+            Outcome::Answered(answer) => (true, answer.body.len()),
+            Outcome::Failed(failure) => (failure.connected, 0),
+        };
         Attempt {
+            sent: Sent {
+                address: peer.map_or_else(String::new, ledger::address),
+                bytes_out: if may_have_left { bytes as u64 } else { 0 },
+                bytes_in: bytes_in as u64,
+                digest: payload.map(|payload| self.exports.digest(&payload)),
+                ms: u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+                attempt: export.attempts.saturating_add(1),
+            },
             export,
-            bytes: payload.map_or(0, |payload| payload.len()),
-            took: started.elapsed(),
+            bytes,
+            took,
             outcome,
         }
     }
@@ -337,7 +355,7 @@ impl Lead {
             }
             match workers.exports.next(self.may_try_failing(workers)) {
                 Work::Attempt(turn) => return Some(turn),
-                Work::GiveUp(given_up) => give_up(given_up, workers),
+                Work::GiveUp(given_up) => give_up(*given_up, workers),
                 Work::Wait(wait) => self.wait(wait.unwrap_or(Duration::MAX), workers),
             }
         }
@@ -375,6 +393,7 @@ impl Lead {
         let Attempt {
             export,
             bytes,
+            sent,
             took,
             outcome,
         } = attempt;
@@ -399,17 +418,26 @@ impl Lead {
                     kind,
                     message: &message,
                 };
-                if let Some(given_up) = workers.exports.failed(export, again, &error, took) {
+                let how = match &outcome {
+                    Outcome::Answered(answer) => answer.status.to_string(),
+                    Outcome::Failed(failure) => failure.kind.name().into(),
+                };
+                let given_up = workers
+                    .exports
+                    .failed(export, again, &error, how, sent, took);
+                if let Some(given_up) = given_up {
                     give_up(given_up, workers);
                 }
             }
             (None, Outcome::Answered(answer)) => {
-                workers.exports.answered(&export, answered(answer), took);
+                workers
+                    .exports
+                    .answered(&export, answered(answer), sent, took);
             }
             (None, Outcome::Failed(failure)) => {
                 let kind = failure.kind.name().into();
                 let result = failed(kind, failure.message, export.attempts.saturating_add(1));
-                workers.exports.ended(&export, result);
+                workers.exports.ended(&export, result, sent);
             }
         }
     }

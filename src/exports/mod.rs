@@ -27,12 +27,13 @@ use uuid::Uuid;
 use crate::auth::Grant;
 use crate::destination::Destination;
 use crate::export::{Error, Millis, State, View};
+use crate::ledger::LedgerKey;
 use crate::reply::Reply;
 use checkpoint::Checkpoint;
 use clock::Clock;
 use parked::Parked;
 use queues::{Progress, Queues};
-use store::{ExportUpdate, IdempotencyKey, NewExport, Reader, Report, Store, Stored};
+use store::{ExportUpdate, IdempotencyKey, LedgerLimits, NewExport, Reader, Report, Store, Stored};
 use writer::{Incoming, Writer};
 
 /// Submissions that may wait for the writer. With more, the disk is not keeping up.
@@ -97,6 +98,8 @@ pub struct Limits {
     pub retention: Duration,
     /// How long a queue fails before its exports are given up.
     pub give_up_after: Duration,
+    /// How much of the ledger is kept.
+    pub ledger: LedgerLimits,
 }
 
 /// State shared by the pool, the worker and the writer.
@@ -122,6 +125,7 @@ pub struct Exports {
     damage: Sender<Damage>,
     /// How often the store has been repaired.
     repairs: AtomicUsize,
+    ledger_key: LedgerKey,
 }
 
 /// Tells the writer that the store was found to be damaged.
@@ -148,6 +152,7 @@ impl Exports {
     pub fn open(
         mut store: Store,
         limits: Limits,
+        ledger_key: LedgerKey,
     ) -> Result<(Arc<Self>, Writer, Receiver<()>), store::Error> {
         let (accepts, incoming) = bounded(WAITING);
         let (reports, reported) = bounded(UNWRITTEN_REPORTS);
@@ -155,6 +160,7 @@ impl Exports {
         let (urge, awaited) = bounded(1);
         let (wake, woken) = bounded(1);
         let clock = Clock::new(store.running());
+        store.limit_ledger(limits.ledger);
         let queues = store.repaired(|store| read_queues(store, limits.give_up_after))?;
         let exports = Arc::new(Self {
             queues: Mutex::new(queues),
@@ -173,6 +179,7 @@ impl Exports {
                 .transpose()?,
             damage,
             repairs: AtomicUsize::new(0),
+            ledger_key,
         });
         let incoming = Incoming {
             accepts: incoming,

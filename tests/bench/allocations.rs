@@ -14,6 +14,8 @@ use export_service::delivery::worker;
 use export_service::exports::Exports;
 use export_service::exports::store::Store;
 use export_service::gate::Gate;
+use export_service::key_file::Key;
+use export_service::ledger::LedgerKey;
 use export_service::logging;
 use export_service::routes::Policy;
 use export_service::server::{Server, Service};
@@ -106,7 +108,8 @@ pub fn serve(arguments: &[&str]) {
     threads::exit_on_panic(logging::flush);
     let listener = TcpListener::bind(config.address).unwrap();
     let store = Store::open(&config.place).unwrap();
-    let (exports, writer, woken) = Exports::open(store, config.limits).unwrap();
+    let key = LedgerKey::new(&Key::random().unwrap());
+    let (exports, writer, woken) = Exports::open(store, config.limits, key).unwrap();
     // They stay: the process is killed.
     let (_writes, writer_stopping) = bounded::<()>(0);
     let (_works, worker_stopping) = bounded::<()>(0);

@@ -11,6 +11,7 @@ use std::time::Duration;
 use rusqlite::{Connection, ErrorCode, Row, Transaction, named_params, params};
 
 use super::folder::beside;
+use super::ledger::{Appending, Ledger};
 use super::opening::{BUSY, MEMORY};
 use super::reading::{stored, value};
 use super::{Change, Effect, Error, ExportUpdate, IdempotencyKey, NewExport, QueueUpdate};
@@ -50,6 +51,8 @@ impl Store {
             clock_offset: self.clock_offset,
             last_turn: self.last_turn,
             added: HashMap::new(),
+            appending: Appending::new(&self.ledger),
+            ledger: &mut self.ledger,
             has_room,
         };
         let mut effects = Vec::with_capacity(changes.len());
@@ -68,8 +71,16 @@ impl Store {
         if save {
             save_running(&writing.transaction, running)?;
         }
-        let last_turn = writing.last_turn;
-        writing.transaction.commit()?;
+        let Writing {
+            transaction,
+            last_turn,
+            mut appending,
+            ledger,
+            ..
+        } = writing;
+        appending.finish(&transaction, ledger, now.saturating_add(self.clock_offset))?;
+        transaction.commit()?;
+        ledger.committed(appending);
         self.last_turn = last_turn;
         if save {
             self.running = running;
@@ -249,6 +260,8 @@ struct Writing<'a, R> {
     last_turn: i64,
     /// How many exports this transaction has added to each queue.
     added: HashMap<QueueId, usize>,
+    appending: Appending,
+    ledger: &'a mut Ledger,
     has_room: R,
 }
 
@@ -335,6 +348,10 @@ where
     }
 
     fn report(&mut self, report: &Report, now: i64) -> Result<Effect, Error> {
+        for entry in &report.entries {
+            self.appending
+                .record(&self.transaction, self.ledger, entry)?;
+        }
         match &report.update {
             ExportUpdate::Finished { response, .. } => {
                 self.transaction
