@@ -33,8 +33,8 @@ pub const LAST_TURN: i64 = i64::MAX / 2;
 ///
 /// `ledger` has a row for each attempt and each act of the owner: see [`crate::ledger`]. Its columns but the
 /// hashes are null once it was pruned or forgotten. `day_sums` adds attempts up by UTC day, and says how many
-/// rows of that day the ledger holds. The times of both, of `pauses` and of `destinations` are Unix
-/// milliseconds by the wall clock, and are not corrected when that is set: what was written is not changed.
+/// rows of that day the ledger holds. The times of both and of `destinations` are Unix milliseconds by the
+/// wall clock, and are not corrected when that is set: what was written is not changed. Those of `pauses` are.
 ///
 /// `overview` is for people with sqlite3.
 const TABLES: &str = "
