@@ -16,8 +16,8 @@ use export_service::delivery::attempt::Client;
 use export_service::delivery::worker;
 use export_service::exports::Exports;
 use export_service::exports::store::{Place, Store};
-use export_service::gate::Gate;
 use export_service::gate::tls::Identity;
+use export_service::gate::{Gate, Serve};
 use export_service::routes::Policy;
 use export_service::server::{Server, Service};
 use export_service::tools::{check, healthcheck, sink, token};
@@ -152,8 +152,7 @@ fn serve(mut config: Config) -> Result<(), String> {
     let scheme = config.connections.scheme();
     let gate = Gate::open(
         listener,
-        &server.socket(),
-        waits.clone(),
+        Serve::Pool(&server.socket(), waits.clone()),
         config.connections,
     )
     .map_err(|error| format!("cannot serve on {address}: {error}"))?;

@@ -13,7 +13,7 @@ use export_service::delivery::attempt::Client;
 use export_service::delivery::worker;
 use export_service::exports::Exports;
 use export_service::exports::store::Store;
-use export_service::gate::Gate;
+use export_service::gate::{Gate, Serve};
 use export_service::logging;
 use export_service::routes::Policy;
 use export_service::server::{Server, Service};
@@ -138,7 +138,12 @@ pub fn serve(arguments: &[&str]) {
         waits: waits.clone(),
     };
     let server = Server::start(config.place.folder(), service, config.threads).unwrap();
-    let _gate = Gate::open(listener, &server.socket(), waits, config.connections).unwrap();
+    let _gate = Gate::open(
+        listener,
+        Serve::Pool(&server.socket(), waits),
+        config.connections,
+    )
+    .unwrap();
     for _ in stdin().lines() {
         let so_far = COUNTING.stats();
         let count = so_far.allocations + so_far.reallocations;
