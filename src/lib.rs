@@ -21,7 +21,7 @@
 //!
 //! Below all of these: [`logging`] decides what may be shown, [`threads`] makes a panic end the process,
 //! [`dial`] looks names up and connects, [`socket`] puts one deadline on everything that it does, [`memory`]
-//! is a shared budget of bytes, [`backoff`] says how long to wait after failures, and [`pem`] what is wrong
+//! is a shared budget of bytes, [`metrics`] counts what happens, [`backoff`] says how long to wait after failures, and [`pem`] what is wrong
 //! with a certificate file. Beside them are the
 //! [`tools`] for a person at the keyboard.
 
@@ -41,6 +41,7 @@ pub mod exports;
 pub mod gate;
 pub mod logging;
 pub mod memory;
+pub mod metrics;
 pub mod pem;
 pub mod reply;
 pub mod routes;
