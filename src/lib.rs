@@ -21,9 +21,9 @@
 //!
 //! Below all of these: [`logging`] decides what may be shown, [`threads`] makes a panic end the process,
 //! [`dial`] looks names up and connects, [`socket`] puts one deadline on everything that it does, [`memory`]
-//! is a shared budget of bytes, [`metrics`] counts what happens, [`backoff`] says how long to wait after failures, and [`pem`] what is wrong
-//! with a certificate file. Beside them are the
-//! [`tools`] for a person at the keyboard.
+//! is a shared budget of bytes, [`metrics`] counts what happens, [`backoff`] says how long to wait after
+//! failures, and [`pem`] what is wrong with a certificate file. Beside them are the [`tools`] for a person at
+//! the keyboard.
 
 // A line printed in passing would bypass the log and its rules on what may be shown.
 #![warn(clippy::dbg_macro, clippy::print_stdout, clippy::print_stderr)]

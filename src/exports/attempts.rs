@@ -154,6 +154,8 @@ impl Exports {
     /// wait for the writer, since the disk is slow.
     pub fn answered(&self, export: &Export, result: ExtResponse, took: Duration) {
         let now = self.running();
+        self.metrics
+            .delivery(self.now(), now.saturating_sub(export.accepted_at));
         let was_failing = self.queues.lock().answered(export.queue, took, now);
         let queue_update = match was_failing {
             true => QueueUpdate::Recovered,
@@ -164,6 +166,7 @@ impl Exports {
 
     /// Finishes an export whose attempt failed in a way that no retry could change.
     pub fn ended(&self, export: &Export, result: ExtResponse) {
+        self.metrics.failed.one();
         let mut queues = self.queues.lock();
         queues.ended(export.queue, self.running());
         let queue_update = unless_done(&queues, export.queue, QueueUpdate::AsBefore);
@@ -218,6 +221,7 @@ impl Exports {
             resumes,
             ..
         } = given_up;
+        self.metrics.given_up.one();
         self.finish(&export, result, queue_update, resumes);
     }
 
@@ -231,6 +235,7 @@ impl Exports {
         resumes: bool,
     ) {
         log::warn!(id:% = found.id, reason:% = format_args!("its uri {bad}"); "cannot be delivered");
+        self.metrics.failed.one();
         let result = ExtResponse {
             error: Some(FailureReport {
                 kind: "bad_uri".into(),

@@ -27,6 +27,7 @@ use uuid::Uuid;
 use crate::auth::Grant;
 use crate::destination::Destination;
 use crate::export::{Error, Millis, State, View};
+use crate::metrics::Metrics;
 use crate::reply::Reply;
 use checkpoint::Checkpoint;
 use clock::Clock;
@@ -122,6 +123,8 @@ pub struct Exports {
     damage: Sender<Damage>,
     /// How often the store has been repaired.
     repairs: AtomicUsize,
+    /// Counts exports, attempts and commits.
+    pub metrics: Arc<Metrics>,
 }
 
 /// Tells the writer that the store was found to be damaged.
@@ -148,6 +151,7 @@ impl Exports {
     pub fn open(
         mut store: Store,
         limits: Limits,
+        metrics: Arc<Metrics>,
     ) -> Result<(Arc<Self>, Writer, Receiver<()>), store::Error> {
         let (accepts, incoming) = bounded(WAITING);
         let (reports, reported) = bounded(UNWRITTEN_REPORTS);
@@ -173,6 +177,7 @@ impl Exports {
                 .transpose()?,
             damage,
             repairs: AtomicUsize::new(0),
+            metrics,
         });
         let incoming = Incoming {
             accepts: incoming,
@@ -197,6 +202,11 @@ impl Exports {
     /// How many exports are not finished.
     pub fn unfinished(&self) -> usize {
         self.queues.lock().unfinished()
+    }
+
+    /// How many requests wait for an export to be finished.
+    pub fn long_polls(&self) -> usize {
+        self.parked.count()
     }
 
     /// Submits a new export. `reply` answers no sooner than the export is durable. It then waits until

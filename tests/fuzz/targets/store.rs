@@ -152,7 +152,7 @@ pub fn run(bytes: &[u8]) {
         Ok(store) => store,
         Err(error) => return assert!(left.beginning, "{error}"),
     };
-    let (exports, writer, _woken) = match Exports::open(store, LIMITS) {
+    let (exports, writer, _woken) = match Exports::open(store, LIMITS, Arc::default()) {
         Ok(opened) => opened,
         Err(error) => return assert!(left.beginning, "{error}"),
     };
