@@ -27,6 +27,7 @@ use crate::exports::attempts::{GivenUp, Taken, Work};
 use crate::exports::queues::Turn;
 use crate::ledger::{self, Sent};
 use crate::logging::millis;
+use crate::metrics::Metrics;
 use crate::threads;
 
 /// After this long in an attempt a thread loses the lead.
@@ -277,6 +278,7 @@ impl Workers {
 
     fn post(&self, Taken { export, payload }: Taken) -> Attempt {
         log::trace!(id:% = export.id, destination = export.destination.origin(); "attempt");
+        let _under_way = self.exports.metrics.attempts_in_flight.enter();
         let started = Instant::now();
         let outcome = match &payload {
             Some(payload) => {
@@ -411,6 +413,13 @@ impl Lead {
             SystemTime::now(),
         );
         log_attempt(&export, bytes, took, &outcome, again.is_some());
+        count_attempt(
+            &workers.exports.metrics,
+            bytes,
+            took,
+            &outcome,
+            again.is_some(),
+        );
         match (again, outcome) {
             (Some(again), outcome) => {
                 let (kind, message) = kind_and_message(&outcome, &export);
@@ -476,6 +485,22 @@ fn log_attempt(export: &Export, bytes: usize, took: Duration, outcome: &Outcome,
             reason = failure.message.as_str(), ms;
             "failed"
         ),
+    }
+}
+
+fn count_attempt(metrics: &Metrics, bytes: usize, took: Duration, outcome: &Outcome, again: bool) {
+    metrics.attempt_duration.observe(took);
+    let (outcome, connected) = match outcome {
+        Outcome::Answered(answer) => {
+            metrics.answer(answer.status);
+            metrics.received_bytes.add(answer.body.len());
+            (if again { "status" } else { "answered" }, true)
+        }
+        Outcome::Failed(failure) => (failure.kind.name(), failure.connected),
+    };
+    metrics.attempts.count(outcome);
+    if connected {
+        metrics.sent_bytes.add(bytes);
     }
 }
 

@@ -167,6 +167,8 @@ impl Exports {
             ..self.entry(Event::Attempt, export)
         };
         let now = self.running();
+        self.metrics
+            .delivery(self.now(), now.saturating_sub(export.accepted_at));
         let was_failing = self.queues.lock().answered(export.queue, took, now);
         let queue_update = match was_failing {
             true => QueueUpdate::Recovered,
@@ -183,6 +185,7 @@ impl Exports {
             delivered: Some(false),
             ..self.entry(Event::Attempt, export)
         };
+        self.metrics.failed.one();
         let mut queues = self.queues.lock();
         queues.ended(export.queue, self.running());
         let queue_update = unless_done(&queues, export.queue, QueueUpdate::AsBefore);
@@ -247,6 +250,7 @@ impl Exports {
             mut entries,
             ..
         } = given_up;
+        self.metrics.given_up.one();
         entries.push(Entry {
             outcome: kind_of(&result),
             delivered: Some(false),
@@ -265,6 +269,7 @@ impl Exports {
         resumes: bool,
     ) {
         log::warn!(id:% = found.id, reason:% = format_args!("its uri {bad}"); "cannot be delivered");
+        self.metrics.failed.one();
         let result = ExtResponse {
             error: Some(FailureReport {
                 kind: "bad_uri".into(),

@@ -29,6 +29,7 @@ use crate::auth::Grant;
 use crate::destination::Destination;
 use crate::export::{Error, Millis, State, View};
 use crate::ledger::LedgerKey;
+use crate::metrics::Metrics;
 use crate::reply::Reply;
 use checkpoint::Checkpoint;
 use clock::Clock;
@@ -134,6 +135,8 @@ pub struct Exports {
     /// How often the store has been repaired.
     repairs: AtomicUsize,
     ledger_key: LedgerKey,
+    /// Counts exports, attempts and commits.
+    pub metrics: Arc<Metrics>,
 }
 
 /// Tells the writer that the store was found to be damaged.
@@ -161,6 +164,7 @@ impl Exports {
         mut store: Store,
         limits: Limits,
         ledger_key: LedgerKey,
+        metrics: Arc<Metrics>,
     ) -> Result<(Arc<Self>, Writer, Receiver<()>), store::Error> {
         let (accepts, incoming) = bounded(WAITING);
         let (reports, reported) = bounded(UNWRITTEN_REPORTS);
@@ -192,6 +196,7 @@ impl Exports {
             pauses: Mutex::new(pauses),
             repairs: AtomicUsize::new(0),
             ledger_key,
+            metrics,
         });
         let incoming = Incoming {
             accepts: incoming,
@@ -217,6 +222,11 @@ impl Exports {
     /// How many exports are not finished.
     pub fn unfinished(&self) -> usize {
         self.queues.lock().unfinished()
+    }
+
+    /// How many requests wait for an export to be finished.
+    pub fn long_polls(&self) -> usize {
+        self.parked.count()
     }
 
     /// Submits a new export. `reply` answers no sooner than the export is durable. It then waits until

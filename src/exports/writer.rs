@@ -353,6 +353,7 @@ impl Writer {
         self.disk_full = matches!(committed, Err(store::Error::Full));
         match committed {
             Ok(effects) => {
+                exports.metrics.commit_duration.observe(started.elapsed());
                 log::trace!(
                     submissions = accepts.len(), reports = self.reports.len(),
                     ms = millis(started.elapsed());
@@ -477,6 +478,8 @@ impl Writer {
                     id:%, destination, bytes = export.payload.len(), ms = millis(received.elapsed());
                     "accepted"
                 );
+                exports.metrics.accepted.one();
+                exports.metrics.accepted_bytes.add(export.payload.len());
                 let progress = Progress {
                     id,
                     attempts: 0,

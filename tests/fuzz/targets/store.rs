@@ -178,11 +178,15 @@ pub fn run(bytes: &[u8]) {
         Ok(store) => store,
         Err(error) => return assert!(left.beginning, "{error}"),
     };
-    let (exports, writer, _woken) =
-        match Exports::open(store, LIMITS, LedgerKey::new(&[7; 32].into())) {
-            Ok(opened) => opened,
-            Err(error) => return assert!(left.beginning, "{error}"),
-        };
+    let (exports, writer, _woken) = match Exports::open(
+        store,
+        LIMITS,
+        LedgerKey::new(&[7; 32].into()),
+        Arc::default(),
+    ) {
+        Ok(opened) => opened,
+        Err(error) => return assert!(left.beginning, "{error}"),
+    };
     let (stop, stopped) = bounded::<()>(0);
     let writing = thread::spawn(move || writer.run(&stopped));
     let mut service = Service {
