@@ -23,7 +23,7 @@
 //! [`dial`] looks names up and connects, [`socket`] puts one deadline on everything that it does, [`memory`]
 //! is a shared budget of bytes, [`backoff`] says how long to wait after failures, and [`pem`] what is wrong
 //! with a certificate file. Beside them are the
-//! [`tools`] for a person at the keyboard.
+//! [`owner`]'s side, which shows what left the box, and the [`tools`] for a person at the keyboard.
 
 // A line printed in passing would bypass the log and its rules on what may be shown.
 #![warn(clippy::dbg_macro, clippy::print_stdout, clippy::print_stderr)]
@@ -41,6 +41,7 @@ pub mod exports;
 pub mod gate;
 pub mod logging;
 pub mod memory;
+pub mod owner;
 pub mod pem;
 pub mod reply;
 pub mod routes;
@@ -48,4 +49,5 @@ pub mod server;
 pub mod socket;
 pub mod threads;
 pub mod tools;
+pub mod version;
 pub mod waits;

@@ -132,8 +132,15 @@ fn token<'a>(request: &Request<'a>) -> Result<Cow<'a, str>, Denial> {
     if let Some(token) = request.api_key {
         return Ok(token.trim().into());
     }
-    let (scheme, credentials) = request
-        .authorization
+    credentials(request.authorization)
+}
+
+/// The token in an `Authorization` header: of Bearer, or the user name of Basic.
+///
+/// # Errors
+/// [`Denial::NoToken`], or [`Denial::Unreadable`] if it is not the base64 of text.
+pub fn credentials(authorization: Option<&str>) -> Result<Cow<'_, str>, Denial> {
+    let (scheme, credentials) = authorization
         .and_then(|value| value.trim().split_once(' '))
         .ok_or(Denial::NoToken)?;
     let credentials = credentials.trim();

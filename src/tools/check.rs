@@ -39,10 +39,7 @@ pub fn check(arguments: &CheckArgs) -> Result<bool, String> {
         .destinations
         .trust()
         .map_err(|error| error.to_string())?;
-    let rules = arguments
-        .destinations
-        .rules(arguments.port)
-        .map_err(|error| error.to_string())?;
+    let rules = arguments.rules().map_err(|error| error.to_string())?;
     let findings = follow(&arguments.url, &rules, &trust);
     let ok = findings.iter().all(|finding| finding.ok);
     print(&arguments.url, &findings, ok, arguments.json).map_err(|error| error.to_string())?;
