@@ -161,6 +161,10 @@ pub enum Command {
     Check(CheckArgs),
     /// Ask the local service for /status; exit 0 if it is active, else 1
     Healthcheck(HealthcheckArgs),
+    /// Show the state of the local service; exit 0 if all is well, else 1
+    Status(StatusArgs),
+    /// Print the address of the owner's port, and a token for it
+    Link(LinkArgs),
 }
 
 /// Where the service listens.
@@ -342,9 +346,52 @@ pub struct FolderArgs {
     pub data_dir: PathBuf,
 }
 
+/// The settings of `status`.
+#[derive(Args)]
+pub struct StatusArgs {
+    #[command(flatten)]
+    folder: FolderArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl StatusArgs {
+    /// The data folder of the service.
+    pub fn folder(&self) -> &Path {
+        &self.folder.data_dir
+    }
+}
+
+/// The settings of `link`.
+#[derive(Args)]
+pub struct LinkArgs {
+    #[command(flatten)]
+    folder: FolderArgs,
+    /// Make a token that can look at everything and change nothing
+    #[arg(long)]
+    pub read_only: bool,
+    /// Make a token for GET /metrics only, for Prometheus
+    #[arg(long)]
+    pub metrics: bool,
+    /// How long the token is good for, like 1h; without it, forever
+    #[arg(long, value_parser = humantime::parse_duration)]
+    pub expires: Option<Duration>,
+}
+
+impl LinkArgs {
+    /// The data folder of the service.
+    pub fn folder(&self) -> &Path {
+        &self.folder.data_dir
+    }
+}
+
 /// The settings of `serve`.
 #[derive(Args)]
 pub struct ServeArgs {
+    /// Check the settings, print those in force, and exit: with 0 if they can work, else 2
+    #[arg(long)]
+    pub check: bool,
     #[command(flatten)]
     listen: ListenArgs,
     #[command(flatten)]
@@ -483,6 +530,12 @@ pub struct SinkArgs {
 pub struct CheckArgs {
     /// URL to check
     pub url: String,
+    /// Token of an app: check whether it allows exports to the URL, too; the variable keeps it out of the
+    /// process list
+    #[arg(long, env = "EXPORT_TOKEN", hide_env_values = true, value_parser = Trimmed(StringValueParser::new()))]
+    pub token: Option<String>,
+    #[command(flatten)]
+    secret: SecretArgs,
     #[command(flatten)]
     pub(crate) destinations: DestinationArgs,
     /// Port of the service itself, which is never a destination
@@ -496,6 +549,14 @@ pub struct CheckArgs {
 }
 
 impl CheckArgs {
+    /// This service's name, and the root key of its tokens if a secret was given.
+    ///
+    /// # Errors
+    /// An empty secret.
+    pub fn issuer(&self) -> Result<(&str, Option<Key>), ConfigError> {
+        Ok((&self.secret.name, self.secret.key()?))
+    }
+
     /// Which addresses the service may send to.
     ///
     /// # Errors
@@ -613,7 +674,7 @@ impl ServeArgs {
         }
         let hosts = entries(&self.admin_host).map(admin_host);
         let hosts = hosts.collect::<Result<Vec<_>, _>>()?;
-        let admin_hosts = Hosts::new(hosts.into_iter().chain([self.secret.name.clone()]));
+        let admin_hosts = Hosts::new(hosts, self.secret.name.clone());
         Ok(Config {
             address: self.listen.address(),
             secret: match self.secret.key()? {

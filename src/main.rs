@@ -8,7 +8,7 @@ use std::process::{self, ExitCode};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 use crossbeam_channel::{Receiver, bounded};
 use export_service::auth::secret::Secret;
 use export_service::config::{Cli, Command, Config, SecretSource};
@@ -21,7 +21,7 @@ use export_service::gate::{Gate, Serve};
 use export_service::owner::Owner;
 use export_service::routes::Policy;
 use export_service::server::{Server, Service};
-use export_service::tools::{check, healthcheck, sink, token};
+use export_service::tools::{check, healthcheck, link, settings, sink, status, token};
 use export_service::waits::Waits;
 use export_service::{arbiter, logging, threads};
 use parking_lot::Mutex;
@@ -42,8 +42,12 @@ const EXIT_USAGE: u8 = 2;
 const EXIT_SIGNAL: i32 = 128;
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let mut usage = Cli::command();
+    let parsed = usage
+        .try_get_matches_from_mut(env::args_os())
+        .and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
+    let (cli, matches) = match parsed {
+        Ok(parsed) => parsed,
         Err(error) if error.use_stderr() => {
             logging::print(error.to_string());
             return ExitCode::from(EXIT_USAGE);
@@ -55,6 +59,18 @@ fn main() -> ExitCode {
         .command
         .unwrap_or_else(|| Command::Serve(Box::new(cli.serve)));
     let done = match command {
+        Command::Serve(arguments) if arguments.check => match arguments.check() {
+            Ok(config) => {
+                let (usage, matches) = match matches.subcommand() {
+                    Some((name, matches)) => (usage.find_subcommand(name), matches),
+                    None => (Some(&usage), &matches),
+                };
+                let settings = usage.map(|usage| settings::settings(usage, matches, &config));
+                let settings = settings.unwrap_or_default();
+                write!(io::stdout(), "{settings}").map_err(|error| error.to_string())
+            }
+            Err(error) => return fail(&error.to_string(), EXIT_USAGE),
+        },
         Command::Serve(arguments) => match arguments.check() {
             Ok(config) => serve(config),
             Err(error) => return fail(&error.to_string(), EXIT_USAGE),
@@ -75,6 +91,15 @@ fn main() -> ExitCode {
             Err(error) => return fail(&error, EXIT_USAGE),
         },
         Command::Healthcheck(arguments) => healthcheck::healthcheck(&arguments),
+        Command::Status(arguments) => match status::status(&arguments) {
+            Ok(true) => Ok(()),
+            Ok(false) => return ExitCode::FAILURE,
+            Err(error) => Err(error),
+        },
+        Command::Link(arguments) => match link::link(&arguments, SystemTime::now()) {
+            Ok(()) => Ok(()),
+            Err(error) => return fail(&error, EXIT_USAGE),
+        },
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -75,6 +75,8 @@ pub struct Policy {
 pub enum Command {
     /// Say that the service is running.
     Status,
+    /// Say where the owner looks.
+    Ui,
     /// Accept a new export, and answer when it is finished or after this long.
     Submit(Submission, Duration),
     /// Show an export, and answer when it is finished or after this long.
@@ -92,7 +94,8 @@ pub fn command(
 ) -> Result<Command, Refusal> {
     let wait = match request.path() {
         "/status" if matches!(request.method, "GET" | "HEAD") => return Ok(Command::Status),
-        "/status" => return Err(Refusal::Method("GET, HEAD")),
+        "/ui" if matches!(request.method, "GET" | "HEAD") => return Ok(Command::Ui),
+        "/status" | "/ui" => return Err(Refusal::Method("GET, HEAD")),
         "/export" | "/lp/export" if request.method != "POST" => {
             return Err(Refusal::Method("POST"));
         }

@@ -455,3 +455,224 @@ fn settings_of_the_port_that_cannot_work_are_refused() {
     assert_eq!((listens, code), (false, Some(1)), "{log}");
     assert!(log.contains("choose another --admin"), "{log}");
 }
+
+/// Runs the program on the data folder of a service. Its exit code, and what it wrote to stdout and stderr.
+fn run(folder: &Path, arguments: &[&str]) -> (Option<i32>, String, String) {
+    let output = command()
+        .args(arguments)
+        .env("EXPORT_DATA_DIR", folder)
+        .output()
+        .unwrap();
+    let [out, errors] = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+    (output.status.code(), out, errors)
+}
+
+#[test]
+fn link_prints_an_address_and_a_token_that_work() {
+    let owner = Owner::start(&[]);
+    let folder = owner.service.folder();
+    let (code, out, hint) = run(&folder, &["link"]);
+    assert_eq!(
+        (code, hint.contains("user name")),
+        (Some(0), true),
+        "{hint}"
+    );
+    let [url, token] = out.lines().collect::<Vec<_>>()[..] else {
+        panic!("not two lines: {out}");
+    };
+    assert_eq!(url, format!("http://{}/", owner.address));
+    let bearer = |token: &str| format!("Bearer {token}");
+    assert_eq!(owner.with(&bearer(token), "GET", "/api/status").status, 200);
+
+    let limited = |flags: &[&str]| {
+        let (code, out, _) = run(&folder, &[&["link"], flags].concat());
+        assert_eq!(code, Some(0));
+        bearer(out.lines().last().unwrap())
+    };
+    let metrics = limited(&["--metrics", "--expires", "1h"]);
+    assert_eq!(owner.with(&metrics, "GET", "/metrics").status, 200);
+    assert_eq!(owner.with(&metrics, "GET", "/api/status").status, 403);
+    let read_only = limited(&["--read-only"]);
+    assert_eq!(owner.with(&read_only, "GET", "/api/status").status, 200);
+    assert_eq!(owner.with(&read_only, "POST", "/api/pause").status, 403);
+    let (code, _, error) = run(&folder, &["link", "--expires", "0s"]);
+    assert_eq!(
+        (code, error.contains("--expires is 0")),
+        (Some(2), true),
+        "{error}"
+    );
+
+    let Owner { mut service, .. } = owner;
+    service.signal("TERM");
+    assert!(service.ended().success());
+    let (code, out, hint) = run(&folder, &["link"]);
+    assert_eq!((code, out.lines().count()), (Some(0), 1), "{out}");
+    assert!(hint.contains("does not run"), "{hint}");
+    let nowhere = tempfile::tempdir().unwrap();
+    let (code, _, error) = run(nowhere.path(), &["link"]);
+    assert_eq!(
+        (code, error.contains("at its first start")),
+        (Some(2), true),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_name_that_was_given_for_the_port_is_the_one_that_link_prints() {
+    let owner = Owner::start(&["--admin-host", "box.lan"]);
+    let (_, out, _) = run(&owner.service.folder(), &["link"]);
+    let url = format!("http://box.lan:{}/", owner.address.port());
+    assert_eq!(out.lines().next(), Some(url.as_str()));
+}
+
+#[test]
+fn status_says_with_its_exit_code_whether_all_is_well() {
+    let service = Service::start(&[]);
+    let folder = service.folder();
+    let (code, out, _) = run(&folder, &["status"]);
+    assert_eq!(code, Some(0), "{out}");
+    for words in [
+        "sending",
+        "Nothing needs attention.",
+        "waiting      nothing",
+        "secret       there",
+    ] {
+        assert!(out.contains(words), "{words}: {out}");
+    }
+    let (code, out, _) = run(&folder, &["status", "--json"]);
+    let status: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((code, &status["waiting"]), (Some(0), &json!(0)));
+    assert_eq!(run(&folder, &["status", "--nonsense"]).0, Some(2));
+    drop(service);
+    let (code, _, error) = run(&folder, &["status"]);
+    assert_eq!(code, Some(1), "{error}");
+    assert!(
+        error.contains("owner.sock") && error.contains("--data-dir"),
+        "{error}"
+    );
+
+    let exposed = Service::start(&["--admin", "0.0.0.0:0"]);
+    let (code, out, _) = run(&exposed.folder(), &["status"]);
+    assert_eq!(code, Some(1), "{out}");
+    assert!(
+        out.contains("!  The owner's port is open to the network"),
+        "{out}"
+    );
+}
+
+#[test]
+fn serve_check_shows_the_settings_in_force_and_no_secret() {
+    let check = |arguments: &[&str]| {
+        let output = command()
+            .args(arguments)
+            .env("EXPORT_SECRET", support::SECRET)
+            .env("EXPORT_RETENTION", "7d")
+            .output()
+            .unwrap();
+        let text = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        assert!(!text.contains(support::SECRET), "{text}");
+        let rows = text.lines().map(|line| {
+            let words: Vec<_> = line.split_whitespace().map(str::to_owned).collect();
+            words.join(" ")
+        });
+        (output.status.code(), rows.collect::<Vec<_>>())
+    };
+    for form in [&["--check"][..], &["serve", "--check"]] {
+        let (code, rows) = check(&[form, &["--port", "9999"]].concat());
+        assert_eq!(code, Some(0), "{rows:#?}");
+        for row in [
+            "--port 9999 --port",
+            "--retention 7d EXPORT_RETENTION",
+            "--secret set EXPORT_SECRET",
+            "--signing-secret - default",
+            "--threads 8 default",
+            "macaroon secret given",
+            "certificate none: plain HTTP",
+        ] {
+            assert!(rows.iter().any(|found| found == row), "{row}: {rows:#?}");
+        }
+    }
+    let (code, rows) = check(&["serve", "--check", "--threads", "0"]);
+    assert_eq!(code, Some(2), "{rows:#?}");
+}
+
+#[test]
+fn check_says_whether_a_token_allows_a_destination() {
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/in", silent.local_addr().unwrap());
+    let check = |token: &str, secret: Option<&str>, url: &str| {
+        let output = command()
+            .args(["check", "--allow-network", "127.0.0.0/8", url])
+            .env("EXPORT_TOKEN", token)
+            .envs(secret.map(|secret| ("EXPORT_SECRET", secret)))
+            .output()
+            .unwrap();
+        let text = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        assert!(!text.contains(token), "{text}");
+        (
+            output.status.code(),
+            text.lines().next().unwrap().to_owned(),
+        )
+    };
+    let good = token(&url);
+    let (code, line) = check(&good, Some(support::SECRET), &url);
+    assert_eq!(code, Some(0), "{line}");
+    assert!(
+        line.starts_with("ok    token") && line.contains("POST /lp/export and /export"),
+        "{line}"
+    );
+    let (code, line) = check(&good, None, &url);
+    assert_eq!(code, Some(0), "{line}");
+    assert!(line.contains("signature was not checked"), "{line}");
+    for (secret, url, words) in [
+        ("another", url.as_str(), "signature does not match"),
+        (
+            support::SECRET,
+            "http://127.0.0.1:1/",
+            "`destination` caveat",
+        ),
+    ] {
+        let (code, line) = check(&good, Some(secret), url);
+        assert_eq!(code, Some(1), "{line}");
+        assert!(
+            line.starts_with("FAIL  token") && line.contains(words),
+            "{line}"
+        );
+    }
+    let (code, line) = check("nonsense", Some(support::SECRET), &url);
+    assert_eq!(
+        (code, line.starts_with("FAIL  token")),
+        (Some(1), true),
+        "{line}"
+    );
+}
+
+#[test]
+fn the_version_names_the_commit_and_sqlite() {
+    let (code, out, _) = run(Path::new("/nonexistent"), &["--version"]);
+    assert_eq!(code, Some(0));
+    let start = format!("export-service {} (commit ", env!("CARGO_PKG_VERSION"));
+    assert!(
+        out.starts_with(&start) && out.contains(", SQLite 3."),
+        "{out}"
+    );
+}
+
+#[test]
+fn who_opens_the_apps_port_in_a_browser_is_told_where_to_look() {
+    let service = Service::start(&[]);
+    let page = service.request("GET", "/ui", &[], b"");
+    assert_eq!(page.status, 200);
+    assert_eq!(
+        page.header("content-type"),
+        Some("text/html; charset=utf-8")
+    );
+    assert!(page.header("content-security-policy").is_some());
+    for words in ["export-service status", "--admin", "export-service link"] {
+        assert!(page.body.contains(words), "{words}");
+    }
+    assert_eq!(
+        service.request("POST", "/ui", &[], b"").header("allow"),
+        Some("GET, HEAD")
+    );
+}

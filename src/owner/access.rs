@@ -118,15 +118,31 @@ impl fmt::Display for Refused {
 
 /// The names by which this box may be addressed, beside its IP addresses and `localhost`.
 #[derive(Clone, Debug, Default)]
-pub struct Hosts(Vec<String>);
+pub struct Hosts {
+    /// Those that were given for this.
+    given: Vec<String>,
+    /// This service's own name, by which other containers know it.
+    own: String,
+}
 
 /// The longest name that is shown in a refusal, in characters.
 const LONGEST_NAME: usize = 64;
 
 impl Hosts {
-    /// These names, in any case, without a port.
-    pub fn new(names: impl IntoIterator<Item = String>) -> Self {
-        Self(names.into_iter().collect())
+    /// These names and the service's own, in any case, without a port.
+    pub fn new(given: Vec<String>, own: String) -> Self {
+        Self { given, own }
+    }
+
+    /// The first name that was given.
+    pub fn first(&self) -> Option<&str> {
+        self.given.first().map(String::as_str)
+    }
+
+    fn names(&self) -> impl Iterator<Item = &str> {
+        let given = self.given.iter().chain([&self.own]);
+        // An empty name would be that of a request without one.
+        given.map(String::as_str).filter(|name| !name.is_empty())
     }
 
     /// Whether a request with this `Host` header was meant for this box. A name that somebody else owns may
@@ -142,7 +158,7 @@ impl Hosts {
         let literal = plain.trim_start_matches('[').trim_end_matches(']');
         let known = literal.parse::<IpAddr>().is_ok()
             || plain.eq_ignore_ascii_case("localhost")
-            || self.0.iter().any(|known| known.eq_ignore_ascii_case(plain));
+            || self.names().any(|known| known.eq_ignore_ascii_case(plain));
         match known {
             true => Ok(()),
             false => Err(Refused::Host(name.chars().take(LONGEST_NAME).collect())),
@@ -342,7 +358,7 @@ mod tests {
 
     #[test]
     fn only_names_of_this_box_are_hosts() {
-        let hosts = Hosts::new(["box.lan".to_owned()]);
+        let hosts = Hosts::new(vec!["box.lan".to_owned()], "me".to_owned());
         for known in [
             "127.0.0.1",
             "127.0.0.1:8081",
@@ -354,6 +370,7 @@ mod tests {
             "box.lan",
             "BOX.LAN:8081",
             "box.lan.",
+            "me:8081",
         ] {
             assert_eq!(hosts.check(Some(known)), Ok(()), "{known}");
         }

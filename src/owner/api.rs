@@ -43,7 +43,7 @@ pub fn status(owner: &Owner, now: SystemTime) -> Value {
         "attention": attention(secret, expires, disk_free, owner.is_exposed(), now),
     });
     if let Some(port) = owner.port {
-        status["admin"] = json!({ "address": port, "tls": owner.identity.is_some() });
+        status["admin"] = json!({ "address": port, "url": owner.url(port) });
     }
     status
 }

@@ -13,7 +13,7 @@ mod routes;
 mod socket;
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
@@ -82,6 +82,22 @@ impl Owner {
         Ok(Key::derive(&bytes))
     }
 
+    /// What the owner's browser opens, if the port is at this address.
+    fn url(&self, port: SocketAddr) -> String {
+        let scheme = match self.identity {
+            Some(_) => "https",
+            None => "http",
+        };
+        if let Some(name) = self.hosts.first() {
+            return format!("{scheme}://{name}:{}/", port.port());
+        }
+        let ip = match port.ip() {
+            ip if ip.is_unspecified() => own_address(),
+            ip => ip,
+        };
+        format!("{scheme}://{}/", SocketAddr::new(ip, port.port()))
+    }
+
     /// Whether others in the network could read the owner's token.
     pub fn is_exposed(&self) -> bool {
         let is_open = self.port.is_some_and(|port| !port.ip().is_loopback());
@@ -131,4 +147,14 @@ impl Owner {
     fn serve(&self, request: &gate::framing::Request, client: Client) -> crate::answer::Response {
         routes::serve(self, request, client, SystemTime::now(), Instant::now())
     }
+}
+
+/// An address by which other machines reach this one; its own loopback if there is none.
+fn own_address() -> IpAddr {
+    let interfaces = if_addrs::get_if_addrs().unwrap_or_default();
+    let mut found = interfaces
+        .iter()
+        .map(|interface| interface.ip())
+        .filter(|ip| ip.is_ipv4() && !ip.is_loopback());
+    found.next().unwrap_or(Ipv4Addr::LOCALHOST.into())
 }
