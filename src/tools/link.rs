@@ -60,5 +60,5 @@ pub fn link(arguments: &LinkArgs, now: SystemTime) -> Result<(), String> {
     logging::print(hint.into());
     let mut out = io::stdout().lock();
     let url = url.ok().flatten().map(|url| format!("{url}\n"));
-    write!(out, "{}{token}\n", url.unwrap_or_default()).map_err(|error| error.to_string())
+    writeln!(out, "{}{token}", url.unwrap_or_default()).map_err(|error| error.to_string())
 }
