@@ -25,7 +25,6 @@ use crate::exports::store::Place;
 use crate::gate::tls::Identity;
 use crate::gate::{self, Gate, Serve};
 use crate::key_file;
-use crate::metrics::Metrics;
 use access::{HEADERS, Hosts, Logins};
 pub use socket::{FILE as SOCKET, Listener};
 
@@ -127,8 +126,8 @@ impl Owner {
                 max_body: MAX_BODY,
                 identity: self.identity.clone(),
             },
-            // Those that are shown are of the apps' port.
-            Arc::new(Metrics::default()),
+            // Nobody reads these: the metrics are about apps.
+            Arc::default(),
         )
     }
 
