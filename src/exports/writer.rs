@@ -479,7 +479,10 @@ impl Writer {
                     "accepted"
                 );
                 exports.metrics.accepted.one();
-                exports.metrics.accepted_bytes.add(export.payload.len());
+                exports
+                    .metrics
+                    .accepted_bytes
+                    .add(export.payload.len() as u64);
                 let progress = Progress {
                     id,
                     attempts: 0,
