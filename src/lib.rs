@@ -41,6 +41,7 @@ pub mod exports;
 pub mod gate;
 pub mod logging;
 pub mod memory;
+pub mod owner;
 pub mod pem;
 pub mod reply;
 pub mod routes;

@@ -1,0 +1,3 @@
+//! The owner's side: what the person whose data it is sees and does.
+
+pub mod report;
