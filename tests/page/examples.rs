@@ -360,12 +360,11 @@ fn hostile(now: i64) -> Example {
         before: Some(1),
     };
     for (flow, index) in example.flows.iter_mut().zip(0..) {
-        flow.who = if index == 0 {
-            long.clone()
-        } else {
-            format!("{index}{MARKUP}")
+        flow.who = format!("{index}{MARKUP}");
+        flow.label = match index {
+            0 => Some(long.clone()),
+            _ => (index % 2 == 0).then(|| MARKUP.into()),
         };
-        flow.label = (index % 2 == 0).then(|| MARKUP.into());
         flow.destination = format!("{MARKUP}.example #{index:04x}");
     }
     for part in &mut example.parts {
