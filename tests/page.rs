@@ -10,6 +10,7 @@ mod examples;
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use export_service::owner::page;
@@ -43,17 +44,36 @@ fn now() -> i64 {
     i64::try_from(since.as_millis()).unwrap()
 }
 
+/// The example pages as files, to be looked at in any browser too.
+fn examples() -> PathBuf {
+    static WRITTEN: OnceLock<PathBuf> = OnceLock::new();
+    let written = WRITTEN.get_or_init(|| {
+        let folder = root().join("target/page/examples");
+        std::fs::create_dir_all(&folder).unwrap();
+        for example in examples::all(now()) {
+            let file = folder.join(format!("{}.html", example.name));
+            std::fs::write(file, example.html()).unwrap();
+        }
+        folder
+    });
+    written.clone()
+}
+
 #[test]
 fn every_state_of_the_page_is_valid_accessible_small_and_runs_nothing_of_anybody_else() {
-    let folder = root().join("target/page/examples");
-    std::fs::create_dir_all(&folder).unwrap();
-    for example in examples::all(now()) {
-        let file = folder.join(format!("{}.html", example.name));
-        std::fs::write(file, example.html()).unwrap();
-    }
     let done = node("examples.js")
-        .arg(&folder)
+        .arg(examples())
         .arg(pictures())
+        .arg(page::content_security_policy())
+        .status()
+        .unwrap();
+    assert!(done.success());
+}
+
+#[test]
+fn the_page_keeps_what_its_reader_does_sends_what_its_buttons_say_and_tells_when_it_is_offline() {
+    let done = node("behaviour.js")
+        .arg(examples())
         .arg(page::content_security_policy())
         .status()
         .unwrap();

@@ -3,7 +3,7 @@
 
 use super::View;
 use super::query::Range;
-use super::text::{Bytes, Date, Number, Shown, Time, put};
+use super::text::{Bytes, Date, Day, Number, Shown, Time, put};
 
 /// The destinations with a colour of their own.
 const LARGEST: usize = 5;
@@ -157,7 +157,10 @@ fn picture(out: &mut String, view: &View<'_>, bars: &Bars<'_>, most: u64) {
     put!(
         out,
         "</svg><p class=\"axis row\"><span>{}</span><span>now</span></p><figcaption><ul class=\"legend\">",
-        Time(start)
+        match view.query.range {
+            Range::Day => Time(start).to_string(),
+            Range::Month | Range::Year => Day(start).to_string(),
+        }
     );
     for (series, (name, bytes)) in bars.largest.iter().enumerate() {
         put!(

@@ -5,7 +5,7 @@
 use serde_json::json;
 
 use super::sections::{count, resume, who};
-use super::text::{Attribute, Bytes, Component, Date, Json, Number, Shown, Span, put};
+use super::text::{Attribute, Bytes, Component, Day, Json, Number, Shown, Span, put};
 use super::waiting::state;
 use super::{Button, View, key, menu};
 use crate::owner::report::{Activity, Flow, Pause, Queue};
@@ -66,7 +66,7 @@ pub fn section(out: &mut String, view: &View<'_>) {
             None => put!(
                 out,
                 "<td>{}</td>",
-                Date(flow.last_day.saturating_mul(86_400_000))
+                Day(flow.last_day.saturating_mul(86_400_000))
             ),
         }
         flow_state(out, view, flow);

@@ -8,12 +8,18 @@
 
   // Times as the reader's clock shows them. The server's are UTC.
   const day = new Intl.DateTimeFormat(undefined, {day: 'numeric', month: 'short'});
+  const utc = new Intl.DateTimeFormat(undefined, {day: 'numeric', month: 'short', year: 'numeric', timeZone: 'UTC'});
   const year = new Intl.DateTimeFormat(undefined, {day: 'numeric', month: 'short', year: 'numeric'});
   const clock = new Intl.DateTimeFormat(undefined, {hour: '2-digit', minute: '2-digit', second: '2-digit'});
   const hour = new Intl.DateTimeFormat(undefined, {hour: '2-digit', minute: '2-digit'});
   function local(time, now) {
-    const at = new Date(time.getAttribute('datetime'));
+    const written = time.getAttribute('datetime'), at = new Date(written);
     if (isNaN(at)) return;
+    if (!written.includes('T')) {
+      // Sums are of days of UTC.
+      time.textContent = utc.format(at);
+      return;
+    }
     const today = at.toDateString() === now.toDateString();
     const short = time.closest('tbody') ? clock : hour;
     const date = at.getFullYear() === now.getFullYear() ? day : year;

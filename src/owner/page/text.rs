@@ -188,6 +188,18 @@ impl Display for Time {
     }
 }
 
+/// A day, UTC, as an element.
+pub struct Day(pub i64);
+
+impl Display for Day {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match moment(self.0) {
+            Some(_) => write!(f, "<time datetime=\"{0}\">{0}</time>", Date(self.0)),
+            None => f.write_str("an unknown day"),
+        }
+    }
+}
+
 /// A date, UTC.
 pub struct Date(pub i64);
 

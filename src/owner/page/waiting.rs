@@ -58,7 +58,8 @@ pub fn section(out: &mut String, view: &View<'_>) {
         put!(out, "</td><td>");
         match queue.give_up_in {
             Some(seconds) => put!(out, "in {}", Span(seconds)),
-            None => put!(out, "not while it is delivered or paused"),
+            // Its clock runs while it fails only.
+            None => put!(out, "not now"),
         }
         put!(out, "</td>");
         waiting_actions(out, queue);
