@@ -29,6 +29,8 @@ pub struct Export {
     pub queue: QueueId,
     /// Its position there. Lower ones are delivered first.
     pub turn: i64,
+    /// Its sender's name: see [`crate::ledger::who`].
+    pub who: String,
     /// The parsed URL.
     pub destination: Destination,
     /// When it was accepted, in running time.

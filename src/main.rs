@@ -16,8 +16,11 @@ use export_service::delivery::attempt::Client;
 use export_service::delivery::worker;
 use export_service::exports::Exports;
 use export_service::exports::store::{Place, Store};
-use export_service::gate::Gate;
 use export_service::gate::tls::Identity;
+use export_service::gate::{Gate, Serve};
+use export_service::key_file::Key;
+use export_service::ledger::{self, LedgerKey};
+use export_service::metrics::Metrics;
 use export_service::routes::Policy;
 use export_service::server::{Server, Service};
 use export_service::tools::{check, healthcheck, sink, token};
@@ -89,7 +92,8 @@ fn fail(message: &str, code: u8) -> ExitCode {
 /// Starts everything from the disk outwards, so that it is complete at the first request. On a signal, stops
 /// it from the network inwards, so that no request that was taken is left unanswered.
 fn serve(mut config: Config) -> Result<(), String> {
-    logging::start(config.log_format, config.log_level);
+    let metrics = Arc::new(Metrics::default());
+    logging::start(config.log_format, config.log_level, metrics.clone());
     threads::exit_on_panic(logging::flush);
     let stop = signals(config.connections.identity.clone())
         .map_err(|error| format!("cannot listen for signals: {error}"))?;
@@ -102,7 +106,12 @@ fn serve(mut config: Config) -> Result<(), String> {
     let address = listener.local_addr().map_err(|error| error.to_string())?;
 
     let store = Store::open(&config.place).map_err(|error| error.to_string())?;
-    let (exports, writer, woken) = Exports::open(store, config.limits).map_err(|error| {
+    let key = match config.place.folder() {
+        Some(folder) => Key::in_file(&folder.join(ledger::KEY_FILE)),
+        None => Key::random(),
+    }?;
+    let opened = Exports::open(store, config.limits, LedgerKey::new(&key), metrics.clone());
+    let (exports, writer, woken) = opened.map_err(|error| {
         format!(
             "cannot use the stored exports: {error}; see what the kernel's log says of the disk"
         )
@@ -152,9 +161,9 @@ fn serve(mut config: Config) -> Result<(), String> {
     let scheme = config.connections.scheme();
     let gate = Gate::open(
         listener,
-        &server.socket(),
-        waits.clone(),
+        Serve::Pool(&server.socket(), waits.clone()),
         config.connections,
+        metrics,
     )
     .map_err(|error| format!("cannot serve on {address}: {error}"))?;
     log::info!(address:% = address, scheme; "listening");

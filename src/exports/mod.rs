@@ -27,12 +27,14 @@ use uuid::Uuid;
 use crate::auth::Grant;
 use crate::destination::Destination;
 use crate::export::{Error, Millis, State, View};
+use crate::ledger::LedgerKey;
+use crate::metrics::Metrics;
 use crate::reply::Reply;
 use checkpoint::Checkpoint;
 use clock::Clock;
 use parked::Parked;
 use queues::{Progress, Queues};
-use store::{ExportUpdate, IdempotencyKey, NewExport, Reader, Report, Store, Stored};
+use store::{ExportUpdate, IdempotencyKey, LedgerLimits, NewExport, Reader, Report, Store, Stored};
 use writer::{Incoming, Writer};
 
 /// Submissions that may wait for the writer. With more, the disk is not keeping up.
@@ -97,6 +99,8 @@ pub struct Limits {
     pub retention: Duration,
     /// How long a queue fails before its exports are given up.
     pub give_up_after: Duration,
+    /// How much of the ledger is kept.
+    pub ledger: LedgerLimits,
 }
 
 /// State shared by the pool, the worker and the writer.
@@ -122,6 +126,9 @@ pub struct Exports {
     damage: Sender<Damage>,
     /// How often the store has been repaired.
     repairs: AtomicUsize,
+    ledger_key: LedgerKey,
+    /// Counts exports, attempts and commits.
+    pub metrics: Arc<Metrics>,
 }
 
 /// Tells the writer that the store was found to be damaged.
@@ -148,6 +155,8 @@ impl Exports {
     pub fn open(
         mut store: Store,
         limits: Limits,
+        ledger_key: LedgerKey,
+        metrics: Arc<Metrics>,
     ) -> Result<(Arc<Self>, Writer, Receiver<()>), store::Error> {
         let (accepts, incoming) = bounded(WAITING);
         let (reports, reported) = bounded(UNWRITTEN_REPORTS);
@@ -155,6 +164,7 @@ impl Exports {
         let (urge, awaited) = bounded(1);
         let (wake, woken) = bounded(1);
         let clock = Clock::new(store.running());
+        store.limit_ledger(limits.ledger);
         let queues = store.repaired(|store| read_queues(store, limits.give_up_after))?;
         let exports = Arc::new(Self {
             queues: Mutex::new(queues),
@@ -173,6 +183,8 @@ impl Exports {
                 .transpose()?,
             damage,
             repairs: AtomicUsize::new(0),
+            ledger_key,
+            metrics,
         });
         let incoming = Incoming {
             accepts: incoming,
@@ -199,6 +211,11 @@ impl Exports {
         self.queues.lock().unfinished()
     }
 
+    /// How many requests wait for an export to be finished.
+    pub fn long_polls(&self) -> usize {
+        self.parked.count()
+    }
+
     /// Submits a new export. `reply` answers no sooner than the export is durable. It then waits until
     /// the export is finished or `deadline` has passed, unless the queue's backoff lasts beyond that.
     /// Does not block.
@@ -222,6 +239,12 @@ impl Exports {
         });
         let export = NewExport {
             id: Uuid::now_v7(),
+            // On a Databox all identifiers are empty: there, only the address tells apps apart.
+            peer: if owner.is_empty() {
+                reply.to.client().ip().to_canonical().to_string()
+            } else {
+                String::new()
+            },
             owner,
             destination,
             payload,

@@ -792,6 +792,7 @@ mod tests {
         fn export(&self, row: &Row) -> Export {
             let again = self.queues.again(row.queue, row.id);
             Export {
+                who: String::new(),
                 id: row.id,
                 seq: 0,
                 queue: row.queue,

@@ -34,6 +34,10 @@ const CLOCK_SET: Millis = 1000;
 /// How often the running time is stored while a queue is failing and nothing else is written. A kill
 /// loses no more than a minute of it.
 const SAVE_RUNNING: Duration = Duration::from_secs(50);
+/// How often rows of the ledger that are too old are looked for.
+const EXPIRE_LEDGER: Duration = Duration::from_secs(60 * 60);
+/// How long what the ledger only counts may stay unwritten while nothing else is written.
+const COMPLETE_LEDGER: Duration = Duration::from_secs(60);
 /// The longest the writer sleeps.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 
@@ -64,7 +68,7 @@ pub struct Writer {
     size: Size,
 }
 
-/// The size of the store in bytes as it was measured last, and all that was added since.
+/// The size of the store without the ledger, in bytes, as it was measured last, and all that was added since.
 struct Size {
     bytes: u64,
     measured: Instant,
@@ -112,6 +116,7 @@ impl Writer {
                 if self.exports.unfinished() > 0 {
                     self.save_running();
                 }
+                self.complete_ledger();
                 if let Err(error) = self.store.truncate_wal() {
                     log::warn!(reason:% = error; "cannot empty the store's log");
                 }
@@ -122,6 +127,13 @@ impl Writer {
             }
             if housekeeping.expire_at <= Instant::now() {
                 housekeeping.expire_at = Instant::now() + self.expire();
+            }
+            if housekeeping.expire_ledger_at <= Instant::now() {
+                housekeeping.expire_ledger_at = Instant::now() + self.expire_ledger();
+            }
+            if housekeeping.complete_ledger_at <= Instant::now() {
+                housekeeping.complete_ledger_at = Instant::now() + COMPLETE_LEDGER;
+                self.complete_ledger();
             }
         }
     }
@@ -176,6 +188,35 @@ impl Writer {
             }
         };
         wait.min(LONGEST_SLEEP)
+    }
+
+    /// Deletes a few rows of the ledger that are older than its retention. Returns how long until the next try.
+    fn expire_ledger(&mut self) -> Duration {
+        let now = self.exports.now();
+        let commits = self.exports.hold_checkpoints();
+        let expired = self.store.expire_ledger(now);
+        drop(commits);
+        match expired {
+            Ok(false) => return EXPIRE_LEDGER,
+            Ok(true) => self.wrote(),
+            Err(error) => log::warn!(reason:% = error; "cannot delete old rows of the ledger"),
+        }
+        RETRY
+    }
+
+    /// Writes what the ledger only counts so far, and is not in a commit by now.
+    fn complete_ledger(&mut self) {
+        if !self.store.has_unwritten_counts() {
+            return;
+        }
+        let now = self.exports.now();
+        let commits = self.exports.hold_checkpoints();
+        let written = self.store.record(&[], now);
+        drop(commits);
+        match written {
+            Ok(()) => self.wrote(),
+            Err(error) => log::warn!(reason:% = error; "cannot write to the ledger"),
+        }
     }
 
     fn wrote(&self) {
@@ -286,6 +327,7 @@ impl Writer {
         self.disk_full = matches!(committed, Err(store::Error::Full));
         match committed {
             Ok(effects) => {
+                exports.metrics.commit_duration.observe(started.elapsed());
                 log::trace!(
                     submissions = accepts.len(), reports = self.reports.len(),
                     ms = millis(started.elapsed());
@@ -387,7 +429,7 @@ impl Writer {
         let outdated = self.size.measured.elapsed() > MEASURE || self.store.is_wal_long();
         if outdated || most > self.limits.max_store {
             self.size = Size {
-                bytes: self.store.size()?,
+                bytes: self.store.size()?.saturating_sub(self.store.ledger_size()),
                 measured: Instant::now(),
             };
         }
@@ -410,6 +452,8 @@ impl Writer {
                     id:%, destination, bytes = export.payload.len(), ms = millis(received.elapsed());
                     "accepted"
                 );
+                exports.metrics.accepted.one();
+                exports.metrics.accepted_bytes.add(export.payload.len());
                 let progress = Progress {
                     id,
                     attempts: 0,
@@ -481,6 +525,8 @@ struct Housekeeping {
     /// The clock is not followed before this, after a correction that failed.
     follow_clock_at: Instant,
     save_running_at: Instant,
+    expire_ledger_at: Instant,
+    complete_ledger_at: Instant,
 }
 
 impl Housekeeping {
@@ -490,6 +536,9 @@ impl Housekeeping {
             expire_at: now,
             follow_clock_at: now,
             save_running_at: now + SAVE_RUNNING,
+            // Later than the others: a clock that was wrong at the start has been set by then.
+            expire_ledger_at: now + EXPIRE_LEDGER,
+            complete_ledger_at: now + COMPLETE_LEDGER,
         }
     }
 
@@ -505,6 +554,7 @@ impl Housekeeping {
 
     fn sleep(&self) -> Duration {
         let next = self.expire_at.min(self.save_running_at);
+        let next = next.min(self.expire_ledger_at).min(self.complete_ledger_at);
         next.saturating_duration_since(Instant::now())
     }
 }

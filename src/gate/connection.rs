@@ -4,6 +4,7 @@
 //! Not here: which connection is evicted to make room for another ([`super::admission`]), and what a
 //! request is ([`super::framing`]).
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -12,11 +13,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ureq::http::StatusCode;
 
-use super::Shared;
 use super::framing::{Framer, Phase, Request};
+use super::links::Links;
 use super::memory::{Refused, Reservation};
 use super::permit::{Closing, Permit};
 use super::wire::Wire;
+use super::{Handler, Service, Shared};
 use crate::answer::{self, Refusal, Response};
 use crate::logging;
 use crate::socket::Socket;
@@ -51,6 +53,7 @@ const LOOK: Duration = Duration::from_millis(1500);
 /// Serves a connection until it ends.
 pub fn run(shared: &Shared, permit: Permit, stream: Arc<TcpStream>, client: SocketAddr) {
     let born = Instant::now();
+    let _connected = shared.metrics.connections.enter();
     // Its time begins only now, as its thread could not read before.
     permit.begin(born);
     let handshake = if permit.is_rejected() {
@@ -68,8 +71,11 @@ pub fn run(shared: &Shared, permit: Permit, stream: Arc<TcpStream>, client: Sock
     let mut connection = Connection {
         shared,
         wire,
-        framer: Framer::new(shared.max_body),
-        wait: shared.waits.enter(client),
+        framer: shared.framer(),
+        service: match &shared.service {
+            Service::Pool(links, waits) => Serving::Pool(links, waits.enter(client)),
+            Service::Here(handler) => Serving::Here(handler),
+        },
         client,
         life: born + LIFE,
         memory: shared.memory.part(&permit),
@@ -95,13 +101,21 @@ struct Connection<'a> {
     shared: &'a Shared,
     wire: Wire,
     framer: Framer,
-    wait: Wait,
+    service: Serving<'a>,
     client: SocketAddr,
     /// When it is to end; a request that is being answered then is the last.
     life: Instant,
     memory: Reservation<'a>,
     /// Dropped last, when the descriptor and the memory are free for the next connection.
     permit: Permit,
+}
+
+/// By whom a connection's requests are served.
+enum Serving<'a> {
+    /// By the pool, which answers through the second.
+    Pool(&'a Links, Wait),
+    /// On the connection's own thread.
+    Here(&'a Handler),
 }
 
 /// Why a connection ends.
@@ -138,7 +152,7 @@ impl Connection<'_> {
                 Err(End::Silent) => return self.end(),
                 Err(End::Refused(refusal)) => return self.refuse(None, &refusal),
             };
-            let response = match self.pass_on(&mut request) {
+            let response = match self.answer(&mut request) {
                 Ok(response) => response,
                 Err(End::Silent) => return self.end(),
                 Err(End::Refused(refusal)) => return self.refuse(Some(&request), &refusal),
@@ -151,7 +165,7 @@ impl Connection<'_> {
                 (false, _) => "Connection: close\r\n",
             };
             let head_only = request.method() == "HEAD";
-            let written = self.write(&to_bytes(response, persistence, head_only));
+            let written = self.write(response, persistence, head_only);
             if written.is_err() || !stays {
                 return self.linger();
             }
@@ -215,19 +229,27 @@ impl Connection<'_> {
         }
     }
 
-    /// Passes a request on to the service, and waits for its answer.
-    fn pass_on(&mut self, request: &mut Request) -> Result<Response, End> {
-        let head = request.normalised_head(self.wait.number());
+    /// Has the request served, and waits for its answer.
+    fn answer(&mut self, request: &mut Request) -> Result<Response, End> {
+        let _served = self.shared.metrics.connections_served.enter();
+        let (links, wait) = match &self.service {
+            Serving::Pool(links, wait) => (links, wait),
+            Serving::Here(handler) => {
+                self.permit.serve().map_err(Refusal::from)?;
+                return Ok(handler(request, self.client));
+            }
+        };
+        let head = request.normalised_head(wait.number());
         let body = request.take_body();
         self.permit.serve().map_err(Refusal::from)?;
-        self.wait.ask();
-        let sent = self.shared.links.send(&head, &body);
+        wait.ask();
+        let sent = links.send(&head, &body);
         // A long poll must not hold memory for what it has sent.
         drop((head, body));
         self.memory.release();
         sent.map_err(|_| Refusal::Busy)?;
         let mut left = false;
-        let answer = self.wait.answer(SERVICE, LOOK, || {
+        let answer = wait.answer(SERVICE, LOOK, || {
             // After an eviction, which shuts down reading, every client seems to have left.
             left = !self.permit.is_last() && self.wire.socket().is_left();
             !left
@@ -242,12 +264,17 @@ impl Connection<'_> {
         }
     }
 
-    fn write(&mut self, answer: &[u8]) -> io::Result<()> {
+    fn write(&mut self, response: Response, persistence: &str, head_only: bool) -> io::Result<()> {
+        // Before it is sent: whoever has the answer finds it counted.
+        if let Some(code) = response.refused {
+            self.shared.metrics.refused.count(code);
+        }
+        let answer = to_bytes(response, persistence, head_only);
         if answer.len() > SMALL {
             self.memory.hold(answer.len());
         }
         self.set_deadline(ANSWER);
-        self.wire.write_all(answer)?;
+        self.wire.write_all(&answer)?;
         self.wire.flush()?;
         self.memory.release();
         self.permit.receive();
@@ -265,15 +292,16 @@ impl Connection<'_> {
         };
         logging::refused(method, target, refusal.status(), refusal, self.client);
         // What was read is no longer needed, and must not take memory while the connection lingers.
-        self.framer = Framer::new(self.shared.max_body);
+        self.framer = self.shared.framer();
         self.memory.release();
         self.permit.send(Instant::now());
         // If this fails, the client has left.
-        let _ = self.write(&to_bytes(
-            answer::refusal(refusal),
-            "Connection: close\r\n",
-            head_only,
-        ));
+        let mut response = answer::refusal(refusal);
+        let more = self.shared.refusal_headers.iter();
+        response
+            .headers
+            .extend(more.map(|(name, value)| (*name, Cow::Borrowed(*value))));
+        let _ = self.write(response, "Connection: close\r\n", head_only);
         self.linger();
     }
 
@@ -313,8 +341,9 @@ impl Connection<'_> {
     }
 }
 
-/// An answer as it is written to the client. `persistence` is its Connection header, or empty.
-fn to_bytes(response: Response, persistence: &str, head_only: bool) -> Vec<u8> {
+/// An answer as it is written to the client. `persistence` is its Connection header with its line end, or
+/// empty.
+pub fn to_bytes(response: Response, persistence: &str, head_only: bool) -> Vec<u8> {
     let reason = StatusCode::from_u16(response.status)
         .ok()
         .and_then(|status| status.canonical_reason())

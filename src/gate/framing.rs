@@ -27,8 +27,16 @@ const FIRST_STEP: usize = 16 * 1024;
 /// The most bytes that are read at once.
 const READ: usize = 4 * 1024;
 
-/// The headers that the service uses. No others are passed on.
-const PASSED: [&str; 3] = ["X-Api-Key", "Authorization", "Idempotency-Key"];
+/// The headers that are used of an app's request. No others are passed on.
+const PASSED: &[&str] = &["X-Api-Key", "Authorization", "Idempotency-Key"];
+/// The headers that are used of a request of the owner.
+const OF_OWNER: &[&str] = &[
+    "Host",
+    "Authorization",
+    "Content-Type",
+    "Origin",
+    "Sec-Fetch-Site",
+];
 
 /// One whole request.
 #[derive(Debug, PartialEq, Eq)]
@@ -46,6 +54,25 @@ impl Request {
     /// The path and query.
     pub fn target(&self) -> &str {
         &self.head.target
+    }
+
+    /// The path without its query.
+    pub fn path(&self) -> &str {
+        let target = self.target();
+        target.split_once('?').map_or(target, |(path, _)| path)
+    }
+
+    /// The value of a header, by its usual spelling. None if it is absent, or not among those that are kept:
+    /// see [`Framer::new`] and [`Framer::of_owner`].
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let mut kept = self.head.passed.iter();
+        let found = kept.find(|(kept, _)| *kept == name);
+        found.map(|(_, value)| value.as_str())
+    }
+
+    /// The body, without its framing.
+    pub fn body(&self) -> &[u8] {
+        &self.body
     }
 
     /// Moves the body, without its framing, out of the request. [`Request::normalised_head`] has to be called
@@ -134,6 +161,8 @@ pub enum Phase {
 /// Splits a connection's bytes into requests.
 pub struct Framer {
     max_body: usize,
+    /// The headers that requests keep.
+    kept: &'static [&'static str],
     /// Bytes that have arrived and are not parsed yet.
     buffer: Vec<u8>,
     /// How much of the buffer was searched for the end of a head.
@@ -150,10 +179,21 @@ struct Body {
 }
 
 impl Framer {
-    /// A framer for one connection, whose bodies may have at most this many bytes.
+    /// A framer for one connection of an app, whose bodies may have at most this many bytes.
     pub fn new(max_body: usize) -> Self {
+        Self::keeping(PASSED, max_body)
+    }
+
+    /// The same for a connection of the owner, whose requests keep other headers: `Host`, `Authorization`,
+    /// `Content-Type`, `Origin` and `Sec-Fetch-Site`.
+    pub fn of_owner(max_body: usize) -> Self {
+        Self::keeping(OF_OWNER, max_body)
+    }
+
+    fn keeping(kept: &'static [&'static str], max_body: usize) -> Self {
         Self {
             max_body,
+            kept,
             buffer: Vec::new(),
             searched: 0,
             body: None,
@@ -275,7 +315,7 @@ impl Framer {
         let Some(end) = end else {
             return Ok(None);
         };
-        let head = read_head(&self.buffer[..end], self.max_body)?;
+        let head = read_head(&self.buffer[..end], self.kept, self.max_body)?;
         self.buffer.drain(..end);
         self.searched = 0;
         Ok(Some(head))
@@ -306,7 +346,7 @@ fn end_of_lines(bytes: &[u8], from: usize) -> Result<Option<usize>, Refusal> {
     Ok(None)
 }
 
-fn read_head(bytes: &[u8], max_body: usize) -> Result<Head, Refusal> {
+fn read_head(bytes: &[u8], kept: &[&'static str], max_body: usize) -> Result<Head, Refusal> {
     let mut headers = [EMPTY_HEADER; MAX_HEADERS];
     let mut parsed = httparse::Request::new(&mut headers);
     match parsed.parse(bytes) {
@@ -347,17 +387,16 @@ fn read_head(bytes: &[u8], max_body: usize) -> Result<Head, Refusal> {
             }
             Ok(())
         };
-        if let Some(name) = PASSED
-            .into_iter()
-            .find(|passed| name.eq_ignore_ascii_case(passed))
-        {
+        if let Some(&name) = kept.iter().find(|kept| name.eq_ignore_ascii_case(kept)) {
             once(head.passed.iter().any(|(seen, _)| *seen == name))?;
             let value = str::from_utf8(value).ok().filter(|text| text.is_ascii());
             let value = value.ok_or(malformed(
-                "X-Api-Key, Authorization or Idempotency-Key has characters outside ASCII",
+                "X-Api-Key, Authorization, Idempotency-Key or another header that is used here has \
+                 characters outside ASCII",
             ))?;
             head.passed.push((name, value.to_owned()));
-        } else if name.eq_ignore_ascii_case("Content-Length") {
+        }
+        if name.eq_ignore_ascii_case("Content-Length") {
             once(length.replace(value).is_some())?;
         } else if name.eq_ignore_ascii_case("Transfer-Encoding") {
             once(encoding.replace(value).is_some())?;

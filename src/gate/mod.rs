@@ -5,6 +5,9 @@
 //! It waits for the answer in `waits`, and writes that to the client. So tiny_http sees only whole and
 //! well-formed requests, one at a time on each link, and no answering thread waits for a slow client.
 //!
+//! The owner's port is a gate as well. Its requests are served on the connections' own threads, without
+//! tiny_http.
+//!
 //! The faults of tiny_http 0.12 when it is exposed to clients. All were reproduced, none can be prevented
 //! in a handler, and `tests/hostile.rs` tests that they cannot be reached:
 //!
@@ -35,7 +38,7 @@ pub mod tls;
 mod wire;
 
 use std::io::{self, ErrorKind};
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -46,11 +49,15 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
+use crate::answer::Response;
+use crate::metrics::Metrics;
 use crate::socket::is_timeout;
 use crate::threads;
 use crate::waits::Waits;
 use admission::Admission;
 pub use admission::Limits;
+pub use connection::to_bytes;
+use framing::{Framer, Request};
 use links::Links;
 use memory::Memory;
 use permit::Common;
@@ -77,6 +84,26 @@ const NEWCOMERS: u64 = 1024;
 /// Descriptors for everything except admitted connections: the store, links, attempts, rejected
 /// connections, and a reserve.
 const OTHER_DESCRIPTORS: u64 = 512 + admission::REJECTED as u64;
+
+/// Serves a request of the client at this address. May block. It runs on the connection's own thread, which
+/// has a small stack, 256 KiB.
+pub type Handler = Arc<dyn Fn(&Request, SocketAddr) -> Response + Send + Sync>;
+
+/// By whom the requests of a listener are served.
+pub enum Serve<'a> {
+    /// By the tiny_http that listens on this socket and answers through `waits`. A part of the process's file
+    /// descriptors is kept for other things, and only the rest is for connections.
+    Pool(&'a Path, Arc<Waits>),
+    /// By a function, on the connections' own threads. Of the headers only those of
+    /// [`Framer::of_owner`] are there. The gate's own refusals have these headers too.
+    Here(Handler, &'static [(&'static str, &'static str)]),
+}
+
+/// [`Serve`], for the connections.
+enum Service {
+    Pool(Links, Arc<Waits>),
+    Here(Handler),
+}
 
 /// The limits and the certificate of a listener.
 #[derive(Debug)]
@@ -113,10 +140,22 @@ pub struct Gate {
 struct Shared {
     common: Arc<Common>,
     memory: Memory,
-    links: Links,
-    waits: Arc<Waits>,
+    service: Service,
+    /// Added to the gate's own refusals.
+    refusal_headers: &'static [(&'static str, &'static str)],
     max_body: usize,
     identity: Option<Arc<Identity>>,
+    metrics: Arc<Metrics>,
+}
+
+impl Shared {
+    /// A framer for a new connection.
+    fn framer(&self) -> Framer {
+        match self.service {
+            Service::Pool(..) => Framer::new(self.max_body),
+            Service::Here(_) => Framer::of_owner(self.max_body),
+        }
+    }
 }
 
 /// The state of the thread that accepts.
@@ -129,30 +168,39 @@ struct Accepting {
 }
 
 impl Gate {
-    /// Starts to accept connections, and passes their requests on to the tiny_http that listens at `inside`.
-    /// The answers come through `waits`.
+    /// Starts to accept connections, and has their requests served. Counts connections and refused requests
+    /// in `metrics`.
     ///
     /// # Errors
     /// tiny_http does not answer, or the listener cannot be used.
     pub fn open(
         listener: TcpListener,
-        inside: &Path,
-        waits: Arc<Waits>,
+        serve: Serve<'_>,
         settings: Settings,
+        metrics: Arc<Metrics>,
     ) -> io::Result<Self> {
         let mut limits = settings.limits;
-        let (connections, max_newcomers) = possible_connections(limits.connections);
+        let (connections, max_newcomers) = match serve {
+            Serve::Pool(..) => possible_connections(limits.connections),
+            // Few: they come out of what is kept for other things.
+            Serve::Here(..) => (limits.connections, limits.connections),
+        };
         limits.connections = connections;
+        let (service, refusal_headers) = match serve {
+            Serve::Pool(socket, waits) => (Service::Pool(Links::open(socket)?, waits), &[][..]),
+            Serve::Here(handler, headers) => (Service::Here(handler), headers),
+        };
         rustix::net::listen(&listener, BACKLOG)?;
         listener.set_nonblocking(true)?;
         let common = Common::new(Instant::now());
         let shared = Arc::new(Shared {
             common: common.clone(),
             memory: Memory::new(settings.memory),
-            links: Links::open(inside)?,
-            waits,
+            service,
+            refusal_headers,
             max_body: settings.max_body,
             identity: settings.identity,
+            metrics,
         });
         let listener = Arc::new(listener);
         let (open, ended) = bounded(0);
@@ -182,7 +230,9 @@ impl Gate {
     /// tiny_http may stop after that.
     pub fn drain(self, deadline: Instant) {
         let _ = self.ended.recv_deadline(deadline);
-        self.shared.links.close();
+        if let Service::Pool(links, _) = &self.shared.service {
+            links.close();
+        }
     }
 }
 

@@ -21,7 +21,9 @@ use rusqlite::{Connection, OpenFlags, TransactionBehavior};
 use uuid::Uuid;
 
 use super::copying::{self, Copied};
+use super::evidence::Evidence;
 use super::folder::{Folder, beside};
+use super::ledger::Ledger;
 use super::reading::json;
 use super::schema;
 use super::wal::{Scan, Skipped};
@@ -106,6 +108,7 @@ impl Store {
             clock_offset: 0,
             running: 0,
             last_turn: 0,
+            ledger: Ledger::empty(),
             wal_pages: Arc::default(),
             path,
             on_disk,
@@ -167,7 +170,7 @@ impl Store {
     fn load(&mut self) -> Result<(), Error> {
         let running = "SELECT millis FROM running";
         self.running = self.connection.query_row(running, [], |row| row.get(0))?;
-        Ok(())
+        self.ledger.load(&self.connection)
     }
 
     /// Calls `each` for every queue that has exports without a result. Reads an index entry for each of
@@ -250,6 +253,7 @@ impl Store {
         // Writes something, so that there is a WAL.
         schema::create(&mut self.connection)?;
         self.running = self.running.max(copied.running);
+        self.ledger.load(&self.connection)?;
         for reader in readers {
             **reader = self.open_reader(reader.writes)?;
         }
@@ -268,6 +272,14 @@ impl Store {
     /// The file cannot be opened again.
     pub fn reader(&self) -> Result<Reader, Error> {
         self.open_reader(false)
+    }
+
+    /// Opens another connection for reading the ledger.
+    ///
+    /// # Errors
+    /// The file cannot be opened again.
+    pub fn evidence(&self) -> Result<Evidence, Error> {
+        Ok(Evidence::over(self.open_reader(false)?.connection))
     }
 
     /// Opens another connection for checkpoints.

@@ -11,6 +11,7 @@ use std::time::Duration;
 use rusqlite::{Connection, ErrorCode, Row, Transaction, named_params, params};
 
 use super::folder::beside;
+use super::ledger::{Appending, Ledger};
 use super::opening::{BUSY, MEMORY};
 use super::reading::{stored, value};
 use super::{Change, Effect, Error, ExportUpdate, IdempotencyKey, NewExport, QueueUpdate};
@@ -50,6 +51,8 @@ impl Store {
             clock_offset: self.clock_offset,
             last_turn: self.last_turn,
             added: HashMap::new(),
+            appending: Appending::new(&self.ledger),
+            ledger: &mut self.ledger,
             has_room,
         };
         let mut effects = Vec::with_capacity(changes.len());
@@ -68,8 +71,16 @@ impl Store {
         if save {
             save_running(&writing.transaction, running)?;
         }
-        let last_turn = writing.last_turn;
-        writing.transaction.commit()?;
+        let Writing {
+            transaction,
+            last_turn,
+            mut appending,
+            ledger,
+            ..
+        } = writing;
+        appending.finish(&transaction, ledger, now.saturating_add(self.clock_offset))?;
+        transaction.commit()?;
+        ledger.committed(appending);
         self.last_turn = last_turn;
         if save {
             self.running = running;
@@ -249,6 +260,8 @@ struct Writing<'a, R> {
     last_turn: i64,
     /// How many exports this transaction has added to each queue.
     added: HashMap<QueueId, usize>,
+    appending: Appending,
+    ledger: &'a mut Ledger,
     has_room: R,
 }
 
@@ -257,11 +270,12 @@ where
     R: FnMut(&NewExport, Option<QueueId>, usize) -> Result<(), export::Error>,
 {
     fn accept(&mut self, export: &NewExport) -> Result<Effect, Error> {
-        let (owner, destination) = (&export.owner, export.destination.as_str());
-        let sql = "SELECT id FROM queues WHERE owner = ? AND destination = ?";
-        let queue = value(&self.transaction, sql, params![owner, destination])?;
-        if let (Some(key), Some(queue)) = (&export.key, queue)
-            && let Some(earlier) = self.earlier(queue, key)?
+        let NewExport { owner, peer, .. } = export;
+        let destination = export.destination.as_str();
+        let sql = "SELECT id FROM queues WHERE owner = ? AND destination = ? AND peer = ?";
+        let queue = value(&self.transaction, sql, params![owner, destination, peer])?;
+        if let Some(key) = &export.key
+            && let Some(earlier) = self.earlier(owner, destination, key)?
         {
             return Ok(earlier);
         }
@@ -273,8 +287,10 @@ where
             Some(queue) => queue,
             None => {
                 self.transaction
-                    .prepare_cached("INSERT INTO queues (owner, destination) VALUES (?, ?)")?
-                    .execute(params![owner, destination])?;
+                    .prepare_cached(
+                        "INSERT INTO queues (owner, destination, peer) VALUES (?, ?, ?)",
+                    )?
+                    .execute(params![owner, destination, peer])?;
                 self.transaction.last_insert_rowid()
             }
         };
@@ -298,15 +314,21 @@ where
         Ok(Effect::Written(queue))
     }
 
-    /// The effect of a submission whose key was used before in the same queue. None for a new key.
-    fn earlier(&self, queue: QueueId, key: &IdempotencyKey) -> Result<Option<Effect>, Error> {
+    /// The effect of a submission whose key was used before by the same owner for the same destination, perhaps
+    /// from another address. None for a new key.
+    fn earlier(
+        &self,
+        owner: &[u8],
+        destination: &str,
+        key: &IdempotencyKey,
+    ) -> Result<Option<Effect>, Error> {
         let mut statement = self.transaction.prepare_cached(
             "SELECT queue, owner, destination, attempts, exports.last_error, response, exports.id,
                  fingerprint
-             FROM exports JOIN queues ON queues.id = queue
-             WHERE queue = ? AND idempotency_key = ?",
+             FROM queues JOIN exports ON queue = queues.id
+             WHERE owner = ? AND destination = ? AND idempotency_key = ?",
         )?;
-        let mut rows = statement.query(params![queue, key.key])?;
+        let mut rows = statement.query(params![owner, destination, key.key])?;
         let Some(row) = rows.next()? else {
             return Ok(None);
         };
@@ -326,6 +348,10 @@ where
     }
 
     fn report(&mut self, report: &Report, now: i64) -> Result<Effect, Error> {
+        for entry in &report.entries {
+            self.appending
+                .record(&self.transaction, self.ledger, entry)?;
+        }
         match &report.update {
             ExportUpdate::Finished { response, .. } => {
                 self.transaction
