@@ -9,6 +9,7 @@
 
 mod copying;
 pub mod evidence;
+pub mod flows;
 mod folder;
 mod ledger;
 mod opening;
