@@ -15,6 +15,9 @@ RUN mkdir src && echo 'fn main() {}' > src/main.rs && touch src/lib.rs \
     && cargo build --release --locked \
     && rm -r src
 COPY src src
+# For --version: --build-arg COMMIT=$(git rev-parse --short HEAD)
+ARG COMMIT
+ENV EXPORT_SERVICE_COMMIT=$COMMIT
 # Newer than the empty program, whatever times COPY preserves.
 RUN touch src/main.rs src/lib.rs && cargo build --release --locked && mkdir /data
 

@@ -199,6 +199,41 @@ pub fn status() -> Response {
     }
 }
 
+/// The answer to `GET /ui`: a page without data, for people who open the apps' port in their browser.
+pub fn ui() -> Response {
+    let text = |value: &'static str| value.into();
+    Response {
+        status: 200,
+        headers: vec![
+            ("Content-Type", text("text/html; charset=utf-8")),
+            (
+                "Content-Security-Policy",
+                text("default-src 'none'; frame-ancestors 'none'"),
+            ),
+            ("X-Content-Type-Options", text("nosniff")),
+        ],
+        body: UI.into(),
+        refused: None,
+    }
+}
+
+const UI: &str = "\
+<!DOCTYPE html>
+<html lang=\"en\">
+<head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\"><title>export-service</title></head>
+<body>
+<h1>export-service</h1>
+<p>This port is for apps. What left your box is shown elsewhere:</p>
+<ul>
+<li>On the box, <code>export-service status</code> says whether all is well. In a container:
+<code>docker exec NAME /export-service status</code></li>
+<li>For a page in the browser, start the service with <code>--admin 127.0.0.1:8081</code>. Then
+<code>export-service link</code> prints its address and what to log in with.</li>
+</ul>
+</body>
+</html>
+";
+
 /// The answer to a submission or a poll.
 pub fn view(view: &View) -> Response {
     #[derive(Serialize)]

@@ -33,6 +33,8 @@ use crate::exports::store::{LedgerLimits, Place};
 use crate::gate;
 use crate::gate::tls::Identity;
 use crate::logging::Format;
+use crate::owner::access::Hosts;
+use crate::version;
 
 /// The memory that large requests and answers share, in bytes.
 const LARGE_REQUESTS: usize = 16 * 1024 * 1024;
@@ -81,6 +83,10 @@ pub struct Config {
     pub log_format: Format,
     /// The least severe level that is logged.
     pub log_level: LevelFilter,
+    /// Where the owner's port is to listen; none without one.
+    pub admin: Option<SocketAddr>,
+    /// The names by which the owner may address this box.
+    pub admin_hosts: Hosts,
 }
 
 /// A setting that cannot work. The text names it, its value unless that is secret, and what to do.
@@ -129,7 +135,7 @@ fn entries(given: &[String]) -> impl Iterator<Item = &str> {
 #[derive(Parser)]
 #[command(
     name = "export-service",
-    version,
+    version = version::full(),
     about = "The only way data leaves a Databox: checks, queues and delivers exports",
     args_conflicts_with_subcommands = true
 )]
@@ -155,6 +161,10 @@ pub enum Command {
     Check(CheckArgs),
     /// Ask the local service for /status; exit 0 if it is active, else 1
     Healthcheck(HealthcheckArgs),
+    /// Show the state of the local service; exit 0 if all is well, else 1
+    Status(StatusArgs),
+    /// Print the address of the owner's port, and a token for it
+    Link(LinkArgs),
 }
 
 /// Where the service listens.
@@ -266,11 +276,11 @@ pub struct DestinationArgs {
 }
 
 impl DestinationArgs {
-    /// Which addresses a service on this port may send to.
+    /// Which addresses a service on these ports may send to.
     ///
     /// # Errors
     /// A network that cannot be parsed.
-    pub fn rules(&self, own_port: u16) -> Result<Rules, ConfigError> {
+    pub fn rules(&self, own_ports: Vec<u16>) -> Result<Rules, ConfigError> {
         let network = |text: &str| {
             let address = |_| text.parse().map(|ip: IpAddr| ip.into());
             text.parse::<IpNet>().or_else(address).map_err(|_| {
@@ -282,7 +292,7 @@ impl DestinationArgs {
         };
         let allowed = entries(&self.allow_network).map(network);
         let allowed = allowed.collect::<Result<_, _>>()?;
-        Ok(Rules { allowed, own_port })
+        Ok(Rules { allowed, own_ports })
     }
 
     /// Which certificates are trusted.
@@ -300,9 +310,88 @@ impl DestinationArgs {
     }
 }
 
+/// Where the owner's port is.
+#[derive(Args)]
+pub struct AdminArgs {
+    /// Address and port for the owner, like 127.0.0.1:8081, which shows what left the box; without it, none
+    #[arg(long, env = "EXPORT_ADMIN", value_name = "ADDR:PORT", value_parser = Trimmed(StringValueParser::new()))]
+    admin: Option<String>,
+}
+
+impl AdminArgs {
+    /// Where it is. None without one.
+    ///
+    /// # Errors
+    /// It is not an address and a port.
+    pub fn address(&self) -> Result<Option<SocketAddr>, ConfigError> {
+        let given = self.admin.as_deref().filter(|text| !text.is_empty());
+        let address = |text: &str| {
+            text.parse().map_err(|_| {
+                ConfigError(format!(
+                    "--admin {}: give an IP address and a port, like 127.0.0.1:8081, or 0.0.0.0:8081 to be \
+                     reached from other machines",
+                    text.escape_debug()
+                ))
+            })
+        };
+        given.map(address).transpose()
+    }
+}
+
+/// Which data folder the service uses.
+#[derive(Args)]
+pub struct FolderArgs {
+    /// Folder in which exports are stored until their results have expired
+    #[arg(long, env = "EXPORT_DATA_DIR", default_value = "./data", value_parser = Trimmed(PathBufValueParser::new()))]
+    pub data_dir: PathBuf,
+}
+
+/// The settings of `status`.
+#[derive(Args)]
+pub struct StatusArgs {
+    #[command(flatten)]
+    folder: FolderArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl StatusArgs {
+    /// The data folder of the service.
+    pub fn folder(&self) -> &Path {
+        &self.folder.data_dir
+    }
+}
+
+/// The settings of `link`.
+#[derive(Args)]
+pub struct LinkArgs {
+    #[command(flatten)]
+    folder: FolderArgs,
+    /// Make a token that can look at everything and change nothing
+    #[arg(long)]
+    pub read_only: bool,
+    /// Make a token for GET /metrics only, for Prometheus
+    #[arg(long)]
+    pub metrics: bool,
+    /// How long the token is good for, like 1h; without it, forever
+    #[arg(long, value_parser = humantime::parse_duration)]
+    pub expires: Option<Duration>,
+}
+
+impl LinkArgs {
+    /// The data folder of the service.
+    pub fn folder(&self) -> &Path {
+        &self.folder.data_dir
+    }
+}
+
 /// The settings of `serve`.
 #[derive(Args)]
 pub struct ServeArgs {
+    /// Check the settings, print those in force, and exit: with 0 if they can work, else 2
+    #[arg(long)]
+    pub check: bool,
     #[command(flatten)]
     listen: ListenArgs,
     #[command(flatten)]
@@ -318,9 +407,8 @@ pub struct ServeArgs {
         value_name = "ENDPOINT"
     )]
     arbiter: String,
-    /// Folder in which exports are stored until their results have expired
-    #[arg(long, env = "EXPORT_DATA_DIR", default_value = "./data", value_parser = Trimmed(PathBufValueParser::new()))]
-    data_dir: PathBuf,
+    #[command(flatten)]
+    folder: FolderArgs,
     /// Keep exports in memory only: all are lost when the service ends
     #[arg(long, env = "EXPORT_EPHEMERAL", value_parser = Trimmed(BoolishValueParser::new()))]
     ephemeral: bool,
@@ -375,6 +463,12 @@ pub struct ServeArgs {
     /// Largest response body that is kept, in bytes; the rest is cut off
     #[arg(long, env = "EXPORT_MAX_RESPONSE", default_value_t = 1024 * 1024, value_parser = Trimmed(str::parse::<usize>))]
     max_response: usize,
+    #[command(flatten)]
+    admin: AdminArgs,
+    /// Name by which the owner's port may be addressed, beside localhost, --name and IP addresses; several
+    /// with commas, or repeat the flag
+    #[arg(long, env = "EXPORT_ADMIN_HOST", value_name = "NAME")]
+    admin_host: Vec<String>,
     /// Format of log lines
     #[arg(long, env = "EXPORT_LOG_FORMAT", default_value = "text", value_parser = Trimmed(value_parser!(Format)))]
     log_format: Format,
@@ -442,14 +536,43 @@ pub struct SinkArgs {
 pub struct CheckArgs {
     /// URL to check
     pub url: String,
+    /// Token of an app: check whether it allows exports to the URL, too; the variable keeps it out of the
+    /// process list
+    #[arg(long, env = "EXPORT_TOKEN", hide_env_values = true, value_parser = Trimmed(StringValueParser::new()))]
+    pub token: Option<String>,
+    #[command(flatten)]
+    secret: SecretArgs,
     #[command(flatten)]
     pub(crate) destinations: DestinationArgs,
     /// Port of the service itself, which is never a destination
     #[arg(long, env = "DATABOX_LOCAL_PORT", default_value_t = 8080, value_parser = Trimmed(value_parser!(u16)))]
-    pub port: u16,
+    port: u16,
+    #[command(flatten)]
+    admin: AdminArgs,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+impl CheckArgs {
+    /// This service's name, and the root key of its tokens if a secret was given.
+    ///
+    /// # Errors
+    /// An empty secret.
+    pub fn issuer(&self) -> Result<(&str, Option<Key>), ConfigError> {
+        Ok((&self.secret.name, self.secret.key()?))
+    }
+
+    /// Which addresses the service may send to.
+    ///
+    /// # Errors
+    /// A network or an address that cannot be parsed.
+    pub fn rules(&self) -> Result<Rules, ConfigError> {
+        let admin = self.admin.address()?;
+        let ports = admin.map(|admin| admin.port());
+        let ports = ports.into_iter().chain([self.port]);
+        self.destinations.rules(ports.collect())
+    }
 }
 
 impl ServeArgs {
@@ -550,7 +673,18 @@ impl ServeArgs {
             ));
         }
         let level = i16::from(self.verbose) - i16::from(self.quiet);
-        let rules = self.destinations.rules(self.listen.port)?;
+        let rules = self.destinations.rules(vec![self.listen.port])?;
+        let admin = self.admin.address()?;
+        if admin.is_some() && self.ephemeral {
+            return Err(ConfigError(
+                "--admin needs a data folder, in which the key for the owner's tokens is kept: leave \
+                 --ephemeral out"
+                    .into(),
+            ));
+        }
+        let hosts = entries(&self.admin_host).map(admin_host);
+        let hosts = hosts.collect::<Result<Vec<_>, _>>()?;
+        let admin_hosts = Hosts::new(hosts, self.secret.name.clone());
         Ok(Config {
             address: self.listen.address(),
             secret: match self.secret.key()? {
@@ -561,7 +695,7 @@ impl ServeArgs {
             place: if self.ephemeral {
                 Place::Memory
             } else {
-                Place::Folder(self.data_dir)
+                Place::Folder(self.folder.data_dir)
             },
             threads: self.threads,
             connections: gate::Settings {
@@ -595,6 +729,8 @@ impl ServeArgs {
                 trust: self.destinations.trust()?,
                 signing_key,
             },
+            admin,
+            admin_hosts,
             log_format: self.log_format,
             log_level: match level {
                 ..=-2 => LevelFilter::Error,
@@ -654,6 +790,20 @@ impl ServeArgs {
                 path.display()
             ))
         })
+    }
+}
+
+/// A name for the owner's port, without a port of its own.
+fn admin_host(name: &str) -> Result<String, ConfigError> {
+    let is_name = name
+        .bytes()
+        .all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
+    match is_name {
+        true => Ok(name.trim_end_matches('.').to_owned()),
+        false => Err(ConfigError(format!(
+            "--admin-host {}: give a name alone, like box.lan, without scheme and port",
+            name.escape_debug()
+        ))),
     }
 }
 

@@ -69,6 +69,8 @@ pub struct StoredQueue {
     pub first: i64,
     /// If its last attempt failed: its backoff, and why as JSON.
     pub failing: Option<(Backoff, Option<Arc<RawValue>>)>,
+    /// When its last pause ended, in running time; 0 if it was never paused.
+    pub resumed_at: Millis,
 }
 
 /// The state of an export, as apps read it.

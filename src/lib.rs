@@ -23,7 +23,8 @@
 //! [`dial`] looks names up and connects, [`socket`] puts one deadline on everything that it does, [`memory`]
 //! is a shared budget of bytes, [`metrics`] counts what happens, [`backoff`] says how long to wait after
 //! failures, [`pem`] what is wrong with a certificate file, [`key_file`] keeps this box's own keys, and
-//! [`ledger`] is the vocabulary of what left it. Beside them are the [`tools`] for a person at the keyboard.
+//! [`ledger`] is the vocabulary of what left it. Beside them are the [`owner`]'s side, which shows what left
+//! the box, and the [`tools`] for a person at the keyboard.
 
 // A line printed in passing would bypass the log and its rules on what may be shown.
 #![warn(clippy::dbg_macro, clippy::print_stdout, clippy::print_stderr)]
@@ -52,4 +53,5 @@ pub mod server;
 pub mod socket;
 pub mod threads;
 pub mod tools;
+pub mod version;
 pub mod waits;

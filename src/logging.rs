@@ -235,9 +235,9 @@ impl Queue {
                 // Reported after the next lines that can be written. The unwritten line with the count
                 // is not itself a lost one.
                 rest => {
-                    let more = lines(rest) - usize::from(lost > 0);
+                    let more = lines(rest) - u64::from(lost > 0);
                     self.metrics.log_lines_lost.add(more);
-                    lost + more as u64
+                    lost + more
                 }
             };
             batch.clear();
@@ -285,8 +285,8 @@ fn write(out: &mut impl Write, bytes: &[u8]) -> usize {
     written
 }
 
-fn lines(bytes: &[u8]) -> usize {
-    bytes.iter().filter(|byte| **byte == b'\n').count()
+fn lines(bytes: &[u8]) -> u64 {
+    bytes.iter().filter(|byte| **byte == b'\n').count() as u64
 }
 
 /// The line that is written where others are missing.

@@ -2,13 +2,13 @@
 
 use std::env;
 use std::io::{self, Write};
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::{self, ExitCode};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 use crossbeam_channel::{Receiver, bounded};
 use export_service::auth::secret::Secret;
 use export_service::config::{Cli, Command, Config, SecretSource};
@@ -21,11 +21,13 @@ use export_service::gate::{Gate, Serve};
 use export_service::key_file::Key;
 use export_service::ledger::{self, LedgerKey};
 use export_service::metrics::Metrics;
+use export_service::owner::Owner;
 use export_service::routes::Policy;
 use export_service::server::{Server, Service};
-use export_service::tools::{check, healthcheck, sink, token};
+use export_service::tools::{check, healthcheck, link, settings, sink, status, token};
 use export_service::waits::Waits;
 use export_service::{arbiter, logging, threads};
+use parking_lot::Mutex;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -43,8 +45,12 @@ const EXIT_USAGE: u8 = 2;
 const EXIT_SIGNAL: i32 = 128;
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let mut usage = Cli::command();
+    let parsed = usage
+        .try_get_matches_from_mut(env::args_os())
+        .and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
+    let (cli, matches) = match parsed {
+        Ok(parsed) => parsed,
         Err(error) if error.use_stderr() => {
             logging::print(error.to_string());
             return ExitCode::from(EXIT_USAGE);
@@ -56,6 +62,18 @@ fn main() -> ExitCode {
         .command
         .unwrap_or_else(|| Command::Serve(Box::new(cli.serve)));
     let done = match command {
+        Command::Serve(arguments) if arguments.check => match arguments.check() {
+            Ok(config) => {
+                let (usage, matches) = match matches.subcommand() {
+                    Some((name, matches)) => (usage.find_subcommand(name), matches),
+                    None => (Some(&usage), &matches),
+                };
+                let settings = usage.map(|usage| settings::settings(usage, matches, &config));
+                let settings = settings.unwrap_or_default();
+                write!(io::stdout(), "{settings}").map_err(|error| error.to_string())
+            }
+            Err(error) => return fail(&error.to_string(), EXIT_USAGE),
+        },
         Command::Serve(arguments) => match arguments.check() {
             Ok(config) => serve(config),
             Err(error) => return fail(&error.to_string(), EXIT_USAGE),
@@ -76,6 +94,15 @@ fn main() -> ExitCode {
             Err(error) => return fail(&error, EXIT_USAGE),
         },
         Command::Healthcheck(arguments) => healthcheck::healthcheck(&arguments),
+        Command::Status(arguments) => match status::status(&arguments) {
+            Ok(true) => Ok(()),
+            Ok(false) => return ExitCode::FAILURE,
+            Err(error) => Err(error),
+        },
+        Command::Link(arguments) => match link::link(&arguments, SystemTime::now()) {
+            Ok(()) => Ok(()),
+            Err(error) => return fail(&error, EXIT_USAGE),
+        },
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -104,6 +131,8 @@ fn serve(mut config: Config) -> Result<(), String> {
         )
     })?;
     let address = listener.local_addr().map_err(|error| error.to_string())?;
+    let admin = config.admin.map(bind_admin).transpose()?;
+    let admin_address = admin.as_ref().map(|(_, address)| *address);
 
     let store = Store::open(&config.place).map_err(|error| error.to_string())?;
     let key = match config.place.folder() {
@@ -134,7 +163,8 @@ fn serve(mut config: Config) -> Result<(), String> {
         written.make_checkpoints(&checkpoints_stopping);
     });
     // With --port 0 the port is known only now.
-    config.attempts.rules.own_port = address.port();
+    let own_ports = [Some(address), admin_address].into_iter().flatten();
+    config.attempts.rules.own_ports = own_ports.map(|address| address.port()).collect();
     let client = Client::new(config.attempts);
     let worker_ended = worker::start(
         woken,
@@ -143,6 +173,17 @@ fn serve(mut config: Config) -> Result<(), String> {
         client,
         config.worker,
     );
+    let owner = Arc::new(Owner {
+        key: Owner::key(&config.place)?,
+        hosts: config.admin_hosts,
+        exports: exports.clone(),
+        secret: secret.clone(),
+        identity: config.connections.identity.clone(),
+        place: config.place.clone(),
+        max_store: config.limits.max_store,
+        port: admin_address,
+        logins: Mutex::default(),
+    });
     let waits = Arc::new(Waits::default());
     let service = Service {
         policy: Policy {
@@ -166,6 +207,11 @@ fn serve(mut config: Config) -> Result<(), String> {
         metrics,
     )
     .map_err(|error| format!("cannot serve on {address}: {error}"))?;
+    let owner_socket = owner.open_socket();
+    let owner_gate = match admin {
+        Some((listener, address)) => Some(open_admin(&owner, listener, address, scheme)?),
+        None => None,
+    };
     log::info!(address:% = address, scheme; "listening");
 
     // The thread that sends ends only with the process.
@@ -176,10 +222,18 @@ fn serve(mut config: Config) -> Result<(), String> {
     // First, so that no further attempt begins.
     drop(stop_worker);
     gate.close();
+    owner_gate.iter().for_each(Gate::close);
     // Parked polls are answered with the state of their exports.
     waits.hurry();
     // Requests that were begun are answered while the threads that do so still run.
-    gate.drain(stopping + LAST_ANSWERS);
+    let last_answer = stopping + LAST_ANSWERS;
+    gate.drain(last_answer);
+    owner_gate
+        .into_iter()
+        .for_each(|gate| gate.drain(last_answer));
+    owner_socket
+        .into_iter()
+        .for_each(|socket| socket.stop(last_answer));
     server.stop();
     // Nothing is ever sent: it is disconnected at the end of the last attempt.
     let _ = worker_ended.recv_deadline(last_attempt);
@@ -191,6 +245,37 @@ fn serve(mut config: Config) -> Result<(), String> {
     log::info!(unfinished = exports.unfinished(); "stopped");
     logging::flush();
     Ok(())
+}
+
+/// The listener of the owner's port, and where it listens.
+fn bind_admin(address: SocketAddr) -> Result<(TcpListener, SocketAddr), String> {
+    TcpListener::bind(address)
+        .and_then(|listener| listener.local_addr().map(|address| (listener, address)))
+        .map_err(|error| {
+            format!(
+                "cannot listen on {address} for the owner: {error}; choose another --admin, or stop what \
+                 uses it"
+            )
+        })
+}
+
+fn open_admin(
+    owner: &Arc<Owner>,
+    listener: TcpListener,
+    address: SocketAddr,
+    scheme: &str,
+) -> Result<Gate, String> {
+    let gate = owner
+        .open_port(listener)
+        .map_err(|error| format!("cannot serve the owner on {address}: {error}"))?;
+    log::info!(address:% = address, scheme; "listening for the owner");
+    if owner.is_exposed() {
+        log::warn!(
+            address:% = address;
+            "the owner's port is open to the network without TLS: give a certificate, or listen on 127.0.0.1"
+        );
+    }
+    Ok(gate)
 }
 
 /// The key for checking tokens, which is given or will come from the arbiter.

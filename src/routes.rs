@@ -75,6 +75,8 @@ pub struct Policy {
 pub enum Command {
     /// Say that the service is running.
     Status,
+    /// Say where the owner looks.
+    Ui,
     /// Accept a new export, and answer when it is finished or after this long.
     Submit(Submission, Duration),
     /// Show an export, and answer when it is finished or after this long.
@@ -92,7 +94,8 @@ pub fn command(
 ) -> Result<Command, Refusal> {
     let wait = match request.path() {
         "/status" if matches!(request.method, "GET" | "HEAD") => return Ok(Command::Status),
-        "/status" => return Err(Refusal::Method("GET, HEAD")),
+        "/ui" if matches!(request.method, "GET" | "HEAD") => return Ok(Command::Ui),
+        "/status" | "/ui" => return Err(Refusal::Method("GET, HEAD")),
         "/export" | "/lp/export" if request.method != "POST" => {
             return Err(Refusal::Method("POST"));
         }
@@ -132,8 +135,15 @@ fn token<'a>(request: &Request<'a>) -> Result<Cow<'a, str>, Denial> {
     if let Some(token) = request.api_key {
         return Ok(token.trim().into());
     }
-    let (scheme, credentials) = request
-        .authorization
+    credentials(request.authorization)
+}
+
+/// The token in an `Authorization` header: of Bearer, or the user name of Basic.
+///
+/// # Errors
+/// [`Denial::NoToken`], or [`Denial::Unreadable`] if it is not the base64 of text.
+pub fn credentials(authorization: Option<&str>) -> Result<Cow<'_, str>, Denial> {
+    let (scheme, credentials) = authorization
         .and_then(|value| value.trim().split_once(' '))
         .ok_or(Denial::NoToken)?;
     let credentials = credentials.trim();

@@ -181,6 +181,7 @@ impl Service {
         };
         match decided {
             Ok(Command::Status) => answerer.put(answer::status()),
+            Ok(Command::Ui) => answerer.put(answer::ui()),
             Ok(Command::Submit(submission, wait)) => {
                 self.exports
                     .submit(submission, received, received + wait, reply(answerer));

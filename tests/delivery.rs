@@ -973,7 +973,7 @@ fn a_name_that_changes_its_address_is_checked_again_and_only_checked_addresses_a
         max_response: 100,
         rules: Rules {
             allowed: vec!["127.0.0.2/32".parse().unwrap()],
-            own_port: 1,
+            own_ports: vec![1],
         },
         trust: Trust::new(None).unwrap(),
         signing_key: None,

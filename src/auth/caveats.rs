@@ -55,25 +55,14 @@ pub fn check(macaroon: &Macaroon, request: &Request<'_>, now: SystemTime) -> Res
         if let Some(name) = text.strip_prefix("target = ") {
             hold(name == request.target, Denial::Unmet(Need::Target))?;
             target = true;
-        } else if let Some(name) = text.strip_prefix("method = ") {
-            hold(
-                name.eq_ignore_ascii_case(request.method),
-                Denial::Unmet(Need::Method),
-            )?;
-            method = true;
-        } else if let Some(pattern) = text.strip_prefix("path = ") {
-            hold(
-                path_matches(pattern, request.path),
-                Denial::Unmet(Need::Path),
-            )?;
-            path = true;
         } else if let Some(url) = text.strip_prefix("destination = ") {
             destinations.push(url.to_owned());
-        } else if let Some(limit) = text.strip_prefix("time < ") {
-            let end = moment(limit).ok_or(Denial::UnreadableTime)?;
-            hold(since_epoch(now) < end, Denial::Expired)?;
         } else {
-            return Err(Denial::Unknown);
+            match general(text, request.method, request.path, now)? {
+                General::Method => method = true,
+                General::Path => path = true,
+                General::Time => {}
+            }
         }
     }
     hold(target, Denial::Missing(Need::Target))?;
@@ -84,6 +73,50 @@ pub fn check(macaroon: &Macaroon, request: &Request<'_>, now: SystemTime) -> Res
         owner: macaroon.identifier().to_vec(),
         destinations,
     })
+}
+
+/// Checks all caveats of a token of the box's owner. None is required, and none has to do with exports.
+///
+/// # Errors
+/// The first caveat that does not hold.
+pub fn check_owner(
+    macaroon: &Macaroon,
+    method: &str,
+    path: &str,
+    now: SystemTime,
+) -> Result<(), Denial> {
+    for caveat in macaroon.caveats() {
+        let text = str::from_utf8(caveat).map_err(|_| Denial::Unknown)?;
+        general(text, method, path, now)?;
+    }
+    Ok(())
+}
+
+/// The caveats that both kinds of tokens may have.
+enum General {
+    Method,
+    Path,
+    Time,
+}
+
+/// Which of them this is, if it holds.
+fn general(text: &str, method: &str, path: &str, now: SystemTime) -> Result<General, Denial> {
+    if let Some(name) = text.strip_prefix("method = ") {
+        hold(
+            name.eq_ignore_ascii_case(method),
+            Denial::Unmet(Need::Method),
+        )?;
+        Ok(General::Method)
+    } else if let Some(pattern) = text.strip_prefix("path = ") {
+        hold(path_matches(pattern, path), Denial::Unmet(Need::Path))?;
+        Ok(General::Path)
+    } else if let Some(limit) = text.strip_prefix("time < ") {
+        let end = moment(limit).ok_or(Denial::UnreadableTime)?;
+        hold(since_epoch(now) < end, Denial::Expired)?;
+        Ok(General::Time)
+    } else {
+        Err(Denial::Unknown)
+    }
 }
 
 fn hold(holds: bool, otherwise: Denial) -> Result<(), Denial> {

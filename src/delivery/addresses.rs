@@ -79,8 +79,8 @@ const fn v6([a, b, c]: [u16; 3], prefix: u8) -> Ipv6Net {
 pub struct Rules {
     /// Networks that are allowed even if they are private, also over plain HTTP.
     pub allowed: Vec<IpNet>,
-    /// The port this service listens on: no export may be a request to the service itself.
-    pub own_port: u16,
+    /// The ports this service listens on: no export may be a request to the service itself.
+    pub own_ports: Vec<u16>,
 }
 
 impl Rules {
@@ -96,7 +96,7 @@ impl Rules {
         is_own: impl Fn(IpAddr) -> bool,
     ) -> Result<(), Forbidden> {
         let ip = canonical(address.ip());
-        if address.port() == self.own_port && (ip.is_unspecified() || is_own(ip)) {
+        if self.own_ports.contains(&address.port()) && (ip.is_unspecified() || is_own(ip)) {
             return Err(Forbidden::Itself(address));
         }
         if self
@@ -240,7 +240,7 @@ mod tests {
         let ip: IpAddr = address.parse().unwrap();
         let rules = Rules {
             allowed,
-            own_port: 8080,
+            own_ports: vec![8080],
         };
         rules.judge(SocketAddr::new(ip, 443), encrypted, |_| false)
     }
@@ -360,7 +360,7 @@ mod tests {
     fn the_service_itself_is_never_a_destination() {
         let rules = Rules {
             allowed: vec!["0.0.0.0/0".parse().unwrap(), "::/0".parse().unwrap()],
-            own_port: 8080,
+            own_ports: vec![8081, 8080],
         };
         let own = |ip: IpAddr| ip == IpAddr::from([192, 168, 1, 2]) || ip.is_loopback();
         for address in [
@@ -370,6 +370,7 @@ mod tests {
             "[::1]:8080",
             "[::ffff:127.0.0.1]:8080",
             "[::]:8080",
+            "192.168.1.2:8081",
         ] {
             let address = address.parse().unwrap();
             assert_eq!(
@@ -382,7 +383,7 @@ mod tests {
             Ok(())
         );
         assert_eq!(
-            rules.judge("192.168.1.2:8081".parse().unwrap(), true, own),
+            rules.judge("192.168.1.2:8082".parse().unwrap(), true, own),
             Ok(())
         );
     }

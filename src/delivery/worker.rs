@@ -415,7 +415,7 @@ impl Lead {
         log_attempt(&export, bytes, took, &outcome, again.is_some());
         count_attempt(
             &workers.exports.metrics,
-            bytes,
+            &sent,
             took,
             &outcome,
             again.is_some(),
@@ -488,20 +488,18 @@ fn log_attempt(export: &Export, bytes: usize, took: Duration, outcome: &Outcome,
     }
 }
 
-fn count_attempt(metrics: &Metrics, bytes: usize, took: Duration, outcome: &Outcome, again: bool) {
-    metrics.attempt_duration.observe(took);
-    let (outcome, connected) = match outcome {
+fn count_attempt(metrics: &Metrics, sent: &Sent, took: Duration, outcome: &Outcome, again: bool) {
+    let outcome = match outcome {
         Outcome::Answered(answer) => {
             metrics.answer(answer.status);
-            metrics.received_bytes.add(answer.body.len());
-            (if again { "status" } else { "answered" }, true)
+            if again { "status" } else { "answered" }
         }
-        Outcome::Failed(failure) => (failure.kind.name(), failure.connected),
+        Outcome::Failed(failure) => failure.kind.name(),
     };
     metrics.attempts.count(outcome);
-    if connected {
-        metrics.sent_bytes.add(bytes);
-    }
+    metrics.attempt_duration.observe(took);
+    metrics.sent_bytes.add(sent.bytes_out);
+    metrics.received_bytes.add(sent.bytes_in);
 }
 
 /// Kind and message for an attempt that counts as failed.

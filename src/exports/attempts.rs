@@ -117,7 +117,7 @@ impl Exports {
     }
 
     /// Takes the next export of the queue whose turn it is, and marks it as being sent. None, which ends
-    /// the turn, if there turns out to be nothing to send. Blocks for a look-up, and while a damaged store
+    /// the turn, if there turns out to be nothing to send or the queue is held since. Blocks for a look-up, and while a damaged store
     /// is repaired.
     ///
     /// # Panics
@@ -135,7 +135,9 @@ impl Exports {
             found.attempts = again.attempts;
             found.first_moved_at = again.first_moved_at;
         }
-        queues.begin(turn, found.id, found.turn);
+        if !queues.begin(turn, found.id, found.turn) {
+            return None;
+        }
         match Destination::parse(&found.destination) {
             Ok(destination) => Some(taken(turn.queue, found, destination, now)),
             Err(bad) => {

@@ -7,6 +7,7 @@
 //!
 //! Not here: HTTP (`routes`, `server`), and how a payload reaches its destination (`delivery`).
 
+pub mod acts;
 pub mod attempts;
 mod checkpoint;
 mod clock;
@@ -34,6 +35,7 @@ use checkpoint::Checkpoint;
 use clock::Clock;
 use parked::Parked;
 use queues::{Progress, Queues};
+use store::acts::Pause;
 use store::{ExportUpdate, IdempotencyKey, LedgerLimits, NewExport, Reader, Report, Store, Stored};
 use writer::{Incoming, Writer};
 
@@ -41,6 +43,8 @@ use writer::{Incoming, Writer};
 const WAITING: usize = 1024;
 /// Bytes of payload that may wait for the writer.
 const WAITING_BYTES: usize = 16 * 1024 * 1024;
+/// Acts of the owner that may wait for the writer.
+const WAITING_ACTS: usize = 16;
 /// Reports that may wait for the writer before the worker has to wait too. A crash may cause this many
 /// exports to be sent again.
 const UNWRITTEN_REPORTS: usize = 256;
@@ -124,6 +128,10 @@ pub struct Exports {
     checkpoint: Option<Checkpoint>,
     /// To the writer, which repairs the store.
     damage: Sender<Damage>,
+    /// To the writer, which carries the owner's acts out.
+    acts: Sender<acts::Request>,
+    /// What the owner has paused. Only the writer changes it, after it is stored.
+    pauses: Mutex<Vec<Pause>>,
     /// How often the store has been repaired.
     repairs: AtomicUsize,
     ledger_key: LedgerKey,
@@ -161,11 +169,13 @@ impl Exports {
         let (accepts, incoming) = bounded(WAITING);
         let (reports, reported) = bounded(UNWRITTEN_REPORTS);
         let (damage, damaged) = bounded(UNWRITTEN_REPORTS);
+        let (acts, asked) = bounded(WAITING_ACTS);
         let (urge, awaited) = bounded(1);
         let (wake, woken) = bounded(1);
         let clock = Clock::new(store.running());
         store.limit_ledger(limits.ledger);
-        let queues = store.repaired(|store| read_queues(store, limits.give_up_after))?;
+        let (queues, pauses) =
+            store.repaired(|store| read_queues(store, limits.give_up_after, &ledger_key))?;
         let exports = Arc::new(Self {
             queues: Mutex::new(queues),
             parked: Arc::default(),
@@ -182,6 +192,8 @@ impl Exports {
                 .then(|| Checkpoint::new(&store))
                 .transpose()?,
             damage,
+            acts,
+            pauses: Mutex::new(pauses),
             repairs: AtomicUsize::new(0),
             ledger_key,
             metrics,
@@ -191,6 +203,7 @@ impl Exports {
             reports: reported,
             awaited,
             damage: damaged,
+            acts: asked,
         };
         let writer = Writer::new(exports.clone(), store, limits, incoming);
         Ok((exports, writer, woken))
@@ -356,7 +369,7 @@ impl Exports {
             } => {
                 let mut queues = self.queues.lock();
                 match resumes {
-                    true => queues.finished_and_resumed(queue, now),
+                    true => queues.finished_and_unblocked(queue, now),
                     false => queues.finished(queue, now),
                 }
                 drop(queues);
@@ -410,11 +423,17 @@ impl Exports {
     }
 }
 
-fn read_queues(store: &mut Store, give_up_after: Duration) -> Result<Queues, store::Error> {
+fn read_queues(
+    store: &mut Store,
+    give_up_after: Duration,
+    key: &LedgerKey,
+) -> Result<(Queues, Vec<Pause>), store::Error> {
     let mut queues = Queues::new(give_up_after);
     let now = store.running();
     store.queues(|id, found| queues.restore(id, found, now))?;
-    Ok(queues)
+    let pauses = store.pauses()?;
+    acts::running::pause_restored(&mut queues, store, key, &pauses, now)?;
+    Ok((queues, pauses))
 }
 
 fn fingerprint(destination: &Destination, payload: &[u8]) -> [u8; 32] {

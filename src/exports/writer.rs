@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, never, select};
 use serde_json::value::RawValue;
 
+use super::acts::Request;
+use super::acts::bulk::Bulk;
 use super::queues::Progress;
 use super::store::{self, Change, Effect, ExportUpdate, NewExport, Report, Store};
 use super::{Accept, Damage, Exports, Limits, UNWRITTEN_REPORTS};
@@ -48,12 +50,13 @@ pub(super) struct Incoming {
     /// Says that a client waits for a report that was just sent.
     pub awaited: Receiver<()>,
     pub damage: Receiver<Damage>,
+    pub acts: Receiver<Request>,
 }
 
 /// The thread's state.
 pub struct Writer {
-    exports: Arc<Exports>,
-    store: Store,
+    pub(super) exports: Arc<Exports>,
+    pub(super) store: Store,
     limits: Limits,
     incoming: Incoming,
     /// No repair is tried before this.
@@ -66,6 +69,10 @@ pub struct Writer {
     /// Whether the last commit found the disk full.
     disk_full: bool,
     size: Size,
+    /// An act of the owner that is to be begun.
+    act: Option<Request>,
+    /// One that is under way.
+    pub(super) bulk: Option<Bulk>,
 }
 
 /// The size of the store without the ledger, in bytes, as it was measured last, and all that was added since.
@@ -95,6 +102,8 @@ impl Writer {
             accepts: Vec::new(),
             reports: Vec::new(),
             disk_full: false,
+            act: None,
+            bulk: None,
         }
     }
 
@@ -121,6 +130,14 @@ impl Writer {
                     log::warn!(reason:% = error; "cannot empty the store's log");
                 }
                 return;
+            }
+            if let Some(act) = self.act.take() {
+                self.begin_act(act);
+                housekeeping.end_pauses_at = Instant::now();
+            }
+            self.continue_act();
+            if housekeeping.end_pauses_at <= Instant::now() {
+                housekeeping.end_pauses_at = Instant::now() + self.end_pauses().min(LONGEST_SLEEP);
             }
             if housekeeping.is_running_due() && self.exports.queues.lock().is_any_failing() {
                 self.save_running();
@@ -153,6 +170,8 @@ impl Writer {
         match corrected {
             Ok(()) => {
                 self.wrote();
+                self.reread_pauses();
+                housekeeping.end_pauses_at = Instant::now();
                 log::info!(ms = by; "the clock was set, and stored times with it");
             }
             Err(error) => {
@@ -219,7 +238,7 @@ impl Writer {
         }
     }
 
-    fn wrote(&self) {
+    pub(super) fn wrote(&self) {
         if let Some(checkpoint) = &self.exports.checkpoint {
             checkpoint.wrote(self.store.is_wal_long());
         }
@@ -252,8 +271,15 @@ impl Writer {
             // Those that could not be written come first.
             false => (&never(), RETRY),
         };
+        let timeout = timeout.min(self.until_next_step());
+        // They are carried out one after the other.
+        let acts = match self.bulk {
+            None => &self.incoming.acts,
+            Some(_) => &never(),
+        };
         select! {
             recv(self.incoming.accepts) -> accept => self.accepts.extend(accept),
+            recv(acts) -> act => self.act = act.ok(),
             recv(reported) -> report => {
                 self.reports.extend(report);
                 let parked = &self.exports.parked;
@@ -453,16 +479,23 @@ impl Writer {
                     "accepted"
                 );
                 exports.metrics.accepted.one();
-                exports.metrics.accepted_bytes.add(export.payload.len());
+                exports
+                    .metrics
+                    .accepted_bytes
+                    .add(export.payload.len() as u64);
                 let progress = Progress {
                     id,
                     attempts: 0,
                     first_moved_at: None,
                 };
+                let is_paused = exports.is_paused(&export.owner, &export.peer, &export.destination);
                 // Under one lock, so that the first answer is always Pending.
                 let mut queues = exports.queues.lock();
                 let now = exports.running();
                 queues.accepted(queue, export.running, now);
+                if is_paused {
+                    queues.pause(queue, now);
+                }
                 let held_up = queues.is_held_up(queue, 0, later(now, deadline));
                 let view = queues.view(queue, progress, None, now);
                 drop(queues);
@@ -527,6 +560,7 @@ struct Housekeeping {
     save_running_at: Instant,
     expire_ledger_at: Instant,
     complete_ledger_at: Instant,
+    end_pauses_at: Instant,
 }
 
 impl Housekeeping {
@@ -539,6 +573,7 @@ impl Housekeeping {
             // Later than the others: a clock that was wrong at the start has been set by then.
             expire_ledger_at: now + EXPIRE_LEDGER,
             complete_ledger_at: now + COMPLETE_LEDGER,
+            end_pauses_at: now,
         }
     }
 
@@ -555,6 +590,7 @@ impl Housekeeping {
     fn sleep(&self) -> Duration {
         let next = self.expire_at.min(self.save_running_at);
         let next = next.min(self.expire_ledger_at).min(self.complete_ledger_at);
+        let next = next.min(self.end_pauses_at);
         next.saturating_duration_since(Instant::now())
     }
 }

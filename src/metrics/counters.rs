@@ -20,8 +20,8 @@ impl Counter {
     }
 
     /// Adds this many.
-    pub fn add(&self, more: usize) {
-        self.0.fetch_add(more as u64, Relaxed);
+    pub fn add(&self, more: u64) {
+        self.0.fetch_add(more, Relaxed);
     }
 
     /// The count.
@@ -115,6 +115,6 @@ impl<const N: usize> Histogram<N> {
         let bucket = self.bounds.iter().position(|bound| micros <= *bound);
         let counts = bucket.and_then(|bucket| self.counts.get(bucket));
         counts.unwrap_or(&self.longer).one();
-        self.sum.0.fetch_add(micros, Relaxed);
+        self.sum.add(micros);
     }
 }

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use crate::export::Millis;
+use crate::version;
 use counters::{Counter, Family, Histogram, Level, OTHER};
 use text::Text;
 
@@ -276,8 +277,13 @@ impl Metrics {
 
     /// What is true now.
     fn render_state(&self, gauges: &Gauges, text: &mut Text) {
-        text.gauge("build_info: Always 1; the label says which release this is.")
-            .sample("version", env!("CARGO_PKG_VERSION"), 1.0);
+        let (number, commit) = (version::NUMBER, version::COMMIT);
+        text.gauge("build_info: Always 1; the labels say which program this is.")
+            .line(
+                "",
+                &format!("{{version=\"{number}\",commit=\"{commit}\"}}"),
+                1.0,
+            );
         text.gauge("pending: Exports without a result.")
             .value(gauges.pending as f64);
         text.gauge("pending_bytes: Bytes of the payloads of exports without a result.")
@@ -390,8 +396,11 @@ mod tests {
             assert_eq!(value(&text, &format!("export_service_{sample}")), 0.0);
         }
         assert!(!text.contains("\nexport_service_disk_free_bytes "));
-        let version = env!("CARGO_PKG_VERSION");
-        let build = format!("export_service_build_info{{version=\"{version}\"}}");
+        let build = format!(
+            "export_service_build_info{{version=\"{}\",commit=\"{}\"}}",
+            version::NUMBER,
+            version::COMMIT
+        );
         assert_eq!(value(&text, &build), 1.0);
     }
 

@@ -91,7 +91,8 @@ impl Text {
         self.line("_count", "", count);
     }
 
-    fn line(&mut self, suffix: &str, labels: &str, value: f64) -> &mut Self {
+    /// One sample, whose name has this suffix. The labels are written as they are.
+    pub fn line(&mut self, suffix: &str, labels: &str, value: f64) -> &mut Self {
         let (prefix, name) = (self.prefix, self.name);
         let _ = writeln!(self.text, "{prefix}{name}{suffix}{labels} {value}");
         self

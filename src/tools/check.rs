@@ -5,10 +5,11 @@
 use std::io::{self, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
 
+use crate::auth::{self, Denial, Key, Macaroon, Need};
 use crate::config::CheckArgs;
 use crate::delivery::addresses::Rules;
 use crate::delivery::attempt::{explain_look_up, refusal};
@@ -39,11 +40,16 @@ pub fn check(arguments: &CheckArgs) -> Result<bool, String> {
         .destinations
         .trust()
         .map_err(|error| error.to_string())?;
-    let rules = arguments
-        .destinations
-        .rules(arguments.port)
-        .map_err(|error| error.to_string())?;
-    let findings = follow(&arguments.url, &rules, &trust);
+    let rules = arguments.rules().map_err(|error| error.to_string())?;
+    let mut findings = follow(&arguments.url, &rules, &trust);
+    if let Some(token) = &arguments.token {
+        let (name, key) = arguments.issuer().map_err(|error| error.to_string())?;
+        let verdict = judge(token, key.as_ref(), name, &arguments.url, SystemTime::now());
+        let ok = verdict.is_ok();
+        let message = verdict.unwrap_or_else(|denial| denial.to_string());
+        let step = "token";
+        findings.insert(0, Finding { step, ok, message });
+    }
     let ok = findings.iter().all(|finding| finding.ok);
     print(&arguments.url, &findings, ok, arguments.json).map_err(|error| error.to_string())?;
     Ok(ok)
@@ -76,6 +82,46 @@ fn print(url: &str, findings: &[Finding], ok: bool, json: bool) -> io::Result<()
         )?;
     }
     Ok(())
+}
+
+/// Whether an app's token allows exports to this URL, and on which paths.
+fn judge(
+    token: &str,
+    key: Option<&Key>,
+    name: &str,
+    url: &str,
+    now: SystemTime,
+) -> Result<String, Denial> {
+    let macaroon = Macaroon::read(token)?;
+    if key.is_some_and(|key| !macaroon.is_signed_by(key)) {
+        return Err(Denial::Forged);
+    }
+    let allows = |path| {
+        let request = auth::Request {
+            target: name,
+            method: "POST",
+            path,
+        };
+        let grant = auth::caveats::check(&macaroon, &request, now)?;
+        match grant.allows(url) {
+            true => Ok(path),
+            false => Err(Denial::Unmet(Need::Destination)),
+        }
+    };
+    let paths = ["/lp/export", "/export"].map(allows);
+    let [first, _] = &paths;
+    let allowed: Vec<_> = paths.iter().flatten().copied().collect();
+    if let (Err(denial), true) = (first, allowed.is_empty()) {
+        return Err(*denial);
+    }
+    let paths = allowed.join(" and ");
+    let doubt = match key {
+        Some(_) => "",
+        None => "; its signature was not checked: give the secret with --secret or EXPORT_SECRET",
+    };
+    Ok(format!(
+        "it allows exports to this URL with POST {paths}{doubt}"
+    ))
 }
 
 /// Takes the steps in order, up to the first that fails.

@@ -31,19 +31,27 @@ pub fn token(arguments: &TokenArgs, now: SystemTime) -> Result<String, String> {
             arguments.path
         ));
     }
-    if arguments.expires.is_some_and(|expires| expires.is_zero()) {
-        return Err(
-            "--expires is 0, so nobody could use the token: give some time, like 1h".into(),
-        );
-    }
     if let Some(expires) = arguments.expires {
-        let end = now
-            .checked_add(expires)
-            .filter(|end| *end < UNIX_EPOCH + YEAR_9999);
-        let end = end.ok_or("--expires lies beyond the year 9999, which RFC 3339 cannot write")?;
-        caveats.push(format!("time < {}", humantime::format_rfc3339_seconds(end)));
+        caveats.push(expiry(expires, now)?);
     }
     Macaroon::mint(&key, &arguments.id, caveats)
         .to_v1()
         .ok_or_else(|| "the token would be too long: give a shorter --id or --path".into())
+}
+
+/// The caveat of a token that is good for this long, from `--expires`.
+///
+/// # Errors
+/// No time at all, or one that lies too far ahead.
+pub fn expiry(expires: Duration, now: SystemTime) -> Result<String, String> {
+    if expires.is_zero() {
+        return Err(
+            "--expires is 0, so nobody could use the token: give some time, like 1h".into(),
+        );
+    }
+    let end = now
+        .checked_add(expires)
+        .filter(|end| *end < UNIX_EPOCH + YEAR_9999);
+    let end = end.ok_or("--expires lies beyond the year 9999, which RFC 3339 cannot write")?;
+    Ok(format!("time < {}", humantime::format_rfc3339_seconds(end)))
 }

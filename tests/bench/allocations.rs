@@ -122,7 +122,7 @@ pub fn serve(arguments: &[&str]) {
     let _checkpoints = threads::spawn("checkpoints", move || {
         written.make_checkpoints(&checkpoints_stopping);
     });
-    config.attempts.rules.own_port = config.address.port();
+    config.attempts.rules.own_ports = vec![config.address.port()];
     let _ended = worker::start(
         woken,
         worker_stopping,

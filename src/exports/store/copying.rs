@@ -24,8 +24,8 @@ struct Layout {
     head: &'static str,
     /// The columns of [`Rest`]. Exports with the same position are in the order of the second one.
     rest: &'static str,
-    /// A query for owner, destination, failures, next attempt, failing since, last error, peer, and the
-    /// number if that stays the same.
+    /// A query for owner, destination, failures, next attempt, failing since, last error, peer, the
+    /// end of its last pause, and the number if that stays the same.
     queues: &'static str,
     /// The same from an index of the table, which is on other pages.
     queues_by_index: Option<&'static str>,
@@ -43,7 +43,7 @@ const FIRST: Layout = Layout {
     // Waits were stored by the wall clock, which may have been wrong at the time.
     queues: "SELECT owner, destination, failures,
             min(max(max(coalesce(next_attempt_at, 0)) - unixepoch() * 1000, 0), 3600000), 0,
-            last_error, '', NULL
+            last_error, '', 0, NULL
         FROM exports NOT INDEXED WHERE failures > 0 AND finished_at IS NULL
         GROUP BY owner, destination",
     queues_by_index: None,
@@ -54,7 +54,7 @@ const FIRST: Layout = Layout {
 const SECOND: Layout = Layout {
     rest: "coalesce(turn, seq), moved_at, accepted_at, running_at,
         attempts, first_moved_at, finished_at, idempotency_key, fingerprint, last_error, response, payload",
-    queues: "SELECT owner, destination, failures, next_attempt_at, failing_since, last_error, '', NULL
+    queues: "SELECT owner, destination, failures, next_attempt_at, failing_since, last_error, '', 0, NULL
         FROM queues",
     running: Some("SELECT millis FROM running"),
     ..FIRST
@@ -65,10 +65,10 @@ const THIRD: Layout = Layout {
     rest: "turn, NULL, accepted_at, running_at, attempts, first_moved_at, finished_at,
         idempotency_key, fingerprint, last_error, response, payload",
     queues:
-        "SELECT owner, destination, failures, next_attempt_at, failing_since, last_error, '', id
+        "SELECT owner, destination, failures, next_attempt_at, failing_since, last_error, '', 0, id
         FROM queues",
     queues_by_index: Some(
-        "SELECT owner, destination, 0, 0, 0, NULL, '', id FROM queues
+        "SELECT owner, destination, 0, 0, 0, NULL, '', 0, id FROM queues
             INDEXED BY sqlite_autoindex_queues_1",
     ),
     running: SECOND.running,
@@ -76,11 +76,11 @@ const THIRD: Layout = Layout {
 };
 
 const CURRENT: Layout = Layout {
-    queues:
-        "SELECT owner, destination, failures, next_attempt_at, failing_since, last_error, peer, id
+    queues: "SELECT owner, destination, failures, next_attempt_at, failing_since, last_error, peer,
+            resumed_at, id
         FROM queues",
     queues_by_index: Some(
-        "SELECT owner, destination, 0, 0, 0, NULL, peer, id FROM queues
+        "SELECT owner, destination, 0, 0, 0, NULL, peer, 0, id FROM queues
             INDEXED BY sqlite_autoindex_queues_1",
     ),
     ..THIRD
@@ -241,7 +241,8 @@ impl Copying<'_> {
                 .to
                 .prepare_cached(
                     "INSERT OR IGNORE INTO queues (owner, destination, failures, next_attempt_at,
-                         failing_since, last_error, peer, id) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                         failing_since, last_error, peer, resumed_at, id)
+                     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 )?
                 .execute(params![
                     row.get::<_, Vec<u8>>(0)?,
@@ -251,7 +252,8 @@ impl Copying<'_> {
                     row.get::<_, i64>(4)?,
                     error,
                     row.get::<_, String>(6)?,
-                    row.get::<_, Option<QueueId>>(7)?
+                    row.get::<_, i64>(7)?,
+                    row.get::<_, Option<QueueId>>(8)?
                 ])?;
             if inserted > 0 {
                 self.queues.insert(self.to.last_insert_rowid(), 0);

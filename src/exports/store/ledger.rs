@@ -637,7 +637,7 @@ impl Store {
         self.connection.execute_batch(sql).unwrap();
     }
 
-    fn change_ledger(
+    pub(super) fn change_ledger(
         &mut self,
         change: impl FnOnce(&mut Appending, &Transaction<'_>, &mut Ledger) -> Result<(), Error>,
     ) -> Result<(), Error> {

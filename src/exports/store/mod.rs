@@ -7,6 +7,7 @@
 //!
 //! Not here: which thread writes when, and what memory holds (`exports`).
 
+pub mod acts;
 mod copying;
 pub mod evidence;
 pub mod flows;

@@ -180,11 +180,12 @@ impl Store {
     /// The store cannot be read, or holds a row that no version of this program wrote.
     pub fn queues(&mut self, mut each: impl FnMut(QueueId, StoredQueue)) -> Result<(), Error> {
         let mut statement = self.connection.prepare(
-            "SELECT queue, exports, first, last, failures, next_attempt_at, failing_since, last_error
+            "SELECT queue, exports, first, last, failures, next_attempt_at, failing_since, last_error,
+                 resumed_at
              FROM (SELECT queue, count(*) AS exports, min(turn) AS first, max(turn) AS last
                    FROM exports WHERE finished_at IS NULL GROUP BY queue)
-             LEFT JOIN (SELECT id, failures, next_attempt_at, failing_since, last_error FROM queues)
-                 ON id = queue",
+             LEFT JOIN (SELECT id, failures, next_attempt_at, failing_since, last_error, resumed_at
+                        FROM queues) ON id = queue",
         )?;
         let mut rows = statement.query([])?;
         while let Some(row) = rows.next()? {
@@ -199,6 +200,7 @@ impl Store {
                 exports: usize::try_from(row.get::<_, i64>(1)?).unwrap_or(0),
                 first: row.get(2)?,
                 failing: (backoff.failures > 0).then_some((backoff, error)),
+                resumed_at: row.get(8)?,
             };
             let last = row.get(3)?;
             if found.first < 0 || last > schema::LAST_TURN {

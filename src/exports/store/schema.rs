@@ -20,6 +20,7 @@ pub const LAST_TURN: i64 = i64::MAX / 2;
 /// `queues` has every queue that an export belongs to, finished or not. `exports` counts these. `failures`
 /// counts the attempts that failed since the last success, and `last_error` is why the last one did. `peer` is
 /// the client's IP address if the owner is empty, as on a Databox, so that each app has its own queue.
+/// `resumed_at` is when its last pause ended: failures before that no longer count.
 ///
 /// `exports.turn` is the order of delivery in a queue. `response` is null until an export is finished, and
 /// `payload` is null from then on. `last_error` is the export's own. `first_moved_at` is when it was first
@@ -32,8 +33,8 @@ pub const LAST_TURN: i64 = i64::MAX / 2;
 ///
 /// `ledger` has a row for each attempt and each act of the owner: see [`crate::ledger`]. Its columns but the
 /// hashes are null once it was pruned or forgotten. `day_sums` adds attempts up by UTC day, and says how many
-/// rows of that day the ledger holds. The times of both, of `pauses` and of `destinations` are Unix
-/// milliseconds by the wall clock, and are not corrected when that is set: what was written is not changed.
+/// rows of that day the ledger holds. The times of both and of `destinations` are Unix milliseconds by the
+/// wall clock, and are not corrected when that is set: what was written is not changed. Those of `pauses` are.
 ///
 /// `overview` is for people with sqlite3.
 const TABLES: &str = "
@@ -47,6 +48,7 @@ const TABLES: &str = "
         failing_since   INTEGER NOT NULL DEFAULT 0,
         last_error      TEXT,
         peer            TEXT NOT NULL DEFAULT '',
+        resumed_at      INTEGER NOT NULL DEFAULT 0,
         UNIQUE (owner, destination, peer)
     ) STRICT;
     CREATE TABLE exports (

@@ -150,7 +150,7 @@ impl Store {
     }
 
     /// Notes that the wall clock was set forward by this many milliseconds, or back if negative: moves the
-    /// times stored since the process started, and those to come. Results that now lie in the future
+    /// times of exports and pauses stored since the process started, and those to come. Results that now lie in the future
     /// count as finished now, or they would expire too late. `started` and `now` are as the process counts
     /// them.
     ///
@@ -169,6 +169,10 @@ impl Store {
         transaction.execute(
             "UPDATE exports SET finished_at = :now WHERE finished_at > :now",
             [to.saturating_add(by)],
+        )?;
+        transaction.execute(
+            "UPDATE pauses SET since = since + ?3, until = until + ?3 WHERE since BETWEEN ?1 AND ?2",
+            [from, to, by],
         )?;
         transaction.commit()?;
         self.clock_offset += by;
@@ -240,17 +244,26 @@ fn expire_step(transaction: &Transaction<'_>, limit: i64) -> Result<usize, Error
             Ok((row.get(0)?, row.get(1)?))
         })?
         .collect::<Result<Vec<(i64, QueueId)>, _>>()?;
+    delete(transaction, &expired)?;
+    Ok(expired.len())
+}
+
+/// Deletes finished exports by row and queue, and queues that have none left.
+pub(super) fn delete(
+    transaction: &Transaction<'_>,
+    exports: &[(i64, QueueId)],
+) -> Result<(), Error> {
     let mut delete = transaction.prepare_cached("DELETE FROM exports WHERE seq = ?")?;
     let mut count =
         transaction.prepare_cached("UPDATE queues SET exports = exports - 1 WHERE id = ?")?;
     let mut forget =
         transaction.prepare_cached("DELETE FROM queues WHERE id = ? AND exports <= 0")?;
-    for (seq, queue) in &expired {
+    for (seq, queue) in exports {
         delete.execute([seq])?;
         count.execute([queue])?;
         forget.execute([queue])?;
     }
-    Ok(expired.len())
+    Ok(())
 }
 
 /// A transaction that changes are written to.
@@ -410,7 +423,10 @@ where
     }
 }
 
-fn save_running(connection: &Connection, running: Millis) -> Result<(), rusqlite::Error> {
+pub(super) fn save_running(
+    connection: &Connection,
+    running: Millis,
+) -> Result<(), rusqlite::Error> {
     connection
         .prepare_cached("UPDATE running SET millis = ?")?
         .execute([running])?;

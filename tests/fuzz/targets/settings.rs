@@ -13,7 +13,7 @@ use export_service::arbiter::curve::Endpoint;
 use export_service::config::{Cli, Config};
 use tempfile::TempDir;
 
-const FLAGS: [&str; 20] = [
+const FLAGS: [&str; 22] = [
     "allow-network",
     "retry-on",
     "retention",
@@ -34,6 +34,8 @@ const FLAGS: [&str; 20] = [
     "max-relieved",
     "max-response",
     "log-format",
+    "admin",
+    "admin-host",
 ];
 const SECRET: &str = "a-secret-that-must-not-be-shown";
 

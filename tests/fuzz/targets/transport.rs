@@ -85,7 +85,7 @@ static PEER: LazyLock<Peer> = LazyLock::new(|| {
         max_response: MOST_BODY,
         rules: Rules {
             allowed: vec!["127.0.0.0/8".parse().expect("a network")],
-            own_port: 1,
+            own_ports: vec![1],
         },
         trust: Trust::new(None).expect("the usual roots"),
         signing_key: None,

@@ -1,0 +1,139 @@
+//! From a request of the owner to its answer: which paths there are, and what is checked before each.
+//!
+//! Not here: the checks themselves ([`super::access`]), and what the answers hold ([`super::api`]).
+
+use std::borrow::Cow;
+use std::time::{Instant, SystemTime};
+
+use serde_json::json;
+
+use super::access::{self, HEADERS, Origin, Refused};
+use super::{Client, Owner, api};
+use crate::answer::Response;
+use crate::gate::framing::Request;
+use crate::logging;
+use crate::metrics;
+
+/// What the owner's token must be in, for a browser's dialog.
+const CHALLENGE: &str =
+    "Basic realm=\"export-service link prints the user name\", charset=\"UTF-8\"";
+/// How soon a client may try to log in again, in seconds.
+const RETRY_AFTER: &str = "60";
+
+/// Serves one request. Blocks for reading the store, and for an act until it is committed.
+pub fn serve(
+    owner: &Owner,
+    request: &Request,
+    client: Client,
+    now: SystemTime,
+    monotonic: Instant,
+) -> Response {
+    let mut response = answer(owner, request, client, now, monotonic).unwrap_or_else(|refused| {
+        if let Client::Remote(address) = client {
+            let (method, target) = (request.method(), request.target());
+            logging::refused(method, target, refused.status(), &refused, address);
+        }
+        refusal(&refused)
+    });
+    for (name, value) in HEADERS {
+        if response.headers.iter().all(|(own, _)| *own != name) {
+            response.headers.push((name, value.into()));
+        }
+    }
+    response
+}
+
+fn answer(
+    owner: &Owner,
+    request: &Request,
+    client: Client,
+    now: SystemTime,
+    monotonic: Instant,
+) -> Result<Response, Refused> {
+    let (method, path) = (request.method(), request.path());
+    if let Client::Remote(address) = client {
+        owner.hosts.check(request.header("Host"))?;
+        if !is_open(path) {
+            let authorization = request.header("Authorization");
+            let checked = access::authorize(authorization, &owner.key, (method, path), now);
+            if let Err(refused @ Refused::Token(_)) = checked {
+                let client = address.ip().to_canonical();
+                let may_try = owner.logins.lock().fail(client, monotonic);
+                return Err(if may_try {
+                    refused
+                } else {
+                    Refused::TooManyLogins
+                });
+            }
+            checked?;
+        }
+        if method == "POST" {
+            access::check_act(&Origin {
+                host: request.header("Host"),
+                origin: request.header("Origin"),
+                site: request.header("Sec-Fetch-Site"),
+                content_type: request.header("Content-Type"),
+            })?;
+        }
+    }
+    let reads = || match method {
+        "GET" | "HEAD" => Ok(()),
+        _ => Err(Refused::Method("GET, HEAD")),
+    };
+    match path {
+        "/livez" => reads().map(|()| word(200, "alive")),
+        "/readyz" => reads().map(|()| match owner.secret.key() {
+            Ok(_) => word(200, "ready"),
+            Err(_) => word(503, "waiting"),
+        }),
+        "/metrics" => reads().map(|()| Response {
+            headers: vec![("Content-Type", metrics::CONTENT_TYPE.into())],
+            ..text(200, api::metrics(owner))
+        }),
+        "/api/status" => reads().map(|()| json_of(200, &api::status(owner, now))),
+        _ => Err(Refused::NoSuchPath),
+    }
+}
+
+/// Whether a path needs no token: for load balancers and container engines, which tell nobody anything.
+fn is_open(path: &str) -> bool {
+    matches!(path, "/livez" | "/readyz")
+}
+
+fn word(status: u16, word: &str) -> Response {
+    text(status, format!("{word}\n"))
+}
+
+fn text(status: u16, body: String) -> Response {
+    Response {
+        status,
+        headers: vec![("Content-Type", "text/plain; charset=utf-8".into())],
+        body,
+        refused: None,
+    }
+}
+
+fn json_of(status: u16, body: &serde_json::Value) -> Response {
+    Response {
+        status,
+        headers: vec![("Content-Type", "application/json".into())],
+        body: format!("{body}\n"),
+        refused: None,
+    }
+}
+
+fn refusal(refused: &Refused) -> Response {
+    let (status, code) = refused.status();
+    let message = refused.to_string();
+    let body = json!({ "error": { "code": code, "message": message } });
+    let mut response = json_of(status, &body);
+    let header = match refused {
+        Refused::NoToken | Refused::Token(_) => Some(("WWW-Authenticate", CHALLENGE)),
+        Refused::Method(allow) => Some(("Allow", *allow)),
+        Refused::TooManyLogins => Some(("Retry-After", RETRY_AFTER)),
+        _ => None,
+    };
+    let header = header.map(|(name, value)| (name, Cow::Borrowed(value)));
+    response.headers.extend(header);
+    response
+}
