@@ -181,6 +181,7 @@ fn serve(mut config: Config) -> Result<(), String> {
         identity: config.connections.identity.clone(),
         place: config.place.clone(),
         max_store: config.limits.max_store,
+        apps: address,
         port: admin_address,
         logins: Mutex::default(),
     });

@@ -8,7 +8,7 @@ use std::time::{Instant, SystemTime};
 use serde_json::json;
 
 use super::access::{self, HEADERS, Origin, Refused};
-use super::{Client, Owner, api};
+use super::{Client, Owner, api, reading};
 use crate::answer::Response;
 use crate::gate::framing::Request;
 use crate::logging;
@@ -81,6 +81,7 @@ fn answer(
         _ => Err(Refused::Method("GET, HEAD")),
     };
     match path {
+        "/" => reads().map(|()| reading::page(owner, request, now)),
         "/livez" => reads().map(|()| word(200, "alive")),
         "/readyz" => reads().map(|()| match owner.secret.key() {
             Ok(_) => word(200, "ready"),

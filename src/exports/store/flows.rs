@@ -71,7 +71,98 @@ pub struct Refusals {
     pub last_at: i64,
 }
 
+/// What was done in a day, or on the mean of some days.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Day {
+    /// How much was sent.
+    pub amount: Amount,
+    /// Exports that were tried for the first time.
+    pub exports: u64,
+    /// Destinations to which something was sent.
+    pub destinations: u64,
+    /// Requests that were refused.
+    pub refused: u64,
+}
+
 impl Evidence {
+    /// The sums of this UTC day, and the mean of so many days before it, as far as there are any.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn day_and_usual(&self, today: i64, days: i64) -> Result<(Day, Day), Error> {
+        let first: Option<i64> =
+            value(&self.connection, "SELECT min(day) FROM day_sums", [])?.flatten();
+        let since = first.unwrap_or(today).clamp(today - days, today);
+        Ok((
+            self.mean(today, today + 1)?,
+            match today - since {
+                0 => Day::default(),
+                _ => self.mean(since, today)?,
+            },
+        ))
+    }
+
+    /// The mean of the days from `since` to before `until`.
+    fn mean(&self, since: i64, until: i64) -> Result<Day, Error> {
+        let mut statement = self.connection.prepare_cached(
+            "SELECT sum(delivered), sum(failed), sum(bytes_out), sum(exports), sum(destinations)
+             FROM (SELECT sum(delivered) AS delivered, sum(failed) AS failed, sum(bytes_out) AS bytes_out,
+                     sum(exports) AS exports,
+                     count(DISTINCT destination) FILTER (WHERE attempts > 0) AS destinations
+                 FROM day_sums WHERE day >= ? AND day < ? GROUP BY day)",
+        )?;
+        let days = (until - since).unsigned_abs().max(1);
+        let mean = |sum: Option<i64>| {
+            let sum = sum.unwrap_or(0).unsigned_abs();
+            sum.saturating_add(days / 2) / days
+        };
+        let mut day = statement.query_row([since, until], |row| {
+            Ok(Day {
+                amount: Amount {
+                    delivered: mean(row.get(0)?),
+                    failed: mean(row.get(1)?),
+                    bytes_out: mean(row.get(2)?),
+                },
+                exports: mean(row.get(3)?),
+                destinations: mean(row.get(4)?),
+                refused: 0,
+            })
+        })?;
+        let refused = "SELECT sum(coalesce(attempt, 1)) FROM ledger WHERE event = 'refused' AND at >= ? AND at < ?";
+        day.refused = mean(value(&self.connection, refused, [since * DAY, until * DAY])?.flatten());
+        Ok(day)
+    }
+
+    /// How many rows there are, without those whose body is gone, and how many bytes they take.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn size(&self) -> Result<(u64, u64), Error> {
+        let mut statement = self
+            .connection
+            .prepare_cached("SELECT sum(rows), sum(row_bytes) FROM day_sums")?;
+        Ok(statement.query_row([], |row| {
+            let count = |at| Ok::<_, rusqlite::Error>(row.get::<_, Option<i64>>(at)?.unwrap_or(0));
+            Ok((count(0)?.unsigned_abs(), count(1)?.unsigned_abs()))
+        })?)
+    }
+
+    /// The destinations since this UTC day that the owner has not said to know, at most `limit`.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn new_destinations(&self, since: i64, limit: usize) -> Result<Vec<String>, Error> {
+        let mut statement = self.connection.prepare_cached(
+            "SELECT DISTINCT destination FROM day_sums
+             WHERE day >= ? AND attempts + delivered + failed > 0
+                 AND destination NOT IN (SELECT name FROM destinations WHERE seen_at IS NOT NULL)
+             ORDER BY 1 LIMIT ?",
+        )?;
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+        let names = statement.query_map([since, limit], |row| row.get(0))?;
+        Ok(names.collect::<Result<_, _>>()?)
+    }
+
     /// The `limit` largest flows from this UTC day to today, and how many there are.
     ///
     /// # Errors
@@ -292,6 +383,25 @@ mod tests {
         );
         let (largest, total) = evidence.flows(TODAY - 29, TODAY, 1).unwrap();
         assert_eq!((largest.len(), total), (1, 2));
+    }
+
+    #[test]
+    fn a_usual_day_is_the_mean_of_the_days_that_there_were() {
+        let now = TODAY * DAY;
+        let (_store, evidence) = evidence(&[
+            attempt("app", "a #0001", now - 4 * DAY, 10),
+            attempt("app", "a #0001", now - 2 * DAY, 20),
+            attempt("app", "b #0002", now - 2 * DAY, 10),
+            attempt("app", "b #0002", now, 7),
+        ]);
+        let (today, usual) = evidence.day_and_usual(TODAY, 30).unwrap();
+        assert_eq!((today.amount.bytes_out, today.destinations), (7, 1));
+        assert_eq!((usual.amount.bytes_out, usual.destinations), (10, 1));
+        assert_eq!(
+            evidence.day_and_usual(TODAY - 4, 30).unwrap().1,
+            Day::default()
+        );
+        assert_eq!(evidence.size().unwrap().0, 4);
     }
 
     #[test]

@@ -355,10 +355,12 @@ pub fn health(out: &mut String, view: &View<'_>) {
     }
     put!(
         out,
-        ", of that the ledger {} of {}",
-        Bytes(status.store.ledger_bytes),
-        Bytes(status.store.ledger_limit)
+        ", of that the ledger {}",
+        Bytes(status.store.ledger_bytes)
     );
+    if status.store.ledger_limit > 0 {
+        put!(out, " of {}", Bytes(status.store.ledger_limit));
+    }
     put!(out, "</dd></div><div><dt>Disk</dt><dd>");
     match status.disk_free {
         Some(free) => put!(out, "{} free", Bytes(free)),
