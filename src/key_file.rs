@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -23,21 +23,47 @@ impl Key {
     /// # Errors
     /// The file cannot be read or written, or holds something else. The text says what to do.
     pub fn in_file(path: &Path) -> Result<Self, String> {
-        let fault = |what: &str| format!("the key file {} {what}", path.display());
-        match fs::read(path) {
-            Ok(bytes) => bytes.try_into().map(Self).map_err(|_| {
-                fault("is not what this service wrote: put a copy of it back, or remove it to have a new key")
-            }),
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                let key = Self::random()?;
-                key.write(path)
-                    .map_err(|error| fault(&format!("cannot be written: {error}")))?;
-                Ok(key)
-            }
-            Err(error) => Err(fault(&format!(
-                "cannot be read: {error}; see that this user owns it"
-            ))),
+        if let Some(key) = Self::read(path)? {
+            return Ok(key);
         }
+        let key = Self::random()?;
+        key.write(path).map_err(|error| {
+            format!(
+                "cannot write {}: {error}; make it a file that this user can write",
+                path.display()
+            )
+        })?;
+        Ok(key)
+    }
+
+    /// The key in this file. None if there is no such file.
+    ///
+    /// # Errors
+    /// The file cannot be read, or holds something else. The text says what to do.
+    pub fn read(path: &Path) -> Result<Option<Self>, String> {
+        let mut content = Vec::new();
+        let read = File::open(path).and_then(|file| {
+            // One byte more shows that a file is too long.
+            file.take(BYTES as u64 + 1).read_to_end(&mut content)
+        });
+        match read {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => {
+                return Err(format!(
+                    "cannot read {}: {error}; make it a file that this user can read",
+                    path.display()
+                ));
+            }
+            Ok(_) => {}
+        }
+        let key = content.try_into().map_err(|_| {
+            format!(
+                "{} is not a key, which has {BYTES} bytes: put a copy of it back, or remove it to get a new \
+                 one at the next start",
+                path.display()
+            )
+        })?;
+        Ok(Some(Self(key)))
     }
 
     /// A new key, for when there is no folder.
@@ -108,15 +134,15 @@ mod tests {
     }
 
     #[test]
-    fn a_file_with_anything_else_is_refused_and_left_alone() {
+    fn a_file_that_is_no_key_is_named_and_never_replaced() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("own.key");
-        fs::write(&path, "short").unwrap();
-        let error = Key::in_file(&path).unwrap_err();
-        assert!(
-            error.contains("own.key") && !error.contains("short"),
-            "{error}"
-        );
-        assert_eq!(fs::read(&path).unwrap(), b"short");
+        assert!(Key::read(&path).unwrap().is_none());
+        for content in [&b""[..], &[7; 31], &[7; 33]] {
+            fs::write(&path, content).unwrap();
+            let error = Key::in_file(&path).unwrap_err();
+            assert!(error.contains("own.key is not a key"), "{error}");
+            assert_eq!(fs::read(&path).unwrap(), content);
+        }
     }
 }
