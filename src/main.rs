@@ -24,7 +24,7 @@ use export_service::metrics::Metrics;
 use export_service::owner::Owner;
 use export_service::routes::Policy;
 use export_service::server::{Server, Service};
-use export_service::tools::{check, healthcheck, link, settings, sink, status, token};
+use export_service::tools::{acts, check, healthcheck, link, settings, sink, status, token};
 use export_service::waits::Waits;
 use export_service::{arbiter, logging, threads};
 use parking_lot::Mutex;
@@ -99,6 +99,14 @@ fn main() -> ExitCode {
             Ok(false) => return ExitCode::FAILURE,
             Err(error) => Err(error),
         },
+        Command::Pause(arguments) => return acted(acts::pause(&arguments)),
+        Command::Resume(arguments) => return acted(acts::resume(&arguments)),
+        Command::Retry(arguments) => return acted(acts::retry(&arguments)),
+        Command::Cancel(arguments) => return acted(acts::cancel(&arguments)),
+        Command::Forget(arguments) => return acted(acts::forget(&arguments)),
+        Command::Label(arguments) => return acted(acts::label(&arguments)),
+        Command::Seen(arguments) => return acted(acts::seen(&arguments)),
+        Command::Show(arguments) => return acted(acts::show(&arguments)),
         Command::Link(arguments) => match link::link(&arguments, SystemTime::now()) {
             Ok(()) => Ok(()),
             Err(error) => return fail(&error, EXIT_USAGE),
@@ -107,6 +115,14 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error, 1),
+    }
+}
+
+fn acted(done: Result<(), acts::Failed>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(acts::Failed::Refused(why)) => fail(&why, 1),
+        Err(acts::Failed::Usage(why)) => fail(&why, EXIT_USAGE),
     }
 }
 

@@ -5,11 +5,13 @@
 use std::borrow::Cow;
 use std::time::{Instant, SystemTime};
 
+use serde::Serialize;
 use serde_json::json;
 
 use super::access::{self, HEADERS, Origin, Refused};
 use super::{Client, Owner, api, reading};
 use crate::answer::Response;
+use crate::exports::acts::Act;
 use crate::gate::framing::Request;
 use crate::logging;
 use crate::metrics;
@@ -92,8 +94,29 @@ fn answer(
             ..text(200, api::metrics(owner))
         }),
         "/api/status" => reads().map(|()| json_of(200, &api::status(owner, now))),
-        _ => Err(Refused::NoSuchPath),
+        path => match path.strip_prefix("/api/") {
+            Some(name) if Act::NAMES.contains(&name) => match method {
+                "POST" => Ok(act(owner, name, request.body())),
+                _ => Err(Refused::Method("POST")),
+            },
+            _ => Err(Refused::NoSuchPath),
+        },
     }
+}
+
+/// Carries an act out. Blocks until it is committed.
+fn act(owner: &Owner, name: &str, body: &[u8]) -> Response {
+    match Act::read(name, body).and_then(|act| owner.exports.act(act)) {
+        Ok(acted) => json_of(200, &acted),
+        Err(error) => {
+            let (status, code) = error.status();
+            json_of(status, &error_body(code, &error.to_string()))
+        }
+    }
+}
+
+fn error_body(code: &str, message: &str) -> serde_json::Value {
+    json!({ "error": { "code": code, "message": message } })
 }
 
 /// Whether a path needs no token: for load balancers and container engines, which tell nobody anything.
@@ -114,7 +137,9 @@ fn text(status: u16, body: String) -> Response {
     }
 }
 
-fn json_of(status: u16, body: &serde_json::Value) -> Response {
+fn json_of(status: u16, body: &impl Serialize) -> Response {
+    // Structs of strings and numbers always serialise.
+    let body = serde_json::to_string(body).unwrap_or_default();
     Response {
         status,
         headers: vec![("Content-Type", "application/json".into())],
@@ -125,9 +150,7 @@ fn json_of(status: u16, body: &serde_json::Value) -> Response {
 
 fn refusal(refused: &Refused) -> Response {
     let (status, code) = refused.status();
-    let message = refused.to_string();
-    let body = json!({ "error": { "code": code, "message": message } });
-    let mut response = json_of(status, &body);
+    let mut response = json_of(status, &error_body(code, &refused.to_string()));
     let header = match refused {
         Refused::NoToken | Refused::Token(_) => Some(("WWW-Authenticate", CHALLENGE)),
         Refused::Method(allow) => Some(("Allow", *allow)),
