@@ -185,6 +185,8 @@ pub struct Response {
     pub headers: Vec<(&'static str, Cow<'static, str>)>,
     /// The whole body.
     pub body: String,
+    /// The code of the error, if it is one.
+    pub refused: Option<&'static str>,
 }
 
 /// The answer to `GET /status`.
@@ -193,6 +195,7 @@ pub fn status() -> Response {
         status: 200,
         headers: vec![("Content-Type", "text/plain; charset=utf-8".into())],
         body: "active".into(),
+        refused: None,
     }
 }
 
@@ -210,6 +213,7 @@ pub fn ui() -> Response {
             ("X-Content-Type-Options", text("nosniff")),
         ],
         body: UI.into(),
+        refused: None,
     }
 }
 
@@ -294,6 +298,7 @@ pub fn refusal(refusal: &Refusal) -> Response {
             },
         },
     );
+    response.refused = Some(code);
     match refusal {
         Refusal::Method(allow) => response.headers.push(("Allow", (*allow).into())),
         // RFC 9110, section 12.5.3.
@@ -334,5 +339,6 @@ fn json(status: u16, body: &impl Serialize) -> Response {
         status,
         headers: vec![("Content-Type", "application/json".into())],
         body,
+        refused: None,
     }
 }

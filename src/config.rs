@@ -29,7 +29,7 @@ use crate::delivery::signature::SigningKey;
 use crate::delivery::tls::Trust;
 use crate::delivery::{attempt, worker};
 use crate::exports::Limits;
-use crate::exports::store::Place;
+use crate::exports::store::{LedgerLimits, Place};
 use crate::gate;
 use crate::gate::tls::Identity;
 use crate::logging::Format;
@@ -433,6 +433,12 @@ pub struct ServeArgs {
     /// Most bytes that all exports and results together may take on disk
     #[arg(long, env = "EXPORT_MAX_STORE", default_value_t = 256 * 1024 * 1024, value_parser = Trimmed(value_parser!(u64)))]
     max_store: u64,
+    /// How long the ledger keeps each attempt, like 90d; its sums by day are kept for good
+    #[arg(long, env = "EXPORT_LEDGER_RETENTION", default_value = "90d", value_parser = Trimmed(humantime::parse_duration))]
+    ledger_retention: Duration,
+    /// Most bytes that the ledger may take on disk, beside --max-store
+    #[arg(long, env = "EXPORT_LEDGER_SIZE", default_value_t = 64 * 1024 * 1024, value_parser = Trimmed(value_parser!(u64)))]
+    ledger_size: u64,
     #[command(flatten)]
     destinations: DestinationArgs,
     /// Response statuses that count as failed attempts, like 429,503
@@ -586,11 +592,15 @@ impl ServeArgs {
         )?;
         within("--max-body", self.max_body, 1024, 64 * 1024 * 1024)?;
         within("--max-pending", self.max_pending, 1, usize::MAX)?;
-        if self.max_store < LEAST_STORE {
-            return Err(ConfigError(format!(
-                "--max-store is {}: it must be at least {LEAST_STORE}",
-                self.max_store
-            )));
+        for (flag, size) in [
+            ("--max-store", self.max_store),
+            ("--ledger-size", self.ledger_size),
+        ] {
+            if size < LEAST_STORE {
+                return Err(ConfigError(format!(
+                    "{flag} is {size}: it must be at least {LEAST_STORE}"
+                )));
+            }
         }
         within("--max-response", self.max_response, 0, 16 * 1024 * 1024)?;
         if self.retention.is_zero() {
@@ -702,6 +712,10 @@ impl ServeArgs {
                 max_store: self.max_store,
                 retention: self.retention,
                 give_up_after: self.give_up_after,
+                ledger: LedgerLimits {
+                    size: self.ledger_size,
+                    retention: i64::try_from(self.ledger_retention.as_millis()).unwrap_or(i64::MAX),
+                },
             },
             worker: worker::Settings {
                 retry_on,

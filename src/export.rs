@@ -29,6 +29,8 @@ pub struct Export {
     pub queue: QueueId,
     /// Its position there. Lower ones are delivered first.
     pub turn: i64,
+    /// Its sender's name: see [`crate::ledger::who`].
+    pub who: String,
     /// The parsed URL.
     pub destination: Destination,
     /// When it was accepted, in running time.
@@ -67,6 +69,8 @@ pub struct StoredQueue {
     pub first: i64,
     /// If its last attempt failed: its backoff, and why as JSON.
     pub failing: Option<(Backoff, Option<Arc<RawValue>>)>,
+    /// When its last pause ended, in running time; 0 if it was never paused.
+    pub resumed_at: Millis,
 }
 
 /// The state of an export, as apps read it.

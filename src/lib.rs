@@ -21,9 +21,10 @@
 //!
 //! Below all of these: [`logging`] decides what may be shown, [`threads`] makes a panic end the process,
 //! [`dial`] looks names up and connects, [`socket`] puts one deadline on everything that it does, [`memory`]
-//! is a shared budget of bytes, [`backoff`] says how long to wait after failures, and [`pem`] what is wrong
-//! with a certificate file. Beside them are the
-//! [`owner`]'s side, which shows what left the box, and the [`tools`] for a person at the keyboard.
+//! is a shared budget of bytes, [`metrics`] counts what happens, [`backoff`] says how long to wait after
+//! failures, [`pem`] what is wrong with a certificate file, [`key_file`] keeps this box's own keys, and
+//! [`ledger`] is the vocabulary of what left it. Beside them are the [`owner`]'s side, which shows what left
+//! the box, and the [`tools`] for a person at the keyboard.
 
 // A line printed in passing would bypass the log and its rules on what may be shown.
 #![warn(clippy::dbg_macro, clippy::print_stdout, clippy::print_stderr)]
@@ -39,8 +40,11 @@ pub mod dial;
 pub mod export;
 pub mod exports;
 pub mod gate;
+pub mod key_file;
+pub mod ledger;
 pub mod logging;
 pub mod memory;
+pub mod metrics;
 pub mod owner;
 pub mod pem;
 pub mod reply;

@@ -23,6 +23,7 @@ use log::{Level, LevelFilter, Metadata, Record};
 use parking_lot::{Condvar, Mutex};
 use serde_json::{Map, Value as Json};
 
+use crate::metrics::Metrics;
 use crate::threads;
 
 /// The format of a line.
@@ -34,12 +35,15 @@ pub enum Format {
     Json,
 }
 
-/// Starts logging, on a thread of its own. A second call changes nothing.
+/// Starts logging, on a thread of its own, and counts lost lines in `metrics`. A second call changes nothing.
 ///
 /// # Panics
 /// The system cannot start a thread.
-pub fn start(format: Format, level: LevelFilter) {
-    let queue = Arc::new(Queue::default());
+pub fn start(format: Format, level: LevelFilter, metrics: Arc<Metrics>) {
+    let queue = Arc::new(Queue {
+        metrics,
+        ..Queue::default()
+    });
     let logger = Logger {
         format,
         queue: queue.clone(),
@@ -187,6 +191,7 @@ struct Queue {
     inner: Mutex<Waiting>,
     added: Condvar,
     written: Condvar,
+    metrics: Arc<Metrics>,
 }
 
 #[derive(Default)]
@@ -207,6 +212,7 @@ impl Queue {
         // are missing.
         if inner.lost > 0 || inner.lines.len() + inner.taken + line.len() > MOST_WAITING {
             inner.lost += 1;
+            self.metrics.log_lines_lost.one();
         } else {
             inner.lines.extend_from_slice(line.as_bytes());
         }
@@ -228,7 +234,11 @@ impl Queue {
                 [] => 0,
                 // Reported after the next lines that can be written. The unwritten line with the count
                 // is not itself a lost one.
-                rest => lost - u64::from(lost > 0) + lines(rest),
+                rest => {
+                    let more = lines(rest) - u64::from(lost > 0);
+                    self.metrics.log_lines_lost.add(more);
+                    lost + more
+                }
             };
             batch.clear();
             self.inner.lock().taken = 0;
@@ -467,6 +477,7 @@ mod tests {
             assert_eq!(format!("{kept}\n"), line(number));
         }
         let lost = count + 1 - kept.len();
+        assert_eq!(queue.metrics.log_lines_lost.value(), lost as f64);
         assert!(
             notice.ends_with(&format!("WARN  log lines lost count={lost}")),
             "{notice}"
@@ -511,6 +522,7 @@ mod tests {
             text.starts_with("four\n") && text.ends_with("log lines lost count=3\n"),
             "{text}"
         );
+        assert_eq!(queue.metrics.log_lines_lost.value(), 3.0);
         written("five\n", vec![ALL]);
         assert_eq!(next(&output), "five\n");
     }

@@ -18,6 +18,9 @@ use export_service::exports::Exports;
 use export_service::exports::store::{Place, Store};
 use export_service::gate::tls::Identity;
 use export_service::gate::{Gate, Serve};
+use export_service::key_file::Key;
+use export_service::ledger::{self, LedgerKey};
+use export_service::metrics::Metrics;
 use export_service::owner::Owner;
 use export_service::routes::Policy;
 use export_service::server::{Server, Service};
@@ -116,7 +119,8 @@ fn fail(message: &str, code: u8) -> ExitCode {
 /// Starts everything from the disk outwards, so that it is complete at the first request. On a signal, stops
 /// it from the network inwards, so that no request that was taken is left unanswered.
 fn serve(mut config: Config) -> Result<(), String> {
-    logging::start(config.log_format, config.log_level);
+    let metrics = Arc::new(Metrics::default());
+    logging::start(config.log_format, config.log_level, metrics.clone());
     threads::exit_on_panic(logging::flush);
     let stop = signals(config.connections.identity.clone())
         .map_err(|error| format!("cannot listen for signals: {error}"))?;
@@ -131,7 +135,12 @@ fn serve(mut config: Config) -> Result<(), String> {
     let admin_address = admin.as_ref().map(|(_, address)| *address);
 
     let store = Store::open(&config.place).map_err(|error| error.to_string())?;
-    let (exports, writer, woken) = Exports::open(store, config.limits).map_err(|error| {
+    let key = match config.place.folder() {
+        Some(folder) => Key::in_file(&folder.join(ledger::KEY_FILE)),
+        None => Key::random(),
+    }?;
+    let opened = Exports::open(store, config.limits, LedgerKey::new(&key), metrics.clone());
+    let (exports, writer, woken) = opened.map_err(|error| {
         format!(
             "cannot use the stored exports: {error}; see what the kernel's log says of the disk"
         )
@@ -195,6 +204,7 @@ fn serve(mut config: Config) -> Result<(), String> {
         listener,
         Serve::Pool(&server.socket(), waits.clone()),
         config.connections,
+        metrics,
     )
     .map_err(|error| format!("cannot serve on {address}: {error}"))?;
     let owner_socket = owner.open_socket();

@@ -87,6 +87,7 @@ fn a_pending_export_says_why_it_waits_and_for_how_long() {
 #[test]
 fn five_thousand_exports_to_a_dead_destination_cost_a_handful_of_attempts() {
     let (url, address) = nowhere();
+    let started = Instant::now();
     let service = Service::start(&[]);
     let ids: Vec<_> = (0..5_000)
         .map(|number| service.submit(&url, &payload(number)))
@@ -97,7 +98,9 @@ fn five_thousand_exports_to_a_dead_destination_cost_a_handful_of_attempts() {
         .iter()
         .filter(|line| line.contains("\"event\":\"failed\""))
         .count();
-    assert!(attempts <= 6, "{attempts}");
+    // The waits double from 0.8 s at least, however long the submissions took.
+    let possible = (started.elapsed().as_secs_f64() / 0.8 + 1.0).log2() + 1.0;
+    assert!(attempts as f64 <= possible, "{attempts}");
     let destination = Destination::start_at(address, |_| ok());
     assert_eq!(
         service.result(&url, ids.last().unwrap())["status_code"],
@@ -617,16 +620,20 @@ fn with_one_attempt_at_a_time_each_hanging_queue_costs_one_timeout() {
 
 #[test]
 fn distant_destinations_are_served_concurrently_and_each_in_order() {
+    // How many are answering at the same time, and the most of them that ever were.
+    static BUSY: AtomicUsize = AtomicUsize::new(0);
+    static MOST: AtomicUsize = AtomicUsize::new(0);
     let destinations: Vec<_> = (0..20)
         .map(|_| {
             Destination::start(|_| {
+                MOST.fetch_max(BUSY.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
                 thread::sleep(Duration::from_millis(200));
+                BUSY.fetch_sub(1, Ordering::SeqCst);
                 ok()
             })
         })
         .collect();
     let service = Service::start(&[]);
-    let started = Instant::now();
     let mut submitted: HashMap<&str, Vec<String>> = HashMap::new();
     for number in 0..500 {
         let url = destinations[number % 20].url.as_str();
@@ -648,12 +655,8 @@ fn distant_destinations_are_served_concurrently_and_each_in_order() {
             .collect();
         assert!(arrived == *ids, "in order, each once");
     }
-    eprintln!(
-        "500 exports of 200 ms each to 20 destinations: {:?}",
-        started.elapsed()
-    );
-    // One by one would take a hundred seconds.
-    assert!(started.elapsed() < Duration::from_secs(40));
+    let most = MOST.load(Ordering::SeqCst);
+    assert!(most >= 10, "at most {most} of 20 at a time");
 }
 
 #[test]

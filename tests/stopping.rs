@@ -294,6 +294,7 @@ fn panics_in_two_threads() {
     export_service::logging::start(
         export_service::logging::Format::Text,
         log::LevelFilter::Trace,
+        std::sync::Arc::default(),
     );
     export_service::threads::exit_on_panic(export_service::logging::flush);
     // A library's thread has no name, and its panic ends only itself.

@@ -26,6 +26,10 @@ use tempfile::TempDir;
 const VERSION_1: &str = include_str!("upgrading/version_1.sql");
 /// The steps from there to the schema of the second release.
 const VERSION_2: &str = include_str!("upgrading/version_2.sql");
+/// The schema of the third release, which made a new file of the second one's.
+const VERSION_3: &str = include_str!("upgrading/version_3.sql");
+/// The rows of a file of the second release, in tables of the third.
+const AS_VERSION_3: &str = include_str!("upgrading/as_version_3.sql");
 
 /// For how long the service had been running, in milliseconds, when a file of version 2 was left.
 const RUNNING: i64 = 300_000_000;
@@ -53,6 +57,7 @@ struct Row {
 }
 
 impl Old {
+    /// A file of the first or second release.
     fn new(version: u32) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("exports.db");
@@ -73,6 +78,30 @@ impl Old {
             store,
             file,
             _folder: folder,
+        }
+    }
+
+    /// The same as the third release has left it.
+    fn into_third(self) -> Self {
+        let file = self.file.with_file_name("third.db");
+        let store = Connection::open(&file).unwrap();
+        store.execute_batch("PRAGMA journal_mode = WAL").unwrap();
+        store.execute_batch(VERSION_3).unwrap();
+        store
+            .execute(
+                "ATTACH ? AS second",
+                [self
+                    .file
+                    .to_str()
+                    .expect("a temporary folder's path is text")],
+            )
+            .unwrap();
+        store.execute_batch(AS_VERSION_3).unwrap();
+        Self {
+            version: 3,
+            store,
+            file,
+            ..self
         }
     }
 
@@ -190,9 +219,9 @@ impl Old {
     fn leave(&self, folder: &Path) {
         fs::create_dir_all(folder).unwrap();
         for end in ["", "-wal"] {
-            let name = format!("exports.db{end}");
-            let from = self.file.with_file_name(&name);
-            fs::copy(from, folder.join(name)).unwrap();
+            let mut from = self.file.clone().into_os_string();
+            from.push(end);
+            fs::copy(from, folder.join(format!("exports.db{end}"))).unwrap();
         }
         fs::write(folder.join("lock"), "").unwrap();
     }
@@ -220,7 +249,7 @@ struct Left {
 
 impl Left {
     fn new(version: u32) -> Self {
-        let old = Old::new(version);
+        let old = Old::new(version.min(2));
         // Half of it is in the database, the rest in the write-ahead log.
         old.store
             .execute_batch("PRAGMA wal_autocheckpoint = 0")
@@ -302,7 +331,7 @@ impl Left {
             (finished[0].0.clone(), "done"),
             (finished[1].0.clone(), "done"),
         ];
-        if version == 2 {
+        if version > 1 {
             // The first release had a key once for each owner.
             let again = old.export("", &other, &[]);
             keys.push((again.clone(), "waits"));
@@ -328,6 +357,10 @@ impl Left {
             vec![untried(l2)],
         ]);
         let shown = |text: &str| serde_json::from_str::<Value>(text).unwrap();
+        let old = match version {
+            3 => old.into_third(),
+            _ => old,
+        };
         Self {
             old,
             address,
@@ -495,7 +528,7 @@ fn folder() -> Arc<TempDir> {
 
 #[test]
 fn a_folder_of_an_earlier_release_is_taken_over_with_everything_in_it() {
-    for version in [1, 2] {
+    for version in [1, 2, 3] {
         let left = Left::new(version);
         let folder = folder();
         left.old.leave(&folder.path().join("data"));

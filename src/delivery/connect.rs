@@ -54,6 +54,7 @@ pub enum Step {
 struct Progress {
     step: Step,
     judged: Vec<SocketAddr>,
+    peer: Option<SocketAddr>,
 }
 
 thread_local! {
@@ -64,12 +65,24 @@ thread_local! {
 
 /// Notes that an attempt begins on this thread.
 pub fn begin() {
-    PROGRESS.with_borrow_mut(|progress| progress.step = Step::LookingUp);
+    PROGRESS.with_borrow_mut(|progress| {
+        progress.step = Step::LookingUp;
+        progress.peer = None;
+    });
 }
 
 /// How far this thread's attempt has come.
 pub fn step() -> Step {
     PROGRESS.with_borrow(|progress| progress.step)
+}
+
+/// The address that this thread's attempt has a connection to, new or reused. None if it has none.
+pub fn peer() -> Option<SocketAddr> {
+    PROGRESS.with_borrow(|progress| progress.peer)
+}
+
+fn set_peer(peer: SocketAddr) {
+    PROGRESS.with_borrow_mut(|progress| progress.peer = Some(peer));
 }
 
 fn set_step(step: Step) {
@@ -239,6 +252,7 @@ impl<L: LookUp> Connector for Dialler<L> {
         let stream = dial::connect(&judged, deadline, late).map_err(in_time)?;
         stream.set_nodelay(true)?;
         let peer = stream.peer_addr()?;
+        set_peer(peer);
         let socket = Socket::new(Arc::new(stream), deadline);
         let wire = if details.needs_tls() {
             set_step(Step::Handshaking);
@@ -393,7 +407,11 @@ impl Transport for Exchange {
         let is_idle =
             self.reader.is_done() && self.arrived.is_empty() && !self.peer_stopped_reading;
         let judged = PROGRESS.with_borrow(|progress| progress.judged.contains(&self.peer));
-        is_idle && judged && self.wire.socket().is_quiet()
+        let is_open = is_idle && judged && self.wire.socket().is_quiet();
+        if is_open {
+            set_peer(self.peer);
+        }
+        is_open
     }
 
     fn is_tls(&self) -> bool {

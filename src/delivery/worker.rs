@@ -19,12 +19,15 @@ use parking_lot::{Condvar, Mutex};
 use ureq::http::StatusCode;
 
 use super::attempt::{Answer, Client, Failure, Kind, Outcome};
+use super::connect;
 use super::retry::{is_hopeless, retry};
 use crate::export::{Export, ExtResponse, FailureReport, LastError};
 use crate::exports::Exports;
 use crate::exports::attempts::{GivenUp, Taken, Work};
 use crate::exports::queues::Turn;
+use crate::ledger::{self, Sent};
 use crate::logging::millis;
+use crate::metrics::Metrics;
 use crate::threads;
 
 /// After this long in an attempt a thread loses the lead.
@@ -99,6 +102,7 @@ struct FinishedTurn {
 struct Attempt {
     export: Export,
     bytes: usize,
+    sent: Sent,
     took: Duration,
     outcome: Outcome,
 }
@@ -274,6 +278,7 @@ impl Workers {
 
     fn post(&self, Taken { export, payload }: Taken) -> Attempt {
         log::trace!(id:% = export.id, destination = export.destination.origin(); "attempt");
+        let _under_way = self.exports.metrics.attempts_in_flight.enter();
         let started = Instant::now();
         let outcome = match &payload {
             Some(payload) => {
@@ -288,10 +293,25 @@ impl Workers {
                 connected: false,
             }),
         };
+        let took = started.elapsed();
+        let peer = payload.is_some().then(connect::peer).flatten();
+        let bytes = payload.as_ref().map_or(0, Vec::len);
+        let (may_have_left, bytes_in) = match &outcome {
+            Outcome::Answered(answer) => (true, answer.body.len()),
+            Outcome::Failed(failure) => (failure.connected, 0),
+        };
         Attempt {
+            sent: Sent {
+                address: peer.map_or_else(String::new, ledger::address),
+                bytes_out: if may_have_left { bytes as u64 } else { 0 },
+                bytes_in: bytes_in as u64,
+                digest: payload.map(|payload| self.exports.digest(&payload)),
+                ms: u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+                attempt: export.attempts.saturating_add(1),
+            },
             export,
-            bytes: payload.map_or(0, |payload| payload.len()),
-            took: started.elapsed(),
+            bytes,
+            took,
             outcome,
         }
     }
@@ -337,7 +357,7 @@ impl Lead {
             }
             match workers.exports.next(self.may_try_failing(workers)) {
                 Work::Attempt(turn) => return Some(turn),
-                Work::GiveUp(given_up) => give_up(given_up, workers),
+                Work::GiveUp(given_up) => give_up(*given_up, workers),
                 Work::Wait(wait) => self.wait(wait.unwrap_or(Duration::MAX), workers),
             }
         }
@@ -375,6 +395,7 @@ impl Lead {
         let Attempt {
             export,
             bytes,
+            sent,
             took,
             outcome,
         } = attempt;
@@ -392,6 +413,13 @@ impl Lead {
             SystemTime::now(),
         );
         log_attempt(&export, bytes, took, &outcome, again.is_some());
+        count_attempt(
+            &workers.exports.metrics,
+            &sent,
+            took,
+            &outcome,
+            again.is_some(),
+        );
         match (again, outcome) {
             (Some(again), outcome) => {
                 let (kind, message) = kind_and_message(&outcome, &export);
@@ -399,17 +427,26 @@ impl Lead {
                     kind,
                     message: &message,
                 };
-                if let Some(given_up) = workers.exports.failed(export, again, &error, took) {
+                let how = match &outcome {
+                    Outcome::Answered(answer) => answer.status.to_string(),
+                    Outcome::Failed(failure) => failure.kind.name().into(),
+                };
+                let given_up = workers
+                    .exports
+                    .failed(export, again, &error, how, sent, took);
+                if let Some(given_up) = given_up {
                     give_up(given_up, workers);
                 }
             }
             (None, Outcome::Answered(answer)) => {
-                workers.exports.answered(&export, answered(answer), took);
+                workers
+                    .exports
+                    .answered(&export, answered(answer), sent, took);
             }
             (None, Outcome::Failed(failure)) => {
                 let kind = failure.kind.name().into();
                 let result = failed(kind, failure.message, export.attempts.saturating_add(1));
-                workers.exports.ended(&export, result);
+                workers.exports.ended(&export, result, sent);
             }
         }
     }
@@ -449,6 +486,20 @@ fn log_attempt(export: &Export, bytes: usize, took: Duration, outcome: &Outcome,
             "failed"
         ),
     }
+}
+
+fn count_attempt(metrics: &Metrics, sent: &Sent, took: Duration, outcome: &Outcome, again: bool) {
+    let outcome = match outcome {
+        Outcome::Answered(answer) => {
+            metrics.answer(answer.status);
+            if again { "status" } else { "answered" }
+        }
+        Outcome::Failed(failure) => failure.kind.name(),
+    };
+    metrics.attempts.count(outcome);
+    metrics.attempt_duration.observe(took);
+    metrics.sent_bytes.add(sent.bytes_out);
+    metrics.received_bytes.add(sent.bytes_in);
 }
 
 /// Kind and message for an attempt that counts as failed.

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::Exports;
+use super::clock::wall_clock;
 use super::queues::{Failed, Next, Oldest, Queues, Turn};
 use super::store::{self, ExportUpdate, QueueUpdate, Queued, Reader, Report};
 use crate::backoff::jitter;
@@ -16,13 +17,14 @@ use crate::destination::{BadUrl, Destination};
 use crate::export::{
     Export, ExtResponse, FailureReport, LastError, Millis, QueueId, Retry, to_json,
 };
+use crate::ledger::{Digest, Entry, Event, Sent};
 
 /// What the worker is to do next.
 pub enum Work {
     /// Send a queue's next export: see [`Exports::begin`].
     Attempt(Turn),
     /// Give up an export that was tried for long enough: see [`Exports::give_up`].
-    GiveUp(GivenUp),
+    GiveUp(Box<GivenUp>),
     /// Wait for news, for at most this long if it is given.
     Wait(Option<Duration>),
 }
@@ -36,6 +38,8 @@ pub struct GivenUp {
     pub reason: Option<(String, String)>,
     queue_update: QueueUpdate,
     resumes: bool,
+    /// The last attempt's, if this one was just made.
+    entries: Vec<Entry>,
 }
 
 /// An export that is being sent.
@@ -63,7 +67,7 @@ impl Exports {
                 Next::Overdue { queue, after } => {
                     let oldest = self.read(|reader| reader.oldest(queue, after));
                     if let Some(given_up) = self.overdue(queue, oldest, now) {
-                        return Work::GiveUp(given_up);
+                        return Work::GiveUp(Box::new(given_up));
                     }
                 }
             }
@@ -103,6 +107,7 @@ impl Exports {
                 reason: error.and_then(|error| kind_and_message(&error)),
                 queue_update,
                 resumes: !is_first,
+                entries: Vec::new(),
             }),
             Err(bad) => {
                 self.refuse(queue, &found, bad, queue_update, !is_first);
@@ -112,7 +117,7 @@ impl Exports {
     }
 
     /// Takes the next export of the queue whose turn it is, and marks it as being sent. None, which ends
-    /// the turn, if there turns out to be nothing to send. Blocks for a look-up, and while a damaged store
+    /// the turn, if there turns out to be nothing to send or the queue is held since. Blocks for a look-up, and while a damaged store
     /// is repaired.
     ///
     /// # Panics
@@ -130,7 +135,9 @@ impl Exports {
             found.attempts = again.attempts;
             found.first_moved_at = again.first_moved_at;
         }
-        queues.begin(turn, found.id, found.turn);
+        if !queues.begin(turn, found.id, found.turn) {
+            return None;
+        }
         match Destination::parse(&found.destination) {
             Ok(destination) => Some(taken(turn.queue, found, destination, now)),
             Err(bad) => {
@@ -152,34 +159,56 @@ impl Exports {
 
     /// Finishes an export that its destination has answered. Like all reports, blocks only while too many
     /// wait for the writer, since the disk is slow.
-    pub fn answered(&self, export: &Export, result: ExtResponse, took: Duration) {
+    pub fn answered(&self, export: &Export, result: ExtResponse, sent: Sent, took: Duration) {
+        let entry = Entry {
+            outcome: result.status_code.to_string(),
+            attempt: Some(sent),
+            delivered: Some(true),
+            ..self.entry(Event::Attempt, export)
+        };
         let now = self.running();
+        self.metrics
+            .delivery(self.now(), now.saturating_sub(export.accepted_at));
         let was_failing = self.queues.lock().answered(export.queue, took, now);
         let queue_update = match was_failing {
             true => QueueUpdate::Recovered,
             false => QueueUpdate::AsBefore,
         };
-        self.finish(export, result, queue_update, false);
+        self.finish(export, result, queue_update, false, vec![entry]);
     }
 
     /// Finishes an export whose attempt failed in a way that no retry could change.
-    pub fn ended(&self, export: &Export, result: ExtResponse) {
+    pub fn ended(&self, export: &Export, result: ExtResponse, sent: Sent) {
+        let entry = Entry {
+            outcome: kind_of(&result),
+            attempt: Some(sent),
+            delivered: Some(false),
+            ..self.entry(Event::Attempt, export)
+        };
+        self.metrics.failed.one();
         let mut queues = self.queues.lock();
         queues.ended(export.queue, self.running());
         let queue_update = unless_done(&queues, export.queue, QueueUpdate::AsBefore);
         drop(queues);
-        self.finish(export, result, queue_update, false);
+        self.finish(export, result, queue_update, false, vec![entry]);
     }
 
-    /// Reports a failed attempt. The export is queued again, or returned for the caller to give up if it
+    /// Reports a failed attempt, whose `outcome` is the kind of the failure or the status that counts as one. The export is queued again, or returned for the caller to give up if it
     /// was tried for long enough.
     pub fn failed(
         &self,
         mut export: Export,
         retry: Retry,
         error: &LastError<'_>,
+        outcome: String,
+        sent: Sent,
         took: Duration,
     ) -> Option<GivenUp> {
+        let entry = Entry {
+            outcome,
+            attempt: Some(sent),
+            ..self.entry(Event::Attempt, &export)
+        };
         let now = self.running();
         let error = to_json(error);
         let mut queues = self.queues.lock();
@@ -192,6 +221,7 @@ impl Exports {
                 queue_update: unless_done(&queues, export.queue, queue_update),
                 export,
                 resumes: false,
+                entries: vec![entry],
             });
         }
         drop(queues);
@@ -206,6 +236,7 @@ impl Exports {
                 first_moved_at: export.first_moved_at,
             },
             queue_update,
+            entries: vec![entry],
         });
         None
     }
@@ -216,9 +247,16 @@ impl Exports {
             export,
             queue_update,
             resumes,
+            mut entries,
             ..
         } = given_up;
-        self.finish(&export, result, queue_update, resumes);
+        self.metrics.given_up.one();
+        entries.push(Entry {
+            outcome: kind_of(&result),
+            delivered: Some(false),
+            ..self.entry(Event::GivenUp, &export)
+        });
+        self.finish(&export, result, queue_update, resumes, entries);
     }
 
     /// Finishes an export whose URL an earlier release accepted and this one refuses.
@@ -231,6 +269,7 @@ impl Exports {
         resumes: bool,
     ) {
         log::warn!(id:% = found.id, reason:% = format_args!("its uri {bad}"); "cannot be delivered");
+        self.metrics.failed.one();
         let result = ExtResponse {
             error: Some(FailureReport {
                 kind: "bad_uri".into(),
@@ -239,13 +278,35 @@ impl Exports {
             }),
             ..ExtResponse::with_status(502, "Bad Gateway")
         };
+        let entry = Entry {
+            export: Some(found.id),
+            who: found.who.clone(),
+            outcome: kind_of(&result),
+            delivered: Some(false),
+            ..Entry::new(Event::GivenUp, wall_clock())
+        };
         self.report(Report {
             id: found.id,
             seq: found.seq,
             queue,
             update: finished(result, resumes),
             queue_update,
+            entries: vec![entry],
         });
+    }
+
+    /// The digest of a payload by this box's own key.
+    pub fn digest(&self, payload: &[u8]) -> Digest {
+        self.ledger_key.digest(payload)
+    }
+
+    fn entry(&self, event: Event, export: &Export) -> Entry {
+        Entry {
+            export: Some(export.id),
+            who: export.who.clone(),
+            destination: self.ledger_key.name(&export.destination),
+            ..Entry::new(event, wall_clock())
+        }
     }
 
     fn finish(
@@ -254,6 +315,7 @@ impl Exports {
         result: ExtResponse,
         queue_update: QueueUpdate,
         resumes: bool,
+        entries: Vec<Entry>,
     ) {
         self.report(Report {
             id: export.id,
@@ -261,6 +323,7 @@ impl Exports {
             queue: export.queue,
             update: finished(result, resumes),
             queue_update,
+            entries,
         });
     }
 
@@ -290,6 +353,12 @@ fn finished(result: ExtResponse, resumes: bool) -> ExportUpdate {
     }
 }
 
+/// The kind of failure that a result tells.
+fn kind_of(result: &ExtResponse) -> String {
+    let error = result.error.as_ref();
+    error.map_or_else(String::new, |error| error.kind.clone())
+}
+
 /// What the worker gets of a row.
 fn taken(queue: QueueId, found: Queued, destination: Destination, now: Millis) -> Taken {
     let export = Export {
@@ -297,6 +366,7 @@ fn taken(queue: QueueId, found: Queued, destination: Destination, now: Millis) -
         seq: found.seq,
         queue,
         turn: found.turn,
+        who: found.who,
         destination,
         // A little running time is lost where the service was killed.
         accepted_at: found.accepted_at.min(now),

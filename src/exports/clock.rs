@@ -44,7 +44,8 @@ impl Clock {
     }
 }
 
-fn wall_clock() -> Millis {
+/// Unix milliseconds by the wall clock, whatever it says now.
+pub fn wall_clock() -> Millis {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     as_millis(since.unwrap_or_default())
 }

@@ -7,6 +7,7 @@
 //!
 //! Not here: HTTP (`routes`, `server`), and how a payload reaches its destination (`delivery`).
 
+pub mod acts;
 pub mod attempts;
 mod checkpoint;
 mod clock;
@@ -27,18 +28,23 @@ use uuid::Uuid;
 use crate::auth::Grant;
 use crate::destination::Destination;
 use crate::export::{Error, Millis, State, View};
+use crate::ledger::LedgerKey;
+use crate::metrics::Metrics;
 use crate::reply::Reply;
 use checkpoint::Checkpoint;
 use clock::Clock;
 use parked::Parked;
 use queues::{Progress, Queues};
-use store::{ExportUpdate, IdempotencyKey, NewExport, Reader, Report, Store, Stored};
+use store::acts::Pause;
+use store::{ExportUpdate, IdempotencyKey, LedgerLimits, NewExport, Reader, Report, Store, Stored};
 use writer::{Incoming, Writer};
 
 /// Submissions that may wait for the writer. With more, the disk is not keeping up.
 const WAITING: usize = 1024;
 /// Bytes of payload that may wait for the writer.
 const WAITING_BYTES: usize = 16 * 1024 * 1024;
+/// Acts of the owner that may wait for the writer.
+const WAITING_ACTS: usize = 16;
 /// Reports that may wait for the writer before the worker has to wait too. A crash may cause this many
 /// exports to be sent again.
 const UNWRITTEN_REPORTS: usize = 256;
@@ -97,6 +103,8 @@ pub struct Limits {
     pub retention: Duration,
     /// How long a queue fails before its exports are given up.
     pub give_up_after: Duration,
+    /// How much of the ledger is kept.
+    pub ledger: LedgerLimits,
 }
 
 /// State shared by the pool, the worker and the writer.
@@ -120,8 +128,15 @@ pub struct Exports {
     checkpoint: Option<Checkpoint>,
     /// To the writer, which repairs the store.
     damage: Sender<Damage>,
+    /// To the writer, which carries the owner's acts out.
+    acts: Sender<acts::Request>,
+    /// What the owner has paused. Only the writer changes it, after it is stored.
+    pauses: Mutex<Vec<Pause>>,
     /// How often the store has been repaired.
     repairs: AtomicUsize,
+    ledger_key: LedgerKey,
+    /// Counts exports, attempts and commits.
+    pub metrics: Arc<Metrics>,
 }
 
 /// Tells the writer that the store was found to be damaged.
@@ -148,14 +163,19 @@ impl Exports {
     pub fn open(
         mut store: Store,
         limits: Limits,
+        ledger_key: LedgerKey,
+        metrics: Arc<Metrics>,
     ) -> Result<(Arc<Self>, Writer, Receiver<()>), store::Error> {
         let (accepts, incoming) = bounded(WAITING);
         let (reports, reported) = bounded(UNWRITTEN_REPORTS);
         let (damage, damaged) = bounded(UNWRITTEN_REPORTS);
+        let (acts, asked) = bounded(WAITING_ACTS);
         let (urge, awaited) = bounded(1);
         let (wake, woken) = bounded(1);
         let clock = Clock::new(store.running());
-        let queues = store.repaired(|store| read_queues(store, limits.give_up_after))?;
+        store.limit_ledger(limits.ledger);
+        let (queues, pauses) =
+            store.repaired(|store| read_queues(store, limits.give_up_after, &ledger_key))?;
         let exports = Arc::new(Self {
             queues: Mutex::new(queues),
             parked: Arc::default(),
@@ -172,13 +192,18 @@ impl Exports {
                 .then(|| Checkpoint::new(&store))
                 .transpose()?,
             damage,
+            acts,
+            pauses: Mutex::new(pauses),
             repairs: AtomicUsize::new(0),
+            ledger_key,
+            metrics,
         });
         let incoming = Incoming {
             accepts: incoming,
             reports: reported,
             awaited,
             damage: damaged,
+            acts: asked,
         };
         let writer = Writer::new(exports.clone(), store, limits, incoming);
         Ok((exports, writer, woken))
@@ -197,6 +222,11 @@ impl Exports {
     /// How many exports are not finished.
     pub fn unfinished(&self) -> usize {
         self.queues.lock().unfinished()
+    }
+
+    /// How many requests wait for an export to be finished.
+    pub fn long_polls(&self) -> usize {
+        self.parked.count()
     }
 
     /// Submits a new export. `reply` answers no sooner than the export is durable. It then waits until
@@ -222,6 +252,12 @@ impl Exports {
         });
         let export = NewExport {
             id: Uuid::now_v7(),
+            // On a Databox all identifiers are empty: there, only the address tells apps apart.
+            peer: if owner.is_empty() {
+                reply.to.client().ip().to_canonical().to_string()
+            } else {
+                String::new()
+            },
             owner,
             destination,
             payload,
@@ -333,7 +369,7 @@ impl Exports {
             } => {
                 let mut queues = self.queues.lock();
                 match resumes {
-                    true => queues.finished_and_resumed(queue, now),
+                    true => queues.finished_and_unblocked(queue, now),
                     false => queues.finished(queue, now),
                 }
                 drop(queues);
@@ -387,11 +423,17 @@ impl Exports {
     }
 }
 
-fn read_queues(store: &mut Store, give_up_after: Duration) -> Result<Queues, store::Error> {
+fn read_queues(
+    store: &mut Store,
+    give_up_after: Duration,
+    key: &LedgerKey,
+) -> Result<(Queues, Vec<Pause>), store::Error> {
     let mut queues = Queues::new(give_up_after);
     let now = store.running();
     store.queues(|id, found| queues.restore(id, found, now))?;
-    Ok(queues)
+    let pauses = store.pauses()?;
+    acts::running::pause_restored(&mut queues, store, key, &pauses, now)?;
+    Ok((queues, pauses))
 }
 
 fn fingerprint(destination: &Destination, payload: &[u8]) -> [u8; 32] {

@@ -58,6 +58,13 @@ impl Parked {
             .collect()
     }
 
+    /// How many polls wait.
+    pub fn count(&self) -> usize {
+        let inner = self.0.lock();
+        let polls = inner.by_export.values().flatten();
+        polls.filter(|entry| entry.reply.is_some()).count()
+    }
+
     /// Whether a poll waits for this export.
     pub fn is_awaited(&self, id: Uuid) -> bool {
         self.0.lock().by_export.contains_key(&id)
@@ -169,6 +176,9 @@ mod tests {
             })
             .collect();
         assert!(parked.is_awaited(id));
+        let looking = parked.announce(Uuid::now_v7());
+        assert_eq!(parked.count(), 3);
+        drop(looking);
         for reply in parked.take(id) {
             reply.answer(Ok(view(id)));
         }

@@ -12,6 +12,10 @@
 //! The worker goes on before a result is in the store. So each queue has a cursor, the position of the
 //! last export taken, and only exports behind it are looked at.
 //!
+//! The owner's acts hold queues. Nothing is taken from a held queue and nothing in it is given up, but an attempt
+//! under way ends as usual. A *pause* lasts until the queue is resumed; then it is tried at once, and its
+//! backoff and the time to give up start anew. An act that changes the rows of a queue *locks* it meanwhile.
+//!
 //! Times are passed in, and are the service's running time: the milliseconds that it has run for, all its
 //! runs together. Neither time in which the box is off nor a clock that is set may end a wait or give
 //! anything up.
@@ -26,7 +30,9 @@ use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use crate::backoff::backoff;
-use crate::export::{Backoff, Export, Millis, QueueId, Retry, State, StoredQueue, View};
+use crate::export::{
+    Backoff, Export, LastError, Millis, QueueId, Retry, State, StoredQueue, View, to_json,
+};
 
 /// The wait after the first failed attempt. It doubles with each further one.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
@@ -37,6 +43,12 @@ const LONGEST_WAIT: Duration = Duration::from_secs(15 * 60);
 pub const LONGEST_RETRY_AFTER: Millis = 24 * 60 * 60 * 1000;
 /// An attempt that takes longer makes its queue slow: the worker hands the lead over before the next one.
 const SLOW: Duration = Duration::from_millis(20);
+
+/// Why an export of a paused queue is not sent.
+const PAUSED: LastError<'_> = LastError {
+    kind: "paused",
+    message: "the owner of this box has paused it; it is sent when the pause ends",
+};
 
 /// JSON as it was written, unparsed.
 type Json = Arc<RawValue>;
@@ -132,6 +144,12 @@ struct Queue {
     after: i64,
     on_wire: Option<Uuid>,
     slow: bool,
+    /// Whether the owner has paused it.
+    paused: bool,
+    /// Whether an act of the owner is changing its rows.
+    locked: bool,
+    /// When it was last resumed. No failure before that counts towards giving up.
+    resumed_at: Millis,
     phase: Phase,
     failing: Option<Box<Failing>>,
 }
@@ -154,7 +172,7 @@ enum Phase {
     /// One of its exports is being tried.
     Busy,
     /// An export other than its first was given up, and could be taken again until that is in the store.
-    Paused,
+    Blocked,
     /// In `ready` or `ready_failing` under this ticket.
     Ready(u64),
     /// In `waiting` under this key.
@@ -170,6 +188,9 @@ impl Default for Queue {
             after: i64::MIN,
             on_wire: None,
             slow: false,
+            paused: false,
+            locked: false,
+            resumed_at: Millis::MIN,
             phase: Phase::Idle,
             failing: None,
         }
@@ -180,6 +201,10 @@ impl Queue {
     fn not_before(&self) -> Millis {
         let failing = self.failing.as_ref();
         failing.map_or(Millis::MIN, |failing| failing.backoff.not_before)
+    }
+
+    fn is_held(&self) -> bool {
+        self.paused || self.locked
     }
 }
 
@@ -200,6 +225,8 @@ impl Queues {
 
     /// Adds a queue that was found in the store at the start.
     pub fn restore(&mut self, id: QueueId, found: StoredQueue, now: Millis) {
+        let resumed_at = found.resumed_at.min(now);
+        let is_outdated = |stored: &Backoff| stored.failing_since < found.resumed_at;
         let failing = found.failing.map(|(stored, error)| {
             // A little running time is lost where the service was killed.
             let backoff = Backoff {
@@ -208,6 +235,10 @@ impl Queues {
                     .min(now.saturating_add(LONGEST_RETRY_AFTER)),
                 failing_since: stored.failing_since.min(now),
                 ..stored
+            };
+            let backoff = match is_outdated(&stored) {
+                true => resumed(resumed_at),
+                false => backoff,
             };
             Box::new(Failing {
                 backoff,
@@ -220,6 +251,7 @@ impl Queues {
             unfinished: found.exports,
             waiting: found.exports,
             after: found.first.saturating_sub(1),
+            resumed_at,
             failing,
             ..Queue::default()
         };
@@ -255,8 +287,8 @@ impl Queues {
         self.schedule(id, now);
     }
 
-    /// The same for an export other than the first, which [`Queues::overdue`] took. Its queue resumes.
-    pub fn finished_and_resumed(&mut self, id: QueueId, now: Millis) {
+    /// The same for an export other than the first, which [`Queues::overdue`] took and which blocked its queue.
+    pub fn finished_and_unblocked(&mut self, id: QueueId, now: Millis) {
         self.set_phase(id, Phase::Idle);
         self.watch(id, None);
         self.finished(id, now);
@@ -268,7 +300,7 @@ impl Queues {
             && at <= now
         {
             match self.queues.get(&id) {
-                Some(queue) if !matches!(queue.phase, Phase::Busy | Phase::Paused) => {
+                Some(queue) if !matches!(queue.phase, Phase::Busy | Phase::Blocked) => {
                     return Next::Overdue {
                         queue: id,
                         after: queue.after,
@@ -322,17 +354,23 @@ impl Queues {
         again.filter(|again| again.id == export)
     }
 
-    /// Notes that the export at this position was found for a turn, and is now being sent.
-    pub fn begin(&mut self, turn: &Turn, id: Uuid, at: i64) {
+    /// Notes that the export at this position was found for a turn, and is now being sent. False, which ends
+    /// the turn, if its queue is held since.
+    pub fn begin(&mut self, turn: &Turn, id: Uuid, at: i64) -> bool {
         let Some(queue) = self.queues.get_mut(&turn.queue) else {
-            return;
+            return false;
         };
+        if queue.is_held() {
+            self.set_phase(turn.queue, Phase::Idle);
+            return false;
+        }
         queue.after = at;
         queue.waiting = queue.waiting.saturating_sub(1);
         queue.on_wire = Some(id);
         if let Some(failing) = &mut queue.failing {
             failing.again = None;
         }
+        true
     }
 
     /// Ends a turn for which there is no export, although there should be: it was deleted by hand, or lost.
@@ -395,9 +433,11 @@ impl Queues {
         if retry.to_end {
             // The queue does not count as failing while others get through. So an export that is always
             // refused also counts from its own first move, or it would never end.
-            since = since.min(*export.first_moved_at.get_or_insert(now));
+            let first_moved_at = *export.first_moved_at.get_or_insert(now);
+            since = since.min(first_moved_at.max(queue.resumed_at));
         }
-        let given_up = deadline(export.accepted_at, since, self.give_up_after) <= now;
+        let given_up =
+            !queue.paused && deadline(export.accepted_at, since, self.give_up_after) <= now;
         let mut again = None;
         if !given_up && retry.to_end {
             queue.moving += 1;
@@ -423,12 +463,13 @@ impl Queues {
     }
 
     /// Whether a queue's oldest export, if there is one, has to be given up. It counts as taken then. If it
-    /// is not the queue's first, the queue pauses until [`Queues::finished_and_resumed`].
+    /// is not the queue's first, the queue is blocked until [`Queues::finished_and_unblocked`].
     pub fn overdue(&mut self, id: QueueId, oldest: Option<Oldest>, now: Millis) -> bool {
         self.unwatch(id);
         let Some(oldest) = oldest else {
             return false;
         };
+        // Does nothing in a queue that is held since.
         self.watch(id, Some(oldest.accepted_at));
         let Some(queue) = self.queues.get_mut(&id) else {
             return false;
@@ -452,9 +493,115 @@ impl Queues {
         if oldest.is_first {
             self.schedule(id, now);
         } else {
-            self.set_phase(id, Phase::Paused);
+            self.set_phase(id, Phase::Blocked);
         }
         true
+    }
+
+    /// Whether there is such a queue: it has exports, or a backoff.
+    pub fn has(&self, id: QueueId) -> bool {
+        self.queues.contains_key(&id)
+    }
+
+    /// The queues that there are.
+    pub fn ids(&self) -> Vec<QueueId> {
+        self.queues.keys().copied().collect()
+    }
+
+    /// Pauses a queue. It is forgotten when it has no exports left.
+    pub fn pause(&mut self, id: QueueId, now: Millis) {
+        if let Some(queue) = self.queues.get_mut(&id) {
+            queue.paused = true;
+        }
+        self.unwatch(id);
+        self.leave(id);
+        self.schedule(id, now);
+    }
+
+    /// Whether a queue is paused.
+    pub fn is_paused(&self, id: QueueId) -> bool {
+        self.queues.get(&id).is_some_and(|queue| queue.paused)
+    }
+
+    /// Ends a queue's pause. Its failures before `now` no longer count.
+    pub fn resume(&mut self, id: QueueId, now: Millis) {
+        let Some(queue) = self.queues.get_mut(&id).filter(|queue| queue.paused) else {
+            return;
+        };
+        queue.paused = false;
+        queue.resumed_at = now;
+        if let Some(failing) = &mut queue.failing {
+            failing.backoff = resumed(now);
+        }
+        self.watch(id, None);
+        self.schedule(id, now);
+    }
+
+    /// Locks a queue, so that an act may change its rows once it [is settled](Queues::is_settled). False if
+    /// there is no such queue.
+    pub fn lock(&mut self, id: QueueId) -> bool {
+        let Some(queue) = self.queues.get_mut(&id) else {
+            return false;
+        };
+        queue.locked = true;
+        self.unwatch(id);
+        self.leave(id);
+        true
+    }
+
+    /// Ends [`Queues::lock`]. The queue goes on as it was.
+    pub fn unlock(&mut self, id: QueueId, now: Millis) {
+        let Some(queue) = self.queues.get_mut(&id) else {
+            return;
+        };
+        queue.locked = false;
+        self.watch(id, None);
+        self.schedule(id, now);
+    }
+
+    /// Whether the store has all that was reported of a locked queue, so that every unfinished export behind
+    /// its cursor waits. Only the one that is being sent, if there is one, is not among them.
+    pub fn is_settled(&self, id: QueueId) -> bool {
+        self.queues.get(&id).is_none_or(|queue| {
+            let taken = usize::from(queue.on_wire.is_some());
+            let phase = match queue.phase {
+                Phase::Busy => queue.on_wire.is_some(),
+                Phase::Blocked => false,
+                Phase::Idle | Phase::Ready(_) | Phase::Waiting(_) => true,
+            };
+            phase && queue.unfinished == queue.waiting + taken
+        })
+    }
+
+    /// A queue's cursor, and the export that is being sent.
+    pub fn cursor(&self, id: QueueId) -> (i64, Option<Uuid>) {
+        let queue = self.queues.get(&id);
+        queue.map_or((i64::MIN, None), |queue| (queue.after, queue.on_wire))
+    }
+
+    /// Notes that an export behind the cursor of a locked queue is finished in the store without having been
+    /// taken.
+    pub fn cancelled(&mut self, id: QueueId, export: Uuid) {
+        if let Some(queue) = self.queues.get_mut(&id) {
+            queue.waiting = queue.waiting.saturating_sub(1);
+            if let Some(failing) = &mut queue.failing {
+                failing.again = failing.again.filter(|again| again.id != export);
+            }
+        }
+        self.forget(id, 1);
+    }
+
+    /// Ends a queue's backoff, so that it is tried at once unless it is held. False if it had none.
+    pub fn retry(&mut self, id: QueueId, now: Millis) -> bool {
+        let queue = self.queues.get_mut(&id);
+        let Some(failing) = queue.and_then(|queue| queue.failing.as_mut()) else {
+            return false;
+        };
+        let waited = failing.backoff.not_before > now;
+        failing.backoff.not_before = failing.backoff.not_before.min(now);
+        self.leave(id);
+        self.schedule(id, now);
+        waited
     }
 
     /// Whether a queue has no export left to try.
@@ -479,12 +626,12 @@ impl Queues {
     }
 
     /// Whether it is known that an export with this many attempts will not be tried before `deadline`,
-    /// because its queue is failing, and the next attempt is later or another export's.
+    /// because its queue is paused, or is failing and the next attempt is later or another export's.
     pub fn is_held_up(&self, id: QueueId, attempts: u32, deadline: Millis) -> bool {
         let queue = self.queues.get(&id);
         queue.is_some_and(|queue| {
             let behind = attempts == 0 && queue.unfinished > 1;
-            queue.failing.is_some() && (behind || queue.not_before() > deadline)
+            queue.paused || queue.failing.is_some() && (behind || queue.not_before() > deadline)
         })
     }
 
@@ -495,7 +642,7 @@ impl Queues {
 
     /// What a client sees of an unfinished export, of which the store has `stored` and `last_error`. A
     /// Pending export in a failing queue has a reason and the time to the next attempt; if it was not tried
-    /// itself, the reason is its queue's.
+    /// itself, the reason is its queue's. In a paused queue the pause is the reason.
     pub fn view(
         &self,
         id: QueueId,
@@ -517,14 +664,21 @@ impl Queues {
             last_error,
             next_attempt_in: None,
         };
+        let is_paused = queue.is_some_and(|queue| queue.paused) && !on_wire;
+        if is_paused {
+            view.last_error = Some(to_json(&PAUSED));
+        }
         let Some(failing) = queue.and_then(|queue| queue.failing.as_ref()) else {
             return view;
         };
         if let Some(again) = failing.again.filter(|again| again.id == stored.id) {
             view.attempts = again.attempts;
-            view.last_error = failing.error.clone();
+            view.last_error = view
+                .last_error
+                .filter(|_| is_paused)
+                .or_else(|| failing.error.clone());
         }
-        if !on_wire {
+        if !on_wire && !is_paused {
             view.last_error = view.last_error.or_else(|| failing.error.clone());
             let wait = failing.backoff.not_before.saturating_sub(now).max(0);
             view.next_attempt_in = Some(Duration::from_millis(wait.unsigned_abs()));
@@ -548,6 +702,9 @@ impl Queues {
         let Some(queue) = self.queues.get_mut(&id) else {
             return;
         };
+        if queue.is_held() {
+            return;
+        }
         let Some(failing) = queue.failing.as_mut() else {
             return;
         };
@@ -586,7 +743,7 @@ impl Queues {
             return;
         };
         match queue.phase {
-            Phase::Idle | Phase::Busy | Phase::Paused => return,
+            Phase::Idle | Phase::Busy | Phase::Blocked => return,
             Phase::Ready(ticket) => {
                 self.ready.remove(&ticket);
                 self.ready_failing.remove(&ticket);
@@ -603,7 +760,13 @@ impl Queues {
         let Some(queue) = self.queues.get_mut(&id) else {
             return;
         };
-        if queue.phase != Phase::Idle {
+        if queue.phase != Phase::Idle || queue.locked {
+            return;
+        }
+        if queue.paused {
+            if queue.unfinished == 0 {
+                self.queues.remove(&id);
+            }
             return;
         }
         self.tickets += 1;
@@ -630,6 +793,15 @@ impl Queues {
 /// another.
 fn deadline(accepted_at: Millis, failing_since: Millis, give_up_after: Millis) -> Millis {
     accepted_at.max(failing_since).saturating_add(give_up_after)
+}
+
+/// The backoff of a queue whose failures no longer count since it was resumed.
+fn resumed(at: Millis) -> Backoff {
+    Backoff {
+        failures: 0,
+        not_before: at,
+        failing_since: at,
+    }
 }
 
 /// The wait after this many failures in a row.
@@ -688,6 +860,9 @@ mod tests {
         queues: Queues,
         rows: Vec<Row>,
         failing: HashMap<QueueId, Backoff>,
+        /// Queues that are paused, and when others were resumed.
+        paused: BTreeSet<QueueId>,
+        resumed: HashMap<QueueId, Millis>,
         unwritten: VecDeque<Unwritten>,
         last_turn: i64,
         now: Millis,
@@ -708,6 +883,8 @@ mod tests {
                 queues: Queues::new(Duration::from_millis(give_up_after as u64)),
                 rows: Vec::new(),
                 failing: HashMap::new(),
+                paused: BTreeSet::new(),
+                resumed: HashMap::new(),
                 unwritten: VecDeque::new(),
                 last_turn: 0,
                 now: 0,
@@ -733,7 +910,40 @@ mod tests {
             let id = row.id;
             self.rows.push(row);
             self.queues.accepted(queue, self.now, self.now);
+            if self.paused.contains(&queue) {
+                self.queues.pause(queue, self.now);
+            }
             id
+        }
+
+        fn pause(&mut self, queue: QueueId) {
+            self.paused.insert(queue);
+            self.queues.pause(queue, self.now);
+        }
+
+        fn resume(&mut self, queue: QueueId) {
+            assert!(self.paused.remove(&queue));
+            self.resumed.insert(queue, self.now);
+            self.queues.resume(queue, self.now);
+        }
+
+        /// Cancels all exports of a queue that wait, and returns them.
+        fn cancel(&mut self, queue: QueueId) -> Vec<Uuid> {
+            self.queues.lock(queue);
+            self.write_all();
+            assert!(self.queues.is_settled(queue));
+            let (after, on_wire) = self.queues.cursor(queue);
+            let ids: Vec<_> = self.behind(queue, after).map(|row| row.id).collect();
+            assert!(on_wire.is_none_or(|id| !ids.contains(&id)));
+            for id in &ids {
+                self.rows.retain(|row| row.id != *id);
+                self.queues.cancelled(queue, *id);
+            }
+            if self.queues.is_done(queue) {
+                self.failing.remove(&queue);
+            }
+            self.queues.unlock(queue, self.now);
+            ids
         }
 
         fn behind(&self, queue: QueueId, after: i64) -> impl Iterator<Item = &Row> {
@@ -754,7 +964,7 @@ mod tests {
                             continue;
                         };
                         let export = self.export(&row);
-                        self.queues.begin(&turn, row.id, row.turn);
+                        assert!(self.queues.begin(&turn, row.id, row.turn));
                         return Found::Export(export);
                     }
                     Next::Overdue { queue, after } => {
@@ -792,6 +1002,7 @@ mod tests {
         fn export(&self, row: &Row) -> Export {
             let again = self.queues.again(row.queue, row.id);
             Export {
+                who: String::new(),
                 id: row.id,
                 seq: 0,
                 queue: row.queue,
@@ -870,7 +1081,7 @@ mod tests {
                 Err(resumes) => {
                     self.rows.retain(|row| row.id != unwritten.id);
                     match resumes {
-                        true => self.queues.finished_and_resumed(queue, self.now),
+                        true => self.queues.finished_and_unblocked(queue, self.now),
                         false => self.queues.finished(queue, self.now),
                     }
                 }
@@ -914,8 +1125,12 @@ mod tests {
                     exports,
                     first,
                     failing,
+                    resumed_at: self.resumed.get(&id).copied().unwrap_or(0),
                 };
                 self.queues.restore(id, found, self.now);
+                if self.paused.contains(&id) {
+                    self.queues.pause(id, self.now);
+                }
             }
         }
     }
@@ -1149,6 +1364,7 @@ mod tests {
             exports: 2,
             first: 1,
             failing: Some((backoff, None)),
+            resumed_at: 0,
         };
         let mut world = World::new(DAY);
         for _ in 0..2 {
@@ -1264,6 +1480,129 @@ mod tests {
         assert!(!world.queues.is_held_up(1, 0, DAY));
     }
 
+    #[test]
+    fn a_paused_queue_is_neither_tried_nor_given_up_and_starts_anew_when_it_is_resumed() {
+        let mut world = World::new(DAY);
+        let ids = [(); 2].map(|()| world.submit(1));
+        let tried = world.attempt();
+        world.fail(tried, DOWN, 0.5);
+        world.at(500).pause(1);
+        let late = world.at(3 * DAY).submit(1);
+        assert!(matches!(world.next(), Found::Nothing(None)));
+        assert!(!world.queues.is_any_failing(), "its time stands");
+        assert!(world.queues.is_held_up(1, 1, 9 * DAY));
+        let stored = Progress {
+            id: late,
+            attempts: 0,
+            first_moved_at: None,
+        };
+        let view = world.queues.view(1, stored, None, world.now);
+        assert!(view.last_error.unwrap().get().contains("paused"));
+        assert_eq!(view.next_attempt_in, None);
+
+        world.at(3 * DAY + 1).resume(1);
+        let failed = fail_for_long(&mut world);
+        assert!(!failed.given_up);
+        assert_eq!(failed.backoff.failures, 1);
+        assert!(world.at(4 * DAY).given_up().is_none());
+        assert_eq!(world.at(4 * DAY + 1).given_up().unwrap().id, ids[0]);
+    }
+
+    #[test]
+    fn an_attempt_under_way_ends_as_usual_in_a_paused_queue() {
+        let mut world = World::new(DAY);
+        let ids = [(); 3].map(|()| world.submit(1));
+        let tried = world.attempt();
+        world.pause(1);
+        world.answer(&tried);
+        world.write_all();
+        assert!(matches!(world.next(), Found::Nothing(None)));
+        world.resume(1);
+        let tried = world.attempt();
+        assert_eq!(tried.id, ids[1]);
+        world.pause(1);
+        let (failed, tried) = world.at(2 * DAY).fail(tried, DOWN, 0.5);
+        assert!(!failed.given_up);
+        world.at(3 * DAY).resume(1);
+        let again = world.attempt();
+        assert_eq!((again.id, again.attempts), (tried.id, 1));
+    }
+
+    #[test]
+    fn a_turn_that_was_not_begun_ends_when_its_queue_is_held() {
+        for locks in [false, true] {
+            let mut world = World::new(DAY);
+            let id = world.submit(1);
+            let Next::Attempt(turn) = world.queues.next(0, true) else {
+                panic!("no turn");
+            };
+            match locks {
+                true => assert!(world.queues.lock(1)),
+                false => world.pause(1),
+            }
+            assert!(!world.queues.is_settled(1), "which export is taken is open");
+            assert!(!world.queues.begin(&turn, id, 1));
+            assert!(world.queues.is_settled(1));
+            assert!(matches!(world.next(), Found::Nothing(None)));
+            match locks {
+                true => world.queues.unlock(1, 0),
+                false => world.resume(1),
+            }
+            assert_eq!(world.attempt().id, id);
+        }
+    }
+
+    #[test]
+    fn a_kill_keeps_what_a_pause_has_changed_although_the_store_still_has_older_failures() {
+        let mut world = World::new(DAY);
+        world.submit(1);
+        let tried = world.attempt();
+        world.pause(1);
+        world.fail(tried, DOWN, 0.5);
+        world.at(2 * DAY).resume(1);
+        world.write_all();
+        world.kill(0);
+        let tried = world.attempt();
+        let (failed, _) = world.fail(tried, DOWN, 0.5);
+        assert!(!failed.given_up);
+        assert_eq!(failed.backoff.failing_since, 2 * DAY);
+
+        world.pause(1);
+        world.kill(0);
+        assert!(matches!(world.at(9 * DAY).next(), Found::Nothing(None)));
+    }
+
+    #[test]
+    fn a_retry_ends_the_wait_but_nothing_else() {
+        let mut world = World::new(DAY);
+        world.submit(1);
+        let tried = world.attempt();
+        world.fail(tried, DOWN, 0.5);
+        assert!(world.queues.retry(1, 10));
+        let tried = world.at(10).attempt();
+        let (failed, _) = world.fail(tried, DOWN, 0.5);
+        assert_eq!(
+            (failed.backoff.failures, failed.backoff.failing_since),
+            (2, 0)
+        );
+        world.pause(1);
+        assert!(world.queues.retry(1, 20));
+        assert!(matches!(world.at(20).next(), Found::Nothing(None)));
+    }
+
+    #[test]
+    fn what_is_cancelled_is_not_tried_and_what_follows_is() {
+        let mut world = World::new(DAY);
+        let ids = [(); 3].map(|()| world.submit(1));
+        let tried = world.attempt();
+        assert_eq!(world.cancel(1), ids[1..]);
+        let next = world.submit(1);
+        world.answer(&tried);
+        world.write_all();
+        assert_eq!(world.queues.unfinished(), 1);
+        assert_eq!(world.attempt().id, next);
+    }
+
     /// What the property tests let happen.
     #[derive(Clone, Debug)]
     enum Event {
@@ -1276,6 +1615,11 @@ mod tests {
         Run(Millis),
         /// This many reports are written.
         Write(usize),
+        Pause(QueueId),
+        Resume(QueueId),
+        Retry(QueueId),
+        /// Everything in a queue that waits is cancelled.
+        Cancel(QueueId),
         /// The service is killed, and up to this much of its running time since the last commit is lost.
         Kill(Millis),
     }
@@ -1289,6 +1633,10 @@ mod tests {
             1 => any::<usize>().prop_map(Event::End),
             4 => (0..60_000_i64).prop_map(Event::Run),
             2 => (0..4_usize).prop_map(Event::Write),
+            1 => (0..queues).prop_map(Event::Pause),
+            2 => (0..queues).prop_map(Event::Resume),
+            1 => (0..queues).prop_map(Event::Retry),
+            1 => (0..queues).prop_map(Event::Cancel),
             1 => (0..60_000_i64).prop_map(Event::Kill),
         ];
         proptest::collection::vec(event, 0..120)
@@ -1299,7 +1647,8 @@ mod tests {
 
         /// Against a plain model, whatever fails and however far the store lags behind at a kill: one attempt
         /// at a time in each queue, none before its time, order and attempts preserved, nothing taken twice, no
-        /// queue twice while another that was ready first waits, nothing forgotten.
+        /// queue twice while another that was ready first waits, nothing forgotten, nothing of a paused queue
+        /// or of what was cancelled.
         #[test]
         fn turns_are_fair_and_nothing_due_is_forgotten(events in events(6)) {
             let mut model = Model::new(DAY, 3);
@@ -1309,7 +1658,8 @@ mod tests {
         }
 
         /// None is given up before its queue has failed for long enough since it was accepted. None waits
-        /// longer than that, apart from running time lost by kills and from attempts under way.
+        /// longer than that, apart from running time lost by kills, from attempts under way and from pauses,
+        /// in which nothing is given up and after which all of that time starts anew.
         #[test]
         fn exports_are_given_up_neither_early_nor_late(events in events(3)) {
             let mut model = Model::new(300_000, 3);
@@ -1427,9 +1777,64 @@ mod tests {
                     }
                 }
                 Event::Write(count) => self.write(count),
+                Event::Pause(queue) => self.world.pause(queue),
+                Event::Resume(queue) if self.world.paused.contains(&queue) => self.resume(queue),
+                Event::Resume(_) => {}
+                Event::Retry(queue) => {
+                    self.world.queues.retry(queue, self.world.now);
+                    let now = self.world.now;
+                    if let Some(since) = self.since.get_mut(&queue) {
+                        since.not_before = since.not_before.min(now);
+                    }
+                }
+                Event::Cancel(queue) => {
+                    self.write(usize::MAX);
+                    for id in self.world.cancel(queue) {
+                        self.known.remove(&id);
+                        self.order
+                            .entry(queue)
+                            .or_default()
+                            .retain(|known| *known != id);
+                    }
+                    if self.known.values().all(|known| known.queue != queue) {
+                        self.stored_since.remove(&queue);
+                        if let Some(since) = self.since.get_mut(&queue) {
+                            since.unbroken = None;
+                        }
+                    }
+                }
                 Event::Kill(millis) => self.kill(millis),
             }
             self.work()
+        }
+
+        fn resume(&mut self, queue: QueueId) {
+            // As in reality, a commit takes longer than a millisecond.
+            (self.truth, self.world.now) = (self.truth + 1, self.world.now + 1);
+            self.world.resume(queue);
+            self.stored_now = self.world.now;
+            let (truth, now) = (self.truth, self.world.now);
+            for since in [&mut self.since, &mut self.stored_since] {
+                if let Some(since) = since.get_mut(&queue) {
+                    *since = Since {
+                        first: truth,
+                        unbroken: since.unbroken.map(|_| truth),
+                        not_before: now,
+                    };
+                }
+            }
+            let unwritten = self.world.unwritten.iter().zip(&mut self.unwritten_since);
+            for (_, since) in unwritten.filter(|(unwritten, _)| unwritten.queue == queue) {
+                if let Some(Some(since)) = since {
+                    since.first = truth;
+                    since.unbroken = since.unbroken.map(|_| truth);
+                    since.not_before = now;
+                }
+            }
+            let known = self.known.values_mut();
+            for known in known.filter(|known| known.queue == queue) {
+                known.first_moved = known.first_moved.map(|_| truth);
+            }
         }
 
         fn fail(&mut self, export: Export, to_end: bool, jitter: f64) -> Result<(), TestCaseError> {
@@ -1454,7 +1859,9 @@ mod tests {
                 false => Millis::MAX,
             };
             let known = known.clone();
+            let is_paused = self.world.paused.contains(&queue);
             if failed.given_up {
+                prop_assert!(!is_paused, "given up in a paused queue");
                 prop_assert!(
                     truth - known.accepted.max(since.first.min(own)) >= self.give_up_after,
                     "given up early after its own attempt"
@@ -1463,7 +1870,7 @@ mod tests {
             } else {
                 let late = truth - known.accepted.max(unbroken.min(own));
                 prop_assert!(
-                    late < self.give_up_after + self.world.lost + STEP,
+                    is_paused || late < self.give_up_after + self.world.lost + STEP,
                     "kept after its own attempt"
                 );
                 if !to_end {
@@ -1543,15 +1950,22 @@ mod tests {
                 .order
                 .get(&queue)
                 .is_some_and(|order| !order.is_empty());
-            has_exports && !self.is_busy(queue) && !self.since.get(&queue).is_some_and(waits)
+            has_exports
+                && !self.world.paused.contains(&queue)
+                && !self.is_busy(queue)
+                && !self.since.get(&queue).is_some_and(waits)
         }
 
         /// A queue of which an export that was not the first was given up, which is not in the store.
-        fn is_paused(&self, queue: QueueId) -> bool {
-            let pauses = |unwritten: &Unwritten| {
+        fn is_blocked(&self, queue: QueueId) -> bool {
+            let blocks = |unwritten: &Unwritten| {
                 unwritten.queue == queue && matches!(unwritten.update, Err(true))
             };
-            self.world.unwritten.iter().any(pauses)
+            self.world.unwritten.iter().any(blocks)
+        }
+
+        fn is_left_alone(&self, queue: QueueId) -> bool {
+            self.is_blocked(queue) || self.world.paused.contains(&queue)
         }
 
         /// Does what is due, then checks that nothing was left that should have been done.
@@ -1563,6 +1977,7 @@ mod tests {
                         let known = self.known[&export.id].clone();
                         prop_assert!(!known.ended, "given up twice");
                         prop_assert!(!self.is_busy(known.queue));
+                        prop_assert!(!self.world.paused.contains(&known.queue));
                         prop_assert_eq!(known.attempts, export.attempts);
                         let since = self.since.get(&known.queue).map(|since| since.first);
                         prop_assert!(since.is_some(), "given up in a queue that is not failing");
@@ -1578,7 +1993,10 @@ mod tests {
                             "it would not sleep"
                         );
                         for (queue, order) in &self.order {
-                            if order.is_empty() || self.is_busy(*queue) || self.is_paused(*queue) {
+                            if order.is_empty()
+                                || self.is_busy(*queue)
+                                || self.is_left_alone(*queue)
+                            {
                                 continue;
                             }
                             prop_assert!(!self.is_due(*queue), "{queue} was forgotten");
@@ -1601,7 +2019,7 @@ mod tests {
                 if let Some(since) = since
                     && looked
                     && !self.is_busy(known.queue)
-                    && !self.is_paused(known.queue)
+                    && !self.is_left_alone(known.queue)
                 {
                     let late = self.truth - known.accepted.max(since);
                     prop_assert!(
@@ -1626,7 +2044,7 @@ mod tests {
             self.passed_over.remove(&queue);
             let others: Vec<_> = self.order.keys().copied().collect();
             for other in others {
-                if other != queue && self.is_due(other) && !self.is_paused(other) {
+                if other != queue && self.is_due(other) && !self.is_blocked(other) {
                     let passed = self.passed_over.entry(other).or_default();
                     let turns = passed.entry(queue).or_default();
                     *turns += 1;

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, never, select};
 use serde_json::value::RawValue;
 
+use super::acts::Request;
+use super::acts::bulk::Bulk;
 use super::queues::Progress;
 use super::store::{self, Change, Effect, ExportUpdate, NewExport, Report, Store};
 use super::{Accept, Damage, Exports, Limits, UNWRITTEN_REPORTS};
@@ -34,6 +36,10 @@ const CLOCK_SET: Millis = 1000;
 /// How often the running time is stored while a queue is failing and nothing else is written. A kill
 /// loses no more than a minute of it.
 const SAVE_RUNNING: Duration = Duration::from_secs(50);
+/// How often rows of the ledger that are too old are looked for.
+const EXPIRE_LEDGER: Duration = Duration::from_secs(60 * 60);
+/// How long what the ledger only counts may stay unwritten while nothing else is written.
+const COMPLETE_LEDGER: Duration = Duration::from_secs(60);
 /// The longest the writer sleeps.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 
@@ -44,12 +50,13 @@ pub(super) struct Incoming {
     /// Says that a client waits for a report that was just sent.
     pub awaited: Receiver<()>,
     pub damage: Receiver<Damage>,
+    pub acts: Receiver<Request>,
 }
 
 /// The thread's state.
 pub struct Writer {
-    exports: Arc<Exports>,
-    store: Store,
+    pub(super) exports: Arc<Exports>,
+    pub(super) store: Store,
     limits: Limits,
     incoming: Incoming,
     /// No repair is tried before this.
@@ -62,9 +69,13 @@ pub struct Writer {
     /// Whether the last commit found the disk full.
     disk_full: bool,
     size: Size,
+    /// An act of the owner that is to be begun.
+    act: Option<Request>,
+    /// One that is under way.
+    pub(super) bulk: Option<Bulk>,
 }
 
-/// The size of the store in bytes as it was measured last, and all that was added since.
+/// The size of the store without the ledger, in bytes, as it was measured last, and all that was added since.
 struct Size {
     bytes: u64,
     measured: Instant,
@@ -91,6 +102,8 @@ impl Writer {
             accepts: Vec::new(),
             reports: Vec::new(),
             disk_full: false,
+            act: None,
+            bulk: None,
         }
     }
 
@@ -112,16 +125,32 @@ impl Writer {
                 if self.exports.unfinished() > 0 {
                     self.save_running();
                 }
+                self.complete_ledger();
                 if let Err(error) = self.store.truncate_wal() {
                     log::warn!(reason:% = error; "cannot empty the store's log");
                 }
                 return;
+            }
+            if let Some(act) = self.act.take() {
+                self.begin_act(act);
+                housekeeping.end_pauses_at = Instant::now();
+            }
+            self.continue_act();
+            if housekeeping.end_pauses_at <= Instant::now() {
+                housekeeping.end_pauses_at = Instant::now() + self.end_pauses().min(LONGEST_SLEEP);
             }
             if housekeeping.is_running_due() && self.exports.queues.lock().is_any_failing() {
                 self.save_running();
             }
             if housekeeping.expire_at <= Instant::now() {
                 housekeeping.expire_at = Instant::now() + self.expire();
+            }
+            if housekeeping.expire_ledger_at <= Instant::now() {
+                housekeeping.expire_ledger_at = Instant::now() + self.expire_ledger();
+            }
+            if housekeeping.complete_ledger_at <= Instant::now() {
+                housekeeping.complete_ledger_at = Instant::now() + COMPLETE_LEDGER;
+                self.complete_ledger();
             }
         }
     }
@@ -141,6 +170,8 @@ impl Writer {
         match corrected {
             Ok(()) => {
                 self.wrote();
+                self.reread_pauses();
+                housekeeping.end_pauses_at = Instant::now();
                 log::info!(ms = by; "the clock was set, and stored times with it");
             }
             Err(error) => {
@@ -178,7 +209,36 @@ impl Writer {
         wait.min(LONGEST_SLEEP)
     }
 
-    fn wrote(&self) {
+    /// Deletes a few rows of the ledger that are older than its retention. Returns how long until the next try.
+    fn expire_ledger(&mut self) -> Duration {
+        let now = self.exports.now();
+        let commits = self.exports.hold_checkpoints();
+        let expired = self.store.expire_ledger(now);
+        drop(commits);
+        match expired {
+            Ok(false) => return EXPIRE_LEDGER,
+            Ok(true) => self.wrote(),
+            Err(error) => log::warn!(reason:% = error; "cannot delete old rows of the ledger"),
+        }
+        RETRY
+    }
+
+    /// Writes what the ledger only counts so far, and is not in a commit by now.
+    fn complete_ledger(&mut self) {
+        if !self.store.has_unwritten_counts() {
+            return;
+        }
+        let now = self.exports.now();
+        let commits = self.exports.hold_checkpoints();
+        let written = self.store.record(&[], now);
+        drop(commits);
+        match written {
+            Ok(()) => self.wrote(),
+            Err(error) => log::warn!(reason:% = error; "cannot write to the ledger"),
+        }
+    }
+
+    pub(super) fn wrote(&self) {
         if let Some(checkpoint) = &self.exports.checkpoint {
             checkpoint.wrote(self.store.is_wal_long());
         }
@@ -211,8 +271,15 @@ impl Writer {
             // Those that could not be written come first.
             false => (&never(), RETRY),
         };
+        let timeout = timeout.min(self.until_next_step());
+        // They are carried out one after the other.
+        let acts = match self.bulk {
+            None => &self.incoming.acts,
+            Some(_) => &never(),
+        };
         select! {
             recv(self.incoming.accepts) -> accept => self.accepts.extend(accept),
+            recv(acts) -> act => self.act = act.ok(),
             recv(reported) -> report => {
                 self.reports.extend(report);
                 let parked = &self.exports.parked;
@@ -286,6 +353,7 @@ impl Writer {
         self.disk_full = matches!(committed, Err(store::Error::Full));
         match committed {
             Ok(effects) => {
+                exports.metrics.commit_duration.observe(started.elapsed());
                 log::trace!(
                     submissions = accepts.len(), reports = self.reports.len(),
                     ms = millis(started.elapsed());
@@ -387,7 +455,7 @@ impl Writer {
         let outdated = self.size.measured.elapsed() > MEASURE || self.store.is_wal_long();
         if outdated || most > self.limits.max_store {
             self.size = Size {
-                bytes: self.store.size()?,
+                bytes: self.store.size()?.saturating_sub(self.store.ledger_size()),
                 measured: Instant::now(),
             };
         }
@@ -410,15 +478,24 @@ impl Writer {
                     id:%, destination, bytes = export.payload.len(), ms = millis(received.elapsed());
                     "accepted"
                 );
+                exports.metrics.accepted.one();
+                exports
+                    .metrics
+                    .accepted_bytes
+                    .add(export.payload.len() as u64);
                 let progress = Progress {
                     id,
                     attempts: 0,
                     first_moved_at: None,
                 };
+                let is_paused = exports.is_paused(&export.owner, &export.peer, &export.destination);
                 // Under one lock, so that the first answer is always Pending.
                 let mut queues = exports.queues.lock();
                 let now = exports.running();
                 queues.accepted(queue, export.running, now);
+                if is_paused {
+                    queues.pause(queue, now);
+                }
                 let held_up = queues.is_held_up(queue, 0, later(now, deadline));
                 let view = queues.view(queue, progress, None, now);
                 drop(queues);
@@ -481,6 +558,9 @@ struct Housekeeping {
     /// The clock is not followed before this, after a correction that failed.
     follow_clock_at: Instant,
     save_running_at: Instant,
+    expire_ledger_at: Instant,
+    complete_ledger_at: Instant,
+    end_pauses_at: Instant,
 }
 
 impl Housekeeping {
@@ -490,6 +570,10 @@ impl Housekeeping {
             expire_at: now,
             follow_clock_at: now,
             save_running_at: now + SAVE_RUNNING,
+            // Later than the others: a clock that was wrong at the start has been set by then.
+            expire_ledger_at: now + EXPIRE_LEDGER,
+            complete_ledger_at: now + COMPLETE_LEDGER,
+            end_pauses_at: now,
         }
     }
 
@@ -505,6 +589,8 @@ impl Housekeeping {
 
     fn sleep(&self) -> Duration {
         let next = self.expire_at.min(self.save_running_at);
+        let next = next.min(self.expire_ledger_at).min(self.complete_ledger_at);
+        let next = next.min(self.end_pauses_at);
         next.saturating_duration_since(Instant::now())
     }
 }

@@ -53,6 +53,7 @@ const LOOK: Duration = Duration::from_millis(1500);
 /// Serves a connection until it ends.
 pub fn run(shared: &Shared, permit: Permit, stream: Arc<TcpStream>, client: SocketAddr) {
     let born = Instant::now();
+    let _connected = shared.metrics.connections.enter();
     // Its time begins only now, as its thread could not read before.
     permit.begin(born);
     let handshake = if permit.is_rejected() {
@@ -164,7 +165,7 @@ impl Connection<'_> {
                 (false, _) => "Connection: close\r\n",
             };
             let head_only = request.method() == "HEAD";
-            let written = self.write(&to_bytes(response, persistence, head_only));
+            let written = self.write(response, persistence, head_only);
             if written.is_err() || !stays {
                 return self.linger();
             }
@@ -230,6 +231,7 @@ impl Connection<'_> {
 
     /// Has the request served, and waits for its answer.
     fn answer(&mut self, request: &mut Request) -> Result<Response, End> {
+        let _served = self.shared.metrics.connections_served.enter();
         let (links, wait) = match &self.service {
             Serving::Pool(links, wait) => (links, wait),
             Serving::Here(handler) => {
@@ -262,12 +264,17 @@ impl Connection<'_> {
         }
     }
 
-    fn write(&mut self, answer: &[u8]) -> io::Result<()> {
+    fn write(&mut self, response: Response, persistence: &str, head_only: bool) -> io::Result<()> {
+        // Before it is sent: whoever has the answer finds it counted.
+        if let Some(code) = response.refused {
+            self.shared.metrics.refused.count(code);
+        }
+        let answer = to_bytes(response, persistence, head_only);
         if answer.len() > SMALL {
             self.memory.hold(answer.len());
         }
         self.set_deadline(ANSWER);
-        self.wire.write_all(answer)?;
+        self.wire.write_all(&answer)?;
         self.wire.flush()?;
         self.memory.release();
         self.permit.receive();
@@ -294,7 +301,7 @@ impl Connection<'_> {
         response
             .headers
             .extend(more.map(|(name, value)| (*name, Cow::Borrowed(*value))));
-        let _ = self.write(&to_bytes(response, "Connection: close\r\n", head_only));
+        let _ = self.write(response, "Connection: close\r\n", head_only);
         self.linger();
     }
 

@@ -50,6 +50,7 @@ use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::answer::Response;
+use crate::metrics::Metrics;
 use crate::socket::is_timeout;
 use crate::threads;
 use crate::waits::Waits;
@@ -144,6 +145,7 @@ struct Shared {
     refusal_headers: &'static [(&'static str, &'static str)],
     max_body: usize,
     identity: Option<Arc<Identity>>,
+    metrics: Arc<Metrics>,
 }
 
 impl Shared {
@@ -166,11 +168,17 @@ struct Accepting {
 }
 
 impl Gate {
-    /// Starts to accept connections, and has their requests served.
+    /// Starts to accept connections, and has their requests served. Counts connections and refused requests
+    /// in `metrics`.
     ///
     /// # Errors
     /// tiny_http does not answer, or the listener cannot be used.
-    pub fn open(listener: TcpListener, serve: Serve<'_>, settings: Settings) -> io::Result<Self> {
+    pub fn open(
+        listener: TcpListener,
+        serve: Serve<'_>,
+        settings: Settings,
+        metrics: Arc<Metrics>,
+    ) -> io::Result<Self> {
         let mut limits = settings.limits;
         let (connections, max_newcomers) = match serve {
             Serve::Pool(..) => possible_connections(limits.connections),
@@ -192,6 +200,7 @@ impl Gate {
             refusal_headers,
             max_body: settings.max_body,
             identity: settings.identity,
+            metrics,
         });
         let listener = Arc::new(listener);
         let (open, ended) = bounded(0);

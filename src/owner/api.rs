@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::Owner;
 use crate::auth::secret::Missing;
 use crate::exports::store::{FILE, Place};
+use crate::metrics::{Gauges, Room};
 use crate::version;
 
 /// A certificate that ends sooner than this needs attention.
@@ -91,15 +92,24 @@ fn attention(
     all
 }
 
-/// Figures for Prometheus.
-pub fn metrics() -> String {
-    format!(
-        "# HELP export_service_build_info The version, as labels.\n\
-         # TYPE export_service_build_info gauge\n\
-         export_service_build_info{{version=\"{}\",commit=\"{}\"}} 1\n",
-        version::NUMBER,
-        version::COMMIT
-    )
+/// The metrics, with what is true of the service at this moment.
+pub fn metrics(owner: &Owner) -> String {
+    let expires = owner
+        .identity
+        .as_ref()
+        .and_then(|identity| identity.expires());
+    owner.exports.metrics.render(&Gauges {
+        pending: owner.exports.unfinished(),
+        long_polls: owner.exports.long_polls(),
+        store: Room {
+            bytes: store_bytes(&owner.place).unwrap_or(0),
+            limit: owner.max_store,
+        },
+        disk_free: disk_free(&owner.place),
+        certificate_expiry: expires.map(|expires| time(expires) / 1000),
+        secret_ready: owner.secret.key().is_ok(),
+        ..Gauges::default()
+    })
 }
 
 /// Unix milliseconds.

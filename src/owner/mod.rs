@@ -8,7 +8,6 @@
 
 pub mod access;
 mod api;
-pub mod key;
 mod routes;
 mod socket;
 
@@ -25,9 +24,12 @@ use crate::exports::Exports;
 use crate::exports::store::Place;
 use crate::gate::tls::Identity;
 use crate::gate::{self, Gate, Serve};
+use crate::key_file;
 use access::{HEADERS, Hosts, Logins};
 pub use socket::{FILE as SOCKET, Listener};
 
+/// The file of the data folder with the root key of the owner's tokens.
+pub const KEY_FILE: &str = "owner.key";
 /// Connections at a time on the owner's port.
 const CONNECTIONS: usize = 16;
 /// The same from one address: one client cannot take them all.
@@ -75,11 +77,11 @@ impl Owner {
     /// # Errors
     /// The file cannot be read or made.
     pub fn key(place: &Place) -> Result<Key, String> {
-        let bytes = match place.folder() {
-            Some(folder) => key::read_or_make(folder, key::FILE)?,
-            None => key::random()?,
+        let key = match place.folder() {
+            Some(folder) => key_file::Key::in_file(&folder.join(KEY_FILE)),
+            None => key_file::Key::random(),
         };
-        Ok(Key::derive(&bytes))
+        Ok(Key::derive(key?.bytes()))
     }
 
     /// What the owner's browser opens, if the port is at this address.
@@ -124,6 +126,8 @@ impl Owner {
                 max_body: MAX_BODY,
                 identity: self.identity.clone(),
             },
+            // Nobody reads these: the metrics are about apps.
+            Arc::default(),
         )
     }
 

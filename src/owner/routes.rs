@@ -12,6 +12,7 @@ use super::{Client, Owner, api};
 use crate::answer::Response;
 use crate::gate::framing::Request;
 use crate::logging;
+use crate::metrics;
 
 /// What the owner's token must be in, for a browser's dialog.
 const CHALLENGE: &str =
@@ -85,7 +86,10 @@ fn answer(
             Ok(_) => word(200, "ready"),
             Err(_) => word(503, "waiting"),
         }),
-        "/metrics" => reads().map(|()| text(200, api::metrics())),
+        "/metrics" => reads().map(|()| Response {
+            headers: vec![("Content-Type", metrics::CONTENT_TYPE.into())],
+            ..text(200, api::metrics(owner))
+        }),
         "/api/status" => reads().map(|()| json_of(200, &api::status(owner, now))),
         _ => Err(Refused::NoSuchPath),
     }
@@ -105,6 +109,7 @@ fn text(status: u16, body: String) -> Response {
         status,
         headers: vec![("Content-Type", "text/plain; charset=utf-8".into())],
         body,
+        refused: None,
     }
 }
 
@@ -113,6 +118,7 @@ fn json_of(status: u16, body: &serde_json::Value) -> Response {
         status,
         headers: vec![("Content-Type", "application/json".into())],
         body: format!("{body}\n"),
+        refused: None,
     }
 }
 

@@ -11,8 +11,9 @@ use super::ask::ask;
 use super::token::expiry;
 use crate::auth::{Key, Macaroon};
 use crate::config::LinkArgs;
+use crate::key_file;
 use crate::logging;
-use crate::owner::key;
+use crate::owner::KEY_FILE;
 
 /// Prints the address of the owner's port, if the service runs and has one, and mints a token for it. How to
 /// use them goes to stderr. Blocks for a minute at most.
@@ -21,10 +22,11 @@ use crate::owner::key;
 /// There is no key yet, an argument makes no sense, or the output cannot be written.
 pub fn link(arguments: &LinkArgs, now: SystemTime) -> Result<(), String> {
     let folder = arguments.folder();
-    let key = key::read(folder, key::FILE)?.ok_or_else(|| {
+    let file = folder.join(KEY_FILE);
+    let key = key_file::Key::read(&file)?.ok_or_else(|| {
         format!(
             "there is no {} yet: the service makes it at its first start; is this its --data-dir?",
-            folder.join(key::FILE).display()
+            file.display()
         )
     })?;
     let mut caveats = Vec::new();
@@ -37,7 +39,7 @@ pub fn link(arguments: &LinkArgs, now: SystemTime) -> Result<(), String> {
     if let Some(expires) = arguments.expires {
         caveats.push(expiry(expires, now)?);
     }
-    let minted = Macaroon::mint(&Key::derive(&key), "owner", caveats);
+    let minted = Macaroon::mint(&Key::derive(key.bytes()), "owner", caveats);
     let token = minted.to_v1().ok_or("the token would be too long")?;
     let answer = ask(folder, "GET", "/api/status", None);
     let status = answer.and_then(|(_, body)| {

@@ -14,7 +14,10 @@ use export_service::delivery::worker;
 use export_service::exports::Exports;
 use export_service::exports::store::Store;
 use export_service::gate::{Gate, Serve};
+use export_service::key_file::Key;
+use export_service::ledger::LedgerKey;
 use export_service::logging;
+use export_service::metrics::Metrics;
 use export_service::routes::Policy;
 use export_service::server::{Server, Service};
 use export_service::threads;
@@ -102,11 +105,14 @@ pub fn serve(arguments: &[&str]) {
         panic!("only for serve");
     };
     let mut config = arguments.check().unwrap();
-    logging::start(config.log_format, config.log_level);
+    let metrics = Arc::new(Metrics::default());
+    logging::start(config.log_format, config.log_level, metrics.clone());
     threads::exit_on_panic(logging::flush);
     let listener = TcpListener::bind(config.address).unwrap();
     let store = Store::open(&config.place).unwrap();
-    let (exports, writer, woken) = Exports::open(store, config.limits).unwrap();
+    let key = LedgerKey::new(&Key::random().unwrap());
+    let opened = Exports::open(store, config.limits, key, metrics.clone());
+    let (exports, writer, woken) = opened.unwrap();
     // They stay: the process is killed.
     let (_writes, writer_stopping) = bounded::<()>(0);
     let (_works, worker_stopping) = bounded::<()>(0);
@@ -142,6 +148,7 @@ pub fn serve(arguments: &[&str]) {
         listener,
         Serve::Pool(&server.socket(), waits),
         config.connections,
+        metrics,
     )
     .unwrap();
     for _ in stdin().lines() {

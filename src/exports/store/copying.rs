@@ -24,8 +24,8 @@ struct Layout {
     head: &'static str,
     /// The columns of [`Rest`]. Exports with the same position are in the order of the second one.
     rest: &'static str,
-    /// A query for owner, destination, failures, next attempt, failing since, last error, and the number
-    /// if that stays the same.
+    /// A query for owner, destination, failures, next attempt, failing since, last error, peer, the
+    /// end of its last pause, and the number if that stays the same.
     queues: &'static str,
     /// The same from an index of the table, which is on other pages.
     queues_by_index: Option<&'static str>,
@@ -43,7 +43,7 @@ const FIRST: Layout = Layout {
     // Waits were stored by the wall clock, which may have been wrong at the time.
     queues: "SELECT owner, destination, failures,
             min(max(max(coalesce(next_attempt_at, 0)) - unixepoch() * 1000, 0), 3600000), 0,
-            last_error, NULL
+            last_error, '', 0, NULL
         FROM exports NOT INDEXED WHERE failures > 0 AND finished_at IS NULL
         GROUP BY owner, destination",
     queues_by_index: None,
@@ -54,25 +54,50 @@ const FIRST: Layout = Layout {
 const SECOND: Layout = Layout {
     rest: "coalesce(turn, seq), moved_at, accepted_at, running_at,
         attempts, first_moved_at, finished_at, idempotency_key, fingerprint, last_error, response, payload",
-    queues: "SELECT owner, destination, failures, next_attempt_at, failing_since, last_error, NULL
+    queues: "SELECT owner, destination, failures, next_attempt_at, failing_since, last_error, '', 0, NULL
         FROM queues",
     running: Some("SELECT millis FROM running"),
     ..FIRST
 };
 
-const CURRENT: Layout = Layout {
+const THIRD: Layout = Layout {
     head: "id, NULL, NULL, queue, turn, accepted_at, running_at, finished_at",
     rest: "turn, NULL, accepted_at, running_at, attempts, first_moved_at, finished_at,
         idempotency_key, fingerprint, last_error, response, payload",
-    queues: "SELECT owner, destination, failures, next_attempt_at, failing_since, last_error, id
+    queues:
+        "SELECT owner, destination, failures, next_attempt_at, failing_since, last_error, '', 0, id
         FROM queues",
     queues_by_index: Some(
-        "SELECT owner, destination, 0, 0, 0, NULL, id FROM queues
+        "SELECT owner, destination, 0, 0, 0, NULL, '', 0, id FROM queues
             INDEXED BY sqlite_autoindex_queues_1",
     ),
     running: SECOND.running,
     spread: 1,
 };
+
+const CURRENT: Layout = Layout {
+    queues: "SELECT owner, destination, failures, next_attempt_at, failing_since, last_error, peer,
+            resumed_at, id
+        FROM queues",
+    queues_by_index: Some(
+        "SELECT owner, destination, 0, 0, 0, NULL, peer, 0, id FROM queues
+            INDEXED BY sqlite_autoindex_queues_1",
+    ),
+    ..THIRD
+};
+
+/// The tables that earlier versions lack. They are copied row by row as far as they can be read, from the
+/// first row on and from the last one back: name, columns, and the columns of the key.
+const OTHERS: [(&str, &str, &str); 4] = [
+    (
+        "day_sums",
+        "day, who, destination, exports, attempts, delivered, failed, bytes_out, bytes_in, rows, row_bytes",
+        "day, who, destination",
+    ),
+    ("pauses", "subject, since, until", "rowid"),
+    ("labels", "who, label", "rowid"),
+    ("destinations", "name, first_at, seen_at", "rowid"),
+];
 
 /// Counts are limited to this, so that one that was changed by hand is not taken for damage.
 const MOST: i64 = u32::MAX as i64;
@@ -131,6 +156,7 @@ pub fn copy(
     let layout = match version {
         1 => &FIRST,
         2 => &SECOND,
+        3 => &THIRD,
         schema::VERSION => &CURRENT,
         _ => return Err(Error::Damaged),
     };
@@ -150,6 +176,10 @@ pub fn copy(
     copying.count()?;
     copying.running()?;
     copying.name_gone()?;
+    if version == schema::VERSION {
+        copying.ledger()?;
+        copying.others()?;
+    }
     Ok(copying.copied)
 }
 
@@ -211,7 +241,8 @@ impl Copying<'_> {
                 .to
                 .prepare_cached(
                     "INSERT OR IGNORE INTO queues (owner, destination, failures, next_attempt_at,
-                         failing_since, last_error, id) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                         failing_since, last_error, peer, resumed_at, id)
+                     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 )?
                 .execute(params![
                     row.get::<_, Vec<u8>>(0)?,
@@ -220,7 +251,9 @@ impl Copying<'_> {
                     row.get::<_, i64>(3)?,
                     row.get::<_, i64>(4)?,
                     error,
-                    row.get::<_, Option<QueueId>>(6)?
+                    row.get::<_, String>(6)?,
+                    row.get::<_, i64>(7)?,
+                    row.get::<_, Option<QueueId>>(8)?
                 ])?;
             if inserted > 0 {
                 self.queues.insert(self.to.last_insert_rowid(), 0);
@@ -231,7 +264,7 @@ impl Copying<'_> {
 
     fn exports(&mut self) -> Result<(), Error> {
         let mut at = i64::MIN;
-        while let Some(seq) = self.next(at)? {
+        while let Some(seq) = self.next(&EXPORTS, at)? {
             let head = self.head(seq);
             if let Some(head) = self.copied.undamaged(head)? {
                 let rest = self.rest(seq);
@@ -246,10 +279,69 @@ impl Copying<'_> {
         Ok(())
     }
 
+    /// Copies the rows of the ledger that can be read. A row that is missing then breaks the chain, which tells
+    /// that it is.
+    fn ledger(&mut self) -> Result<(), Error> {
+        let mut at = i64::MIN;
+        while let Some(seq) = self.next(&LEDGER, at)? {
+            let copied = self.copy_row(
+                "ledger",
+                "seq, at, event, export, who, destination, address, bytes_out,
+                bytes_in, digest, outcome, ms, attempt, note, body_hash, hash",
+                "WHERE seq = ?",
+                [seq],
+            );
+            self.copied.undamaged(copied)?;
+            match seq.checked_add(1) {
+                Some(next) => at = next,
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
+    fn others(&mut self) -> Result<(), Error> {
+        for (table, columns, key) in OTHERS {
+            for order in ["ASC", "DESC"] {
+                let key = key.replace(',', &format!(" {order},"));
+                let rest = format!("ORDER BY {key} {order}");
+                let copied = self.copy_row(table, columns, &rest, []);
+                if self.copied.undamaged(copied)?.is_some() {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies the rows that this query finds, up to the first that cannot be read.
+    fn copy_row(
+        &self,
+        table: &str,
+        columns: &str,
+        rest: &str,
+        parameters: impl rusqlite::Params,
+    ) -> Result<(), Error> {
+        let select = format!("SELECT {columns} FROM {table} NOT INDEXED {rest}");
+        let count = columns.split(',').count();
+        let marks = vec!["?"; count].join(", ");
+        let insert = format!("INSERT OR IGNORE INTO {table} ({columns}) VALUES ({marks})");
+        let mut statement = self.from.prepare_cached(&select)?;
+        let mut rows = statement.query(parameters)?;
+        while let Some(row) = rows.next()? {
+            let values = (0..count).map(|at| row.get::<_, Value>(at));
+            let values = values.collect::<Result<Vec<_>, _>>()?;
+            self.to
+                .prepare_cached(&insert)?
+                .execute(params_from_iter(values))?;
+        }
+        Ok(())
+    }
+
     /// The first row number at or behind `from` that can be found.
-    fn next(&mut self, from: i64) -> Result<Option<i64>, Error> {
+    fn next(&mut self, table: &Table, from: i64) -> Result<Option<i64>, Error> {
         let connection = self.from;
-        let find = |from| find(connection, from);
+        let find = |from| find(connection, table, from);
         if let Some(found) = self.copied.undamaged(find(from))? {
             return Ok(found);
         }
@@ -396,7 +488,7 @@ impl Copying<'_> {
         let (Some(owner), Some(destination)) = (&head.owner, &head.destination) else {
             return Ok(None);
         };
-        let sql = "SELECT id FROM queues WHERE owner = ? AND destination = ?";
+        let sql = "SELECT id FROM queues WHERE owner = ? AND destination = ? AND peer = ''";
         if let Some(queue) = value(self.to, sql, params![owner, destination])? {
             return Ok(Some(queue));
         }
@@ -496,29 +588,56 @@ impl Copying<'_> {
     }
 }
 
+/// How rows of a table are found by their number, without an index, which may be damaged too.
+struct Table {
+    behind: &'static str,
+    exactly: &'static str,
+    before: &'static str,
+    last: &'static str,
+}
+
+macro_rules! table {
+    ($name:literal) => {
+        Table {
+            behind: concat!(
+                "SELECT seq FROM ",
+                $name,
+                " NOT INDEXED WHERE seq >= ? ORDER BY seq LIMIT 1"
+            ),
+            exactly: concat!("SELECT seq FROM ", $name, " NOT INDEXED WHERE seq = ?"),
+            before: concat!(
+                "SELECT seq FROM ",
+                $name,
+                " NOT INDEXED WHERE seq < ? ORDER BY seq DESC LIMIT 1"
+            ),
+            last: concat!(
+                "SELECT seq FROM ",
+                $name,
+                " NOT INDEXED ORDER BY seq DESC LIMIT 1"
+            ),
+        }
+    };
+}
+
+const EXPORTS: Table = table!("exports");
+const LEDGER: Table = table!("ledger");
+
 /// The first row number at or behind `from`. A row whose number is damaged seems to be elsewhere; to believe
 /// that would skip all rows in between.
-fn find(connection: &Connection, from: i64) -> Result<Option<i64>, Error> {
+fn find(connection: &Connection, table: &Table, from: i64) -> Result<Option<i64>, Error> {
     let ask = |sql, number| value::<i64>(connection, sql, [number]);
-    let behind = "SELECT seq FROM exports NOT INDEXED WHERE seq >= ? ORDER BY seq LIMIT 1";
-    let found = ask(behind, from)?;
+    let found = ask(table.behind, from)?;
     if found == Some(from) {
         return Ok(found);
     }
     let before = match found {
         Some(found) => {
-            let exactly = "SELECT seq FROM exports NOT INDEXED WHERE seq = ?";
-            if found < from || ask(exactly, found)?.is_none() {
+            if found < from || ask(table.exactly, found)?.is_none() {
                 return Err(Error::Damaged);
             }
-            let before =
-                "SELECT seq FROM exports NOT INDEXED WHERE seq < ? ORDER BY seq DESC LIMIT 1";
-            ask(before, found)
+            ask(table.before, found)
         }
-        None => {
-            let last = "SELECT seq FROM exports NOT INDEXED ORDER BY seq DESC LIMIT 1";
-            value(connection, last, [])
-        }
+        None => value(connection, table.last, []),
     };
     match before {
         Ok(Some(before)) if before >= from => Err(Error::Damaged),

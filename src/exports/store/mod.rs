@@ -7,8 +7,11 @@
 //!
 //! Not here: which thread writes when, and what memory holds (`exports`).
 
+pub mod acts;
 mod copying;
+pub mod evidence;
 mod folder;
+mod ledger;
 mod opening;
 mod reading;
 mod schema;
@@ -26,7 +29,9 @@ use uuid::Uuid;
 
 use crate::destination::Destination;
 use crate::export::{self, Backoff, QueueId};
+use crate::ledger::Entry;
 use crate::memory::Reservation;
+pub use ledger::Limits as LedgerLimits;
 pub use opening::cannot_repair;
 pub use reading::{Queued, Reader, Stored};
 pub use writing::wal_size;
@@ -129,7 +134,9 @@ pub struct NewExport {
     pub id: Uuid,
     /// The identifier of the macaroon it came with.
     pub owner: Vec<u8>,
-    /// With the owner, this determines its queue.
+    /// The client's IP address if the owner is empty, else nothing.
+    pub peer: String,
+    /// With the owner and the peer, this determines its queue.
     pub destination: Destination,
     /// Stored until the export is finished.
     pub payload: Vec<u8>,
@@ -169,6 +176,8 @@ pub struct Report {
     pub update: ExportUpdate,
     /// What that says about its queue.
     pub queue_update: QueueUpdate,
+    /// What the ledger is to say of it.
+    pub entries: Vec<Entry>,
 }
 
 /// What changes in an export's row.
@@ -229,6 +238,7 @@ pub struct Store {
     running: i64,
     /// The highest position that an export was given.
     last_turn: i64,
+    ledger: ledger::Ledger,
     /// How many pages the WAL had after the last commit.
     wal_pages: Arc<AtomicI32>,
     /// The file, or a URI for a database in memory.
@@ -245,6 +255,7 @@ mod tests {
         NewExport {
             id: Uuid::now_v7(),
             owner: owner.into(),
+            peer: String::new(),
             destination: Destination::parse("https://a.example/").unwrap(),
             payload: vec![content],
             accepted_at: 0,
@@ -268,6 +279,7 @@ mod tests {
             queue,
             update,
             queue_update: QueueUpdate::AsBefore,
+            entries: Vec::new(),
         };
         let changes = [Change::Report(&report)];
         store.commit(&changes, now, 0, |_, _, _| Ok(())).unwrap();

@@ -21,7 +21,9 @@ use rusqlite::{Connection, OpenFlags, TransactionBehavior};
 use uuid::Uuid;
 
 use super::copying::{self, Copied};
+use super::evidence::Evidence;
 use super::folder::{Folder, beside};
+use super::ledger::Ledger;
 use super::reading::json;
 use super::schema;
 use super::wal::{Scan, Skipped};
@@ -106,6 +108,7 @@ impl Store {
             clock_offset: 0,
             running: 0,
             last_turn: 0,
+            ledger: Ledger::empty(),
             wal_pages: Arc::default(),
             path,
             on_disk,
@@ -167,7 +170,7 @@ impl Store {
     fn load(&mut self) -> Result<(), Error> {
         let running = "SELECT millis FROM running";
         self.running = self.connection.query_row(running, [], |row| row.get(0))?;
-        Ok(())
+        self.ledger.load(&self.connection)
     }
 
     /// Calls `each` for every queue that has exports without a result. Reads an index entry for each of
@@ -177,11 +180,12 @@ impl Store {
     /// The store cannot be read, or holds a row that no version of this program wrote.
     pub fn queues(&mut self, mut each: impl FnMut(QueueId, StoredQueue)) -> Result<(), Error> {
         let mut statement = self.connection.prepare(
-            "SELECT queue, exports, first, last, failures, next_attempt_at, failing_since, last_error
+            "SELECT queue, exports, first, last, failures, next_attempt_at, failing_since, last_error,
+                 resumed_at
              FROM (SELECT queue, count(*) AS exports, min(turn) AS first, max(turn) AS last
                    FROM exports WHERE finished_at IS NULL GROUP BY queue)
-             LEFT JOIN (SELECT id, failures, next_attempt_at, failing_since, last_error FROM queues)
-                 ON id = queue",
+             LEFT JOIN (SELECT id, failures, next_attempt_at, failing_since, last_error, resumed_at
+                        FROM queues) ON id = queue",
         )?;
         let mut rows = statement.query([])?;
         while let Some(row) = rows.next()? {
@@ -196,6 +200,7 @@ impl Store {
                 exports: usize::try_from(row.get::<_, i64>(1)?).unwrap_or(0),
                 first: row.get(2)?,
                 failing: (backoff.failures > 0).then_some((backoff, error)),
+                resumed_at: row.get(8)?,
             };
             let last = row.get(3)?;
             if found.first < 0 || last > schema::LAST_TURN {
@@ -250,6 +255,7 @@ impl Store {
         // Writes something, so that there is a WAL.
         schema::create(&mut self.connection)?;
         self.running = self.running.max(copied.running);
+        self.ledger.load(&self.connection)?;
         for reader in readers {
             **reader = self.open_reader(reader.writes)?;
         }
@@ -268,6 +274,14 @@ impl Store {
     /// The file cannot be opened again.
     pub fn reader(&self) -> Result<Reader, Error> {
         self.open_reader(false)
+    }
+
+    /// Opens another connection for reading the ledger.
+    ///
+    /// # Errors
+    /// The file cannot be opened again.
+    pub fn evidence(&self) -> Result<Evidence, Error> {
+        Ok(Evidence::over(self.open_reader(false)?.connection))
     }
 
     /// Opens another connection for checkpoints.

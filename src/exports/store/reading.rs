@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::Error;
 use crate::export::{Millis, QueueId};
+use crate::ledger::who;
 
 /// What a poll reads of an export.
 pub struct Stored {
@@ -35,6 +36,8 @@ pub struct Queued {
     pub id: Uuid,
     /// Its position in its queue.
     pub turn: i64,
+    /// Its sender's name: see [`crate::ledger::who`].
+    pub who: String,
     /// Its URL.
     pub destination: String,
     /// When it was accepted, in running time.
@@ -61,7 +64,7 @@ macro_rules! queued {
     ($rest:literal) => {
         concat!(
             "SELECT seq, exports.id, turn, destination, running_at, attempts, first_moved_at,
-                 exports.last_error ",
+                 exports.last_error, owner, peer ",
             $rest
         )
     };
@@ -96,7 +99,7 @@ impl Reader {
         };
         let queued = queued(row)?;
         Ok(Some(Queued {
-            payload: row.get(8)?,
+            payload: row.get(10)?,
             ..queued
         }))
     }
@@ -138,6 +141,10 @@ fn queued(row: &Row<'_>) -> Result<Queued, Error> {
         seq: row.get(0)?,
         id: row.get(1)?,
         turn: row.get(2)?,
+        who: {
+            let text = row.get_ref(9)?.as_str().map_err(|_| Error::Damaged)?;
+            who(row.get_ref(8)?.as_blob().map_err(|_| Error::Damaged)?, text)
+        },
         destination: row.get(3)?,
         accepted_at: row.get(4)?,
         attempts: row.get(5)?,

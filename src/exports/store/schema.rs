@@ -12,13 +12,15 @@ use super::{FILE, OpenError};
 const APPLICATION_ID: i32 = 0x4558_5053;
 
 /// The version of the tables that this release writes.
-pub const VERSION: i32 = 3;
+pub const VERSION: i32 = 4;
 
 /// The highest position that an export is found with. There are as many behind it for those that follow.
 pub const LAST_TURN: i64 = i64::MAX / 2;
 
 /// `queues` has every queue that an export belongs to, finished or not. `exports` counts these. `failures`
-/// counts the attempts that failed since the last success, and `last_error` is why the last one did.
+/// counts the attempts that failed since the last success, and `last_error` is why the last one did. `peer` is
+/// the client's IP address if the owner is empty, as on a Databox, so that each app has its own queue.
+/// `resumed_at` is when its last pause ended: failures before that no longer count.
 ///
 /// `exports.turn` is the order of delivery in a queue. `response` is null until an export is finished, and
 /// `payload` is null from then on. `last_error` is the export's own. `first_moved_at` is when it was first
@@ -28,6 +30,11 @@ pub const LAST_TURN: i64 = i64::MAX / 2;
 ///
 /// `accepted_at` and `finished_at` are Unix milliseconds by the wall clock. All other times are running
 /// time in milliseconds: see `Exports::running`. `running` has the last running time that was stored.
+///
+/// `ledger` has a row for each attempt and each act of the owner: see [`crate::ledger`]. Its columns but the
+/// hashes are null once it was pruned or forgotten. `day_sums` adds attempts up by UTC day, and says how many
+/// rows of that day the ledger holds. The times of both and of `destinations` are Unix milliseconds by the
+/// wall clock, and are not corrected when that is set: what was written is not changed. Those of `pauses` are.
 ///
 /// `overview` is for people with sqlite3.
 const TABLES: &str = "
@@ -40,7 +47,9 @@ const TABLES: &str = "
         next_attempt_at INTEGER NOT NULL DEFAULT 0,
         failing_since   INTEGER NOT NULL DEFAULT 0,
         last_error      TEXT,
-        UNIQUE (owner, destination)
+        peer            TEXT NOT NULL DEFAULT '',
+        resumed_at      INTEGER NOT NULL DEFAULT 0,
+        UNIQUE (owner, destination, peer)
     ) STRICT;
     CREATE TABLE exports (
         seq             INTEGER PRIMARY KEY,
@@ -66,6 +75,45 @@ const TABLES: &str = "
         WHERE idempotency_key IS NOT NULL;
     CREATE TABLE running (millis INTEGER NOT NULL) STRICT;
     INSERT INTO running VALUES (0);
+    CREATE TABLE ledger (
+        seq         INTEGER PRIMARY KEY,
+        at          INTEGER,
+        event       TEXT,
+        export      BLOB,
+        who         TEXT,
+        destination TEXT,
+        address     TEXT,
+        bytes_out   INTEGER,
+        bytes_in    INTEGER,
+        digest      BLOB,
+        outcome     TEXT,
+        ms          INTEGER,
+        attempt     INTEGER,
+        note        TEXT,
+        body_hash   BLOB,
+        hash        BLOB
+    ) STRICT;
+    CREATE TABLE day_sums (
+        day         INTEGER NOT NULL,
+        who         TEXT NOT NULL,
+        destination TEXT NOT NULL,
+        exports     INTEGER NOT NULL DEFAULT 0,
+        attempts    INTEGER NOT NULL DEFAULT 0,
+        delivered   INTEGER NOT NULL DEFAULT 0,
+        failed      INTEGER NOT NULL DEFAULT 0,
+        bytes_out   INTEGER NOT NULL DEFAULT 0,
+        bytes_in    INTEGER NOT NULL DEFAULT 0,
+        rows        INTEGER NOT NULL DEFAULT 0,
+        row_bytes   INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (day, who, destination)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE pauses (subject TEXT PRIMARY KEY, since INTEGER NOT NULL, until INTEGER) STRICT;
+    CREATE TABLE labels (who TEXT PRIMARY KEY, label TEXT NOT NULL) STRICT;
+    CREATE TABLE destinations (
+        name     TEXT PRIMARY KEY,
+        first_at INTEGER NOT NULL,
+        seen_at  INTEGER
+    ) STRICT;
     CREATE VIEW overview AS
         SELECT seq,
             lower(substr(hex(exports.id), 1, 8) || '-' || substr(hex(exports.id), 9, 4) || '-' ||

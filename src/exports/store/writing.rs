@@ -11,6 +11,7 @@ use std::time::Duration;
 use rusqlite::{Connection, ErrorCode, Row, Transaction, named_params, params};
 
 use super::folder::beside;
+use super::ledger::{Appending, Ledger};
 use super::opening::{BUSY, MEMORY};
 use super::reading::{stored, value};
 use super::{Change, Effect, Error, ExportUpdate, IdempotencyKey, NewExport, QueueUpdate};
@@ -50,6 +51,8 @@ impl Store {
             clock_offset: self.clock_offset,
             last_turn: self.last_turn,
             added: HashMap::new(),
+            appending: Appending::new(&self.ledger),
+            ledger: &mut self.ledger,
             has_room,
         };
         let mut effects = Vec::with_capacity(changes.len());
@@ -68,8 +71,16 @@ impl Store {
         if save {
             save_running(&writing.transaction, running)?;
         }
-        let last_turn = writing.last_turn;
-        writing.transaction.commit()?;
+        let Writing {
+            transaction,
+            last_turn,
+            mut appending,
+            ledger,
+            ..
+        } = writing;
+        appending.finish(&transaction, ledger, now.saturating_add(self.clock_offset))?;
+        transaction.commit()?;
+        ledger.committed(appending);
         self.last_turn = last_turn;
         if save {
             self.running = running;
@@ -139,7 +150,7 @@ impl Store {
     }
 
     /// Notes that the wall clock was set forward by this many milliseconds, or back if negative: moves the
-    /// times stored since the process started, and those to come. Results that now lie in the future
+    /// times of exports and pauses stored since the process started, and those to come. Results that now lie in the future
     /// count as finished now, or they would expire too late. `started` and `now` are as the process counts
     /// them.
     ///
@@ -158,6 +169,10 @@ impl Store {
         transaction.execute(
             "UPDATE exports SET finished_at = :now WHERE finished_at > :now",
             [to.saturating_add(by)],
+        )?;
+        transaction.execute(
+            "UPDATE pauses SET since = since + ?3, until = until + ?3 WHERE since BETWEEN ?1 AND ?2",
+            [from, to, by],
         )?;
         transaction.commit()?;
         self.clock_offset += by;
@@ -229,17 +244,26 @@ fn expire_step(transaction: &Transaction<'_>, limit: i64) -> Result<usize, Error
             Ok((row.get(0)?, row.get(1)?))
         })?
         .collect::<Result<Vec<(i64, QueueId)>, _>>()?;
+    delete(transaction, &expired)?;
+    Ok(expired.len())
+}
+
+/// Deletes finished exports by row and queue, and queues that have none left.
+pub(super) fn delete(
+    transaction: &Transaction<'_>,
+    exports: &[(i64, QueueId)],
+) -> Result<(), Error> {
     let mut delete = transaction.prepare_cached("DELETE FROM exports WHERE seq = ?")?;
     let mut count =
         transaction.prepare_cached("UPDATE queues SET exports = exports - 1 WHERE id = ?")?;
     let mut forget =
         transaction.prepare_cached("DELETE FROM queues WHERE id = ? AND exports <= 0")?;
-    for (seq, queue) in &expired {
+    for (seq, queue) in exports {
         delete.execute([seq])?;
         count.execute([queue])?;
         forget.execute([queue])?;
     }
-    Ok(expired.len())
+    Ok(())
 }
 
 /// A transaction that changes are written to.
@@ -249,6 +273,8 @@ struct Writing<'a, R> {
     last_turn: i64,
     /// How many exports this transaction has added to each queue.
     added: HashMap<QueueId, usize>,
+    appending: Appending,
+    ledger: &'a mut Ledger,
     has_room: R,
 }
 
@@ -257,11 +283,12 @@ where
     R: FnMut(&NewExport, Option<QueueId>, usize) -> Result<(), export::Error>,
 {
     fn accept(&mut self, export: &NewExport) -> Result<Effect, Error> {
-        let (owner, destination) = (&export.owner, export.destination.as_str());
-        let sql = "SELECT id FROM queues WHERE owner = ? AND destination = ?";
-        let queue = value(&self.transaction, sql, params![owner, destination])?;
-        if let (Some(key), Some(queue)) = (&export.key, queue)
-            && let Some(earlier) = self.earlier(queue, key)?
+        let NewExport { owner, peer, .. } = export;
+        let destination = export.destination.as_str();
+        let sql = "SELECT id FROM queues WHERE owner = ? AND destination = ? AND peer = ?";
+        let queue = value(&self.transaction, sql, params![owner, destination, peer])?;
+        if let Some(key) = &export.key
+            && let Some(earlier) = self.earlier(owner, destination, key)?
         {
             return Ok(earlier);
         }
@@ -273,8 +300,10 @@ where
             Some(queue) => queue,
             None => {
                 self.transaction
-                    .prepare_cached("INSERT INTO queues (owner, destination) VALUES (?, ?)")?
-                    .execute(params![owner, destination])?;
+                    .prepare_cached(
+                        "INSERT INTO queues (owner, destination, peer) VALUES (?, ?, ?)",
+                    )?
+                    .execute(params![owner, destination, peer])?;
                 self.transaction.last_insert_rowid()
             }
         };
@@ -298,15 +327,21 @@ where
         Ok(Effect::Written(queue))
     }
 
-    /// The effect of a submission whose key was used before in the same queue. None for a new key.
-    fn earlier(&self, queue: QueueId, key: &IdempotencyKey) -> Result<Option<Effect>, Error> {
+    /// The effect of a submission whose key was used before by the same owner for the same destination, perhaps
+    /// from another address. None for a new key.
+    fn earlier(
+        &self,
+        owner: &[u8],
+        destination: &str,
+        key: &IdempotencyKey,
+    ) -> Result<Option<Effect>, Error> {
         let mut statement = self.transaction.prepare_cached(
             "SELECT queue, owner, destination, attempts, exports.last_error, response, exports.id,
                  fingerprint
-             FROM exports JOIN queues ON queues.id = queue
-             WHERE queue = ? AND idempotency_key = ?",
+             FROM queues JOIN exports ON queue = queues.id
+             WHERE owner = ? AND destination = ? AND idempotency_key = ?",
         )?;
-        let mut rows = statement.query(params![queue, key.key])?;
+        let mut rows = statement.query(params![owner, destination, key.key])?;
         let Some(row) = rows.next()? else {
             return Ok(None);
         };
@@ -326,6 +361,10 @@ where
     }
 
     fn report(&mut self, report: &Report, now: i64) -> Result<Effect, Error> {
+        for entry in &report.entries {
+            self.appending
+                .record(&self.transaction, self.ledger, entry)?;
+        }
         match &report.update {
             ExportUpdate::Finished { response, .. } => {
                 self.transaction
@@ -384,7 +423,10 @@ where
     }
 }
 
-fn save_running(connection: &Connection, running: Millis) -> Result<(), rusqlite::Error> {
+pub(super) fn save_running(
+    connection: &Connection,
+    running: Millis,
+) -> Result<(), rusqlite::Error> {
     connection
         .prepare_cached("UPDATE running SET millis = ?")?
         .execute([running])?;

@@ -16,8 +16,9 @@ use export_service::auth::{Key, Macaroon, Request, authorize};
 use export_service::destination::Destination;
 use export_service::export::ExtResponse;
 use export_service::exports::attempts::Work;
-use export_service::exports::store::{FILE, Place, Store};
+use export_service::exports::store::{FILE, LedgerLimits, Place, Store};
 use export_service::exports::{Exports, Limits, Query, Submission};
+use export_service::ledger::{Entry, Event, LedgerKey, Sent};
 use export_service::reply::Reply;
 use export_service::waits::Waits;
 use rusqlite::config::DbConfig;
@@ -33,10 +34,16 @@ const LIMITS: Limits = Limits {
     // Nothing expires but what was finished before 1926.
     retention: Duration::from_secs(100 * 365 * 24 * 60 * 60),
     give_up_after: Duration::from_secs(24 * 60 * 60),
+    ledger: LedgerLimits {
+        size: 1 << 20,
+        retention: i64::MAX,
+    },
 };
 
 const VERSION_1: &str = include_str!("../../upgrading/version_1.sql");
 const VERSION_2: &str = include_str!("../../upgrading/version_2.sql");
+const VERSION_3: &str = include_str!("../../upgrading/version_3.sql");
+const AS_VERSION_3: &str = include_str!("../../upgrading/as_version_3.sql");
 /// What every layout holds: results, exports that wait, one that was moved, a large one, one with a key, and
 /// a queue that is failing.
 const ROWS: &str = "
@@ -57,8 +64,8 @@ const ROWS: &str = "
 const SEQS: std::ops::RangeInclusive<i64> = 1..=8;
 
 /// The file of each layout. The service itself has made the last one of the second.
-static LAYOUTS: LazyLock<[Vec<u8>; 3]> = LazyLock::new(|| {
-    [1, 2, 3].map(|version| {
+static LAYOUTS: LazyLock<[Vec<u8>; 4]> = LazyLock::new(|| {
+    [1, 2, 3, 4].map(|version| {
         let folder = tempfile::tempdir().expect("a folder");
         let file = folder.path().join(FILE);
         let store = Connection::open(&file).expect("a database");
@@ -70,13 +77,28 @@ static LAYOUTS: LazyLock<[Vec<u8>; 3]> = LazyLock::new(|| {
         store.execute_batch(&all).expect("the layout");
         drop(store);
         if version == 3 {
-            drop(Store::open(&place(folder.path())).expect("a takeover"));
+            let second = file.with_extension("second");
+            fs::rename(&file, &second).expect("a name");
+            let store = Connection::open(&file).expect("a database");
+            store.execute_batch(VERSION_3).expect("the layout");
+            let second = second.to_str().expect("a path that is text");
+            store
+                .execute("ATTACH ? AS second", [second])
+                .expect("a database");
+            store.execute_batch(AS_VERSION_3).expect("the rows");
+        }
+        if version == 4 {
+            let mut store = Store::open(&place(folder.path())).expect("a takeover");
+            let entries = SEQS.map(|seq| Entry::new(Event::Pause, seq));
+            store
+                .record(&entries.collect::<Vec<_>>(), 1)
+                .expect("the ledger");
         }
         fs::read(file).expect("a file")
     })
 });
 
-const COLUMNS: [&str; 24] = [
+const COLUMNS: [&str; 28] = [
     "exports.id",
     "exports.owner",
     "exports.destination",
@@ -101,6 +123,10 @@ const COLUMNS: [&str; 24] = [
     "queues.last_error",
     "queues.destination",
     "running.millis",
+    "queues.peer",
+    "ledger.seq",
+    "ledger.at",
+    "ledger.hash",
 ];
 const VALUES: [&str; 28] = [
     "NULL",
@@ -142,7 +168,7 @@ pub fn run(bytes: &[u8]) {
     let folder = tempfile::tempdir().expect("a folder");
     let left = leave(
         folder.path(),
-        usize::from(*layout) % 3,
+        usize::from(*layout) % 4,
         in_wal % 2 == 1,
         changes,
     );
@@ -152,7 +178,12 @@ pub fn run(bytes: &[u8]) {
         Ok(store) => store,
         Err(error) => return assert!(left.beginning, "{error}"),
     };
-    let (exports, writer, _woken) = match Exports::open(store, LIMITS) {
+    let (exports, writer, _woken) = match Exports::open(
+        store,
+        LIMITS,
+        LedgerKey::new(&[7; 32].into()),
+        Arc::default(),
+    ) {
         Ok(opened) => opened,
         Err(error) => return assert!(left.beginning, "{error}"),
     };
@@ -170,7 +201,7 @@ pub fn run(bytes: &[u8]) {
     for export in &readable {
         // What a damaged index says is wrong cannot be told, unless all rows are read.
         if service.shows(export)
-            || (left.is_changed && left.version == 3 && !repaired(folder.path()))
+            || (left.is_changed && left.version == 4 && !repaired(folder.path()))
         {
             continue;
         }
@@ -192,7 +223,7 @@ pub fn run(bytes: &[u8]) {
         .queues(|_, found| {
             let failing = found.failing.is_some();
             // Of two at the same position one waits for the next start, unless all are numbered in a takeover.
-            let expected = failing || left.version == 3 || left.is_changed;
+            let expected = failing || left.version == 4 || left.is_changed;
             assert!(expected, "an export waits for nothing");
         })
         .expect("what was read already");
@@ -409,14 +440,23 @@ impl Service {
                         continue;
                     };
                     let result = ExtResponse::with_status(200, "OK");
+                    let sent = Sent {
+                        address: String::new(),
+                        bytes_out: 1,
+                        bytes_in: 0,
+                        digest: None,
+                        ms: 0,
+                        attempt: 1,
+                    };
+                    let (export, quick) = (&taken.export, Duration::ZERO);
                     match taken.payload {
-                        Some(_) => self.exports.answered(&taken.export, result, Duration::ZERO),
-                        None => self.exports.ended(&taken.export, result),
+                        Some(_) => self.exports.answered(export, result, sent, quick),
+                        None => self.exports.ended(export, result, sent),
                     }
                 }
                 Work::GiveUp(given_up) => {
                     let result = ExtResponse::with_status(502, "Bad Gateway");
-                    self.exports.give_up(given_up, result);
+                    self.exports.give_up(*given_up, result);
                 }
                 Work::Wait(_) => return,
             }

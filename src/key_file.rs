@@ -1,0 +1,148 @@
+//! Keys of this box's own: random bytes in a file of the data folder, made at the first start.
+//!
+//! Not here: what a key is for (`ledger`, `owner`), and the arbiter's secret (`arbiter`).
+
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use rustls::crypto::ring;
+
+const BYTES: usize = 32;
+
+/// A secret key.
+#[derive(Clone)]
+pub struct Key([u8; BYTES]);
+
+impl Key {
+    /// The key in this file, which only its user can read. It is made if there is none. Blocks until it is on
+    /// disk.
+    ///
+    /// # Errors
+    /// The file cannot be read or written, or holds something else. The text says what to do.
+    pub fn in_file(path: &Path) -> Result<Self, String> {
+        if let Some(key) = Self::read(path)? {
+            return Ok(key);
+        }
+        let key = Self::random()?;
+        key.write(path).map_err(|error| {
+            format!(
+                "cannot write {}: {error}; make it a file that this user can write",
+                path.display()
+            )
+        })?;
+        Ok(key)
+    }
+
+    /// The key in this file. None if there is no such file.
+    ///
+    /// # Errors
+    /// The file cannot be read, or holds something else. The text says what to do.
+    pub fn read(path: &Path) -> Result<Option<Self>, String> {
+        let mut content = Vec::new();
+        let read = File::open(path).and_then(|file| {
+            // One byte more shows that a file is too long.
+            file.take(BYTES as u64 + 1).read_to_end(&mut content)
+        });
+        match read {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => {
+                return Err(format!(
+                    "cannot read {}: {error}; make it a file that this user can read",
+                    path.display()
+                ));
+            }
+            Ok(_) => {}
+        }
+        let key = content.try_into().map_err(|_| {
+            format!(
+                "{} is not a key, which has {BYTES} bytes: put a copy of it back, or remove it to get a new \
+                 one at the next start",
+                path.display()
+            )
+        })?;
+        Ok(Some(Self(key)))
+    }
+
+    /// A new key, for when there is no folder.
+    ///
+    /// # Errors
+    /// The system gives no random bytes.
+    pub fn random() -> Result<Self, String> {
+        let mut bytes = [0; BYTES];
+        let random = ring::default_provider().secure_random;
+        random
+            .fill(&mut bytes)
+            .map_err(|_| "the system gives no random bytes for a key")?;
+        Ok(Self(bytes))
+    }
+
+    /// The key itself.
+    pub fn bytes(&self) -> &[u8; BYTES] {
+        &self.0
+    }
+
+    /// Writes it under another name first, so that the file is whole if it exists.
+    fn write(&self, path: &Path) -> io::Result<()> {
+        let unfinished = path.with_extension("new");
+        match fs::remove_file(&unfinished) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&unfinished)?;
+        file.write_all(&self.0)?;
+        file.sync_all()?;
+        fs::rename(&unfinished, path)?;
+        let folder = path.parent().unwrap_or(Path::new("."));
+        File::open(folder)?.sync_all()
+    }
+}
+
+impl From<[u8; BYTES]> for Key {
+    fn from(bytes: [u8; BYTES]) -> Self {
+        Self(bytes)
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Key(hidden)")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_key_is_made_once_and_found_again_for_its_user_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("own.key");
+        let made = Key::in_file(&path).unwrap();
+        assert_eq!(made.bytes(), Key::in_file(&path).unwrap().bytes());
+        assert_ne!(made.bytes(), Key::random().unwrap().bytes());
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_file_that_is_no_key_is_named_and_never_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("own.key");
+        assert!(Key::read(&path).unwrap().is_none());
+        for content in [&b""[..], &[7; 31], &[7; 33]] {
+            fs::write(&path, content).unwrap();
+            let error = Key::in_file(&path).unwrap_err();
+            assert!(error.contains("own.key is not a key"), "{error}");
+            assert_eq!(fs::read(&path).unwrap(), content);
+        }
+    }
+}
