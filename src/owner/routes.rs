@@ -10,6 +10,7 @@ use serde_json::json;
 use super::access::{self, HEADERS, Origin, Refused};
 use super::{Client, Owner, api};
 use crate::answer::Response;
+use crate::exports::acts::Act;
 use crate::gate::framing::Request;
 use crate::logging;
 use crate::metrics;
@@ -91,7 +92,36 @@ fn answer(
             ..text(200, api::metrics(owner))
         }),
         "/api/status" => reads().map(|()| json_of(200, &api::status(owner, now))),
-        _ => Err(Refused::NoSuchPath),
+        _ => match path
+            .strip_prefix("/api/")
+            .filter(|name| ACTS.contains(name))
+        {
+            Some(name) if method == "POST" => Ok(act(owner, name, request.body())),
+            Some(_) => Err(Refused::Method("POST")),
+            None => Err(Refused::NoSuchPath),
+        },
+    }
+}
+
+/// The acts, by the last part of their paths: see [`Act::read`].
+const ACTS: [&str; 8] = [
+    "pause", "resume", "retry", "cancel", "forget", "label", "seen", "show",
+];
+
+/// Carries out an act. Blocks until it is committed.
+fn act(owner: &Owner, name: &str, body: &[u8]) -> Response {
+    // Without what it is about, which may be a URL with a password in it.
+    log::info!(act = name; "the owner acts");
+    match Act::read(name, body).and_then(|act| owner.exports.act(act)) {
+        Ok(acted) => json_of(200, &json!(acted)),
+        Err(error) => {
+            let (status, code) = error.status();
+            let message = error.to_string();
+            json_of(
+                status,
+                &json!({ "error": { "code": code, "message": message } }),
+            )
+        }
     }
 }
 
