@@ -8,6 +8,8 @@
 
 pub mod access;
 mod api;
+pub mod page;
+pub mod report;
 mod routes;
 mod socket;
 
