@@ -10,12 +10,11 @@ mod counters;
 mod process;
 mod text;
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use crate::export::Millis;
 use crate::version;
-use counters::{Counter, Family, Histogram, Level, OTHER};
+use counters::{Counter, Family, Found, Histogram, Level, OTHER};
 use text::Text;
 
 /// The media type of the text: version 0.0.4 of Prometheus' own format, which all scrapers read.
@@ -124,7 +123,17 @@ pub struct Metrics {
     /// How long commits of submissions and results took.
     pub commit_duration: Histogram<{ COMMIT.len() }>,
     /// The last delivery of this run, in Unix milliseconds; 0 if there was none.
-    last_delivery: AtomicU64,
+    last_delivery: Found,
+    /// Bytes of exports and results in the store, as they count against `store_limit`.
+    pub store_bytes: Found,
+    /// How many there may be: `--max-store`.
+    pub store_limit: Found,
+    /// Bytes of the ledger, about.
+    pub ledger_bytes: Found,
+    /// How many there may be: `--ledger-size`.
+    pub ledger_limit: Found,
+    /// Rows that were ever written to the ledger.
+    pub ledger_rows: Found,
     /// Attempts under way.
     pub attempts_in_flight: Level,
     /// Connections of apps.
@@ -148,12 +157,6 @@ pub struct Gauges {
     pub oldest_pending: Option<Millis>,
     /// Requests that wait for an export to be finished.
     pub long_polls: usize,
-    /// Bytes of exports and results in the store, and how many there may be.
-    pub store: Room,
-    /// The same for the ledger.
-    pub ledger: Room,
-    /// Rows that were ever written to the ledger.
-    pub ledger_rows: u64,
     /// Free bytes on the disk of the data folder. None if there is no data folder.
     pub disk_free: Option<u64>,
     /// When the certificate ends, in Unix seconds. None without TLS.
@@ -177,15 +180,6 @@ pub struct QueueStates {
     pub paused: usize,
 }
 
-/// A number of bytes with its limit.
-#[derive(Debug, Default)]
-pub struct Room {
-    /// How many bytes there are.
-    pub bytes: u64,
-    /// How many there may be.
-    pub limit: u64,
-}
-
 impl Default for Metrics {
     fn default() -> Self {
         Self {
@@ -203,7 +197,12 @@ impl Default for Metrics {
             attempt_duration: Histogram::new(ATTEMPT),
             delivery_delay: Histogram::new(DELAY),
             commit_duration: Histogram::new(COMMIT),
-            last_delivery: AtomicU64::new(0),
+            last_delivery: Found::default(),
+            store_bytes: Found::default(),
+            store_limit: Found::default(),
+            ledger_bytes: Found::default(),
+            ledger_limit: Found::default(),
+            ledger_rows: Found::default(),
             attempts_in_flight: Level::default(),
             connections: Level::default(),
             connections_served: Level::default(),
@@ -226,7 +225,7 @@ impl Metrics {
         self.delivered.one();
         self.delivery_delay
             .observe(Duration::from_millis(delay.max(0).unsigned_abs()));
-        self.last_delivery.store(now.max(0).unsigned_abs(), Relaxed);
+        self.last_delivery.set(now.max(0).unsigned_abs());
     }
 
     /// All metrics as text of [`CONTENT_TYPE`], with those of the process itself. Blocks for a moment to read
@@ -303,7 +302,7 @@ impl Metrics {
             "last_delivery_timestamp_seconds: When an export was last delivered; 0 if none was since \
              the start.",
         )
-        .value(self.last_delivery.load(Relaxed) as f64 / 1e3);
+        .value(self.last_delivery.value() / 1e3);
         text.gauge("attempts_in_flight: Attempts under way.")
             .value(self.attempts_in_flight.value());
         text.gauge("long_polls: Requests that wait for an export to be finished.")
@@ -317,11 +316,11 @@ impl Metrics {
         // Two atomics, read one after the other.
         .sample("state", "waiting", waiting.max(0.0));
         text.gauge("store_bytes: Bytes in the store: exports with their results, and the ledger.")
-            .sample("kind", "exports", gauges.store.bytes as f64)
-            .sample("kind", "ledger", gauges.ledger.bytes as f64);
+            .sample("kind", "exports", self.store_bytes.value())
+            .sample("kind", "ledger", self.ledger_bytes.value());
         text.gauge("store_limit_bytes: How many there may be: --max-store and --ledger-size.")
-            .sample("kind", "exports", gauges.store.limit as f64)
-            .sample("kind", "ledger", gauges.ledger.limit as f64);
+            .sample("kind", "exports", self.store_limit.value())
+            .sample("kind", "ledger", self.ledger_limit.value());
         text.gauge(
             "disk_free_bytes: Free bytes on the disk of the data folder; absent without one.",
         );
@@ -337,7 +336,7 @@ impl Metrics {
         text.gauge("paused: 1 if the owner has paused all sending, else 0.")
             .value(u8::from(gauges.paused).into());
         text.counter("ledger_rows_total: Rows ever written to the ledger.")
-            .value(gauges.ledger_rows as f64);
+            .value(self.ledger_rows.value());
     }
 }
 
