@@ -149,8 +149,8 @@ pub struct Metrics {
 pub struct Gauges {
     /// Exports without a result.
     pub pending: usize,
-    /// Bytes of their payloads.
-    pub pending_bytes: u64,
+    /// Bytes of their payloads. None if that is unknown.
+    pub pending_bytes: Option<u64>,
     /// Queues with exports, by state.
     pub queues: QueueStates,
     /// When the oldest export without a result was accepted, in Unix milliseconds.
@@ -285,8 +285,10 @@ impl Metrics {
             );
         text.gauge("pending: Exports without a result.")
             .value(gauges.pending as f64);
-        text.gauge("pending_bytes: Bytes of the payloads of exports without a result.")
-            .value(gauges.pending_bytes as f64);
+        if let Some(bytes) = gauges.pending_bytes {
+            text.gauge("pending_bytes: Bytes of the payloads of exports without a result.")
+                .value(bytes as f64);
+        }
         let queues = &gauges.queues;
         text.gauge("queues: Queues with exports, by what they are doing.")
             .sample("state", "sending", queues.sending as f64)
@@ -377,7 +379,6 @@ mod tests {
             "delivery_delay_seconds_sum",
             "commit_duration_seconds_count",
             "pending",
-            "pending_bytes",
             "queues{state=\"failing\"}",
             "oldest_pending_timestamp_seconds",
             "last_delivery_timestamp_seconds",
@@ -496,7 +497,7 @@ mod tests {
         metrics.delivery(1_795_000_000_125, 2_500);
         metrics.delivery(1_795_000_000_250, -1);
         let text = metrics.render(&Gauges {
-            pending_bytes: 9_007_199_254_740_991,
+            pending_bytes: Some(9_007_199_254_740_991),
             oldest_pending: Some(1_795_000_000_001),
             certificate_expiry: Some(1_800_000_000),
             ..Gauges::default()
