@@ -30,7 +30,7 @@ use crate::auth::Grant;
 use crate::destination::Destination;
 use crate::export::{Error, Millis, State, View};
 use crate::ledger::LedgerKey;
-use crate::metrics::Metrics;
+use crate::metrics::{Gauges, Metrics};
 use crate::reply::Reply;
 use checkpoint::Checkpoint;
 use clock::Clock;
@@ -238,9 +238,26 @@ impl Exports {
         self.queues.lock().unfinished()
     }
 
-    /// How many requests wait for an export to be finished.
-    pub fn long_polls(&self) -> usize {
-        self.parked.count()
+    /// What metrics show of exports at this moment. Blocks for a look at the first export of each queue; if the
+    /// store cannot be read, there is no oldest one.
+    pub fn gauges(&self) -> Gauges {
+        let (pending, queues) = {
+            let queues = self.queues.lock();
+            (queues.unfinished(), queues.states())
+        };
+        let oldest_pending = self.polls.lock().oldest_accepted();
+        let pauses = self.pauses.lock();
+        Gauges {
+            pending,
+            queues,
+            oldest_pending: oldest_pending.unwrap_or_else(|error| {
+                log::warn!(reason:% = error; "cannot read the store for the metrics");
+                None
+            }),
+            long_polls: self.parked.count(),
+            paused: pauses.iter().any(|pause| pause.subject == "all"),
+            ..Gauges::default()
+        }
     }
 
     /// Submits a new export. `reply` answers no sooner than the export is durable. It then waits until

@@ -111,7 +111,11 @@ impl Writer {
     /// The thread's body. When `stop` is dropped, writes what still waits and closes the store.
     pub fn run(mut self, stop: &Receiver<()>) {
         let mut housekeeping = Housekeeping::due_now();
+        let metrics = &self.exports.metrics;
+        metrics.store_limit.set(self.limits.max_store);
+        metrics.ledger_limit.set(self.limits.ledger.size);
         loop {
+            self.show_sizes();
             let stopping = self.sleep(stop, &housekeeping);
             self.follow_clock(&mut housekeeping);
             // Before each write, and when there is nothing to write.
@@ -245,6 +249,19 @@ impl Writer {
         if let Some(checkpoint) = &self.exports.checkpoint {
             checkpoint.wrote(self.store.is_wal_long());
         }
+    }
+
+    /// Tells the metrics how much is in the store. Measures that now and then.
+    fn show_sizes(&mut self) {
+        // What keeps it from being measured is told at the next commit.
+        let size = self.size(&[]);
+        let metrics = &self.exports.metrics;
+        if let Ok(bytes) = size {
+            metrics.store_bytes.set(bytes);
+        }
+        metrics.ledger_bytes.set(self.store.ledger_size());
+        let (rows, _) = self.store.ledger_head();
+        metrics.ledger_rows.set(rows.unsigned_abs());
     }
 
     /// Ends the process if a file of the store was removed: nothing written after that would survive a

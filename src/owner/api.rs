@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::{Owner, reading};
 use crate::auth::secret::Missing;
 use crate::exports::store::{FILE, Place};
-use crate::metrics::{Gauges, Room};
+use crate::metrics::Gauges;
 use crate::version;
 
 /// A certificate that ends sooner than this needs attention.
@@ -100,16 +100,10 @@ pub fn metrics(owner: &Owner) -> String {
         .as_ref()
         .and_then(|identity| identity.expires());
     owner.exports.metrics.render(&Gauges {
-        pending: owner.exports.unfinished(),
-        long_polls: owner.exports.long_polls(),
-        store: Room {
-            bytes: store_bytes(&owner.place).unwrap_or(0),
-            limit: owner.max_store,
-        },
         disk_free: disk_free(&owner.place),
         certificate_expiry: expires.map(|expires| time(expires) / 1000),
         secret_ready: owner.secret.key().is_ok(),
-        ..Gauges::default()
+        ..owner.exports.gauges()
     })
 }
 
