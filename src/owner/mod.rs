@@ -12,6 +12,7 @@ pub mod page;
 pub mod report;
 mod routes;
 mod socket;
+mod waiting;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};

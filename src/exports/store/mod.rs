@@ -13,6 +13,7 @@ pub mod evidence;
 mod folder;
 mod ledger;
 mod opening;
+pub mod overview;
 mod reading;
 mod schema;
 mod wal;
