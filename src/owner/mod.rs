@@ -15,6 +15,7 @@ pub mod records;
 pub mod report;
 mod routes;
 mod socket;
+mod waiting;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
