@@ -10,10 +10,12 @@ mod counters;
 mod process;
 mod text;
 
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use crate::export::Millis;
+use crate::ledger::Refusals;
 use crate::version;
 use counters::{Counter, Family, Histogram, Level, OTHER};
 use text::Text;
@@ -101,6 +103,8 @@ pub struct Metrics {
     pub accepted_bytes: Counter,
     /// Requests that were answered with an error, by the error's code.
     pub refused: Family<{ REASONS.len() }>,
+    /// The same with the clients, for the ledger.
+    pub refusals: Refusals,
     /// Attempts that were made, by outcome.
     pub attempts: Family<{ OUTCOMES.len() }>,
     /// Answers of destinations, by the hundreds of their status: see [`Metrics::answer`].
@@ -192,6 +196,7 @@ impl Default for Metrics {
             accepted: Counter::default(),
             accepted_bytes: Counter::default(),
             refused: Family::new(REASONS),
+            refusals: Refusals::default(),
             attempts: Family::new(OUTCOMES),
             answers: Family::new(CLASSES),
             delivered: Counter::default(),
@@ -213,6 +218,12 @@ impl Default for Metrics {
 }
 
 impl Metrics {
+    /// Counts a request of this client that was refused with this code.
+    pub fn refuse(&self, client: IpAddr, code: &'static str) {
+        self.refused.count(code);
+        self.refusals.count(client, code);
+    }
+
     /// Counts an answer of a destination, final or not.
     pub fn answer(&self, status: u16) {
         let class = usize::from(status / 100).checked_sub(2);

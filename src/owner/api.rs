@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use super::Owner;
+use super::{Owner, reading};
 use crate::auth::secret::Missing;
 use crate::exports::store::{FILE, Place};
 use crate::metrics::{Gauges, Room};
@@ -46,6 +46,7 @@ pub fn status(owner: &Owner, now: SystemTime) -> Value {
     if let Some(port) = owner.port {
         status["admin"] = json!({ "address": port, "url": owner.url(port) });
     }
+    reading::add_ledger(owner, &mut status, time(now));
     status
 }
 

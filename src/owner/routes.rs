@@ -5,12 +5,16 @@
 use std::borrow::Cow;
 use std::time::{Instant, SystemTime};
 
+use serde::Serialize;
 use serde_json::json;
 
 use super::access::{self, HEADERS, Origin, Refused};
-use super::{Client, Owner, api};
+use super::filter::millis;
+use super::records::{self, Wrong};
+use super::{Client, Owner, api, reading};
 use crate::answer::Response;
 use crate::exports::acts::Act;
+use crate::exports::store::evidence::Evidence;
 use crate::gate::framing::Request;
 use crate::logging;
 use crate::metrics;
@@ -82,6 +86,7 @@ fn answer(
         _ => Err(Refused::Method("GET, HEAD")),
     };
     match path {
+        "/" => reads().map(|()| reading::page(owner, request, now)),
         "/livez" => reads().map(|()| word(200, "alive")),
         "/readyz" => reads().map(|()| match owner.secret.key() {
             Ok(_) => word(200, "ready"),
@@ -91,38 +96,60 @@ fn answer(
             headers: vec![("Content-Type", metrics::CONTENT_TYPE.into())],
             ..text(200, api::metrics(owner))
         }),
+        "/api/ledger" => reads().map(|()| records(owner, request, now, records::ledger)),
+        "/api/sums" => reads().map(|()| records(owner, request, now, records::sums)),
         "/api/status" => reads().map(|()| json_of(200, &api::status(owner, now))),
-        _ => match path
-            .strip_prefix("/api/")
-            .filter(|name| ACTS.contains(name))
-        {
-            Some(name) if method == "POST" => Ok(act(owner, name, request.body())),
-            Some(_) => Err(Refused::Method("POST")),
-            None => Err(Refused::NoSuchPath),
+        path => match path.strip_prefix("/api/") {
+            Some(name) if Act::NAMES.contains(&name) => match method {
+                "POST" => Ok(act(owner, name, request.body())),
+                _ => Err(Refused::Method("POST")),
+            },
+            _ => Err(Refused::NoSuchPath),
         },
     }
 }
 
-/// The acts, by the last part of their paths: see [`Act::read`].
-const ACTS: [&str; 8] = [
-    "pause", "resume", "retry", "cancel", "forget", "label", "seen", "show",
-];
-
-/// Carries out an act. Blocks until it is committed.
+/// Carries an act out. Blocks until it is committed.
 fn act(owner: &Owner, name: &str, body: &[u8]) -> Response {
-    // Without what it is about, which may be a URL with a password in it.
-    log::info!(act = name; "the owner acts");
     match Act::read(name, body).and_then(|act| owner.exports.act(act)) {
-        Ok(acted) => json_of(200, &json!(acted)),
+        Ok(acted) => json_of(200, &acted),
         Err(error) => {
             let (status, code) = error.status();
-            let message = error.to_string();
-            json_of(
-                status,
-                &json!({ "error": { "code": code, "message": message } }),
-            )
+            json_of(status, &error_body(code, &error.to_string()))
         }
     }
+}
+
+/// Answers with rows that `find` finds. Blocks for reading the store.
+fn records(
+    owner: &Owner,
+    request: &Request,
+    now: SystemTime,
+    find: impl FnOnce(&Evidence, &str, i64) -> Result<records::Answer, Wrong>,
+) -> Response {
+    let query = request
+        .target()
+        .split_once('?')
+        .map_or("", |(_, query)| query);
+    let evidence = owner.exports.evidence().map_err(Wrong::Store);
+    match evidence.and_then(|evidence| find(&evidence, query, millis(now))) {
+        Ok((body, kind)) => Response {
+            status: 200,
+            headers: vec![("Content-Type", kind.into())],
+            body,
+            refused: None,
+        },
+        Err(Wrong::Query(what)) => json_of(400, &error_body("malformed", &what)),
+        Err(Wrong::Store(error)) => {
+            log::error!(reason:% = error; "cannot read the ledger");
+            let message = "the ledger cannot be read, the service's log says why: try again later";
+            json_of(503, &error_body("storage_failed", message))
+        }
+    }
+}
+
+fn error_body(code: &str, message: &str) -> serde_json::Value {
+    json!({ "error": { "code": code, "message": message } })
 }
 
 /// Whether a path needs no token: for load balancers and container engines, which tell nobody anything.
@@ -143,7 +170,9 @@ fn text(status: u16, body: String) -> Response {
     }
 }
 
-fn json_of(status: u16, body: &serde_json::Value) -> Response {
+fn json_of(status: u16, body: &impl Serialize) -> Response {
+    // Structs of strings and numbers always serialise.
+    let body = serde_json::to_string(body).unwrap_or_default();
     Response {
         status,
         headers: vec![("Content-Type", "application/json".into())],
@@ -154,9 +183,7 @@ fn json_of(status: u16, body: &serde_json::Value) -> Response {
 
 fn refusal(refused: &Refused) -> Response {
     let (status, code) = refused.status();
-    let message = refused.to_string();
-    let body = json!({ "error": { "code": code, "message": message } });
-    let mut response = json_of(status, &body);
+    let mut response = json_of(status, &error_body(code, &refused.to_string()));
     let header = match refused {
         Refused::NoToken | Refused::Token(_) => Some(("WWW-Authenticate", CHALLENGE)),
         Refused::Method(allow) => Some(("Allow", *allow)),

@@ -3,9 +3,11 @@
 //!
 //! Not here: the service itself.
 
+pub mod acts;
 pub mod ask;
 pub mod check;
 pub mod healthcheck;
+pub mod ledger;
 pub mod link;
 pub mod settings;
 pub mod sink;

@@ -259,6 +259,7 @@ impl Writer {
         self.store
             .cancel(queue.id, &cancelled, is_empty, &entries, self.exports.now())?;
         bulk.cancelled += cancelled.len() as u64;
+        self.exports.metrics.cancelled.add(cancelled.len() as u64);
         let mut queues = self.exports.queues.lock();
         for (export, _) in &cancelled {
             queues.cancelled(queue.id, export.id);
