@@ -1616,7 +1616,7 @@ mod tests {
         world.resume(1);
         let tried = world.attempt();
         world.fail(tried, DOWN, 0.5);
-        assert_eq!(states(&world), [0, 0, 2, 0]);
+        assert_eq!(states(&world), [0, 1, 1, 0], "a resumed one starts anew");
         for _ in 0..2 {
             world.now += 10_000;
             let tried = world.attempt();
