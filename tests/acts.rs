@@ -770,6 +770,6 @@ fn the_status_tells_what_waits_why_and_what_is_paused() {
     assert_eq!(status()["state"], "paused");
     let metrics = ask(&service, "GET", "/metrics", "").body;
     assert!(metrics.contains("\nexport_service_paused 1\n"), "{metrics}");
-    assert!(metrics.contains(&format!("\nexport_service_pending_bytes {bytes}\n")));
     assert!(metrics.contains("\nexport_service_queues{state=\"paused\"} 2\n"));
+    assert!(metrics.contains(&format!("\nexport_service_pending_bytes {bytes}\n")));
 }

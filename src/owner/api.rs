@@ -7,10 +7,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use super::{Owner, waiting};
+use super::{Owner, reading, waiting};
 use crate::auth::secret::Missing;
 use crate::exports::store::{FILE, Place};
-use crate::metrics::{Gauges, Room};
+use crate::metrics::Gauges;
 use crate::version;
 
 /// A certificate that ends sooner than this needs attention.
@@ -45,6 +45,7 @@ pub fn status(owner: &Owner, now: SystemTime) -> Value {
     if let Some(port) = owner.port {
         status["admin"] = json!({ "address": port, "url": owner.url(port) });
     }
+    reading::add_ledger(owner, &mut status, time(now));
     status
 }
 
@@ -98,15 +99,10 @@ pub fn metrics(owner: &Owner) -> String {
         .as_ref()
         .and_then(|identity| identity.expires());
     owner.exports.metrics.render(&Gauges {
-        long_polls: owner.exports.long_polls(),
-        store: Room {
-            bytes: store_bytes(&owner.place).unwrap_or(0),
-            limit: owner.max_store,
-        },
         disk_free: disk_free(&owner.place),
         certificate_expiry: expires.map(|expires| time(expires) / 1000),
         secret_ready: owner.secret.key().is_ok(),
-        ..waiting::gauges(owner)
+        ..owner.exports.gauges()
     })
 }
 

@@ -10,6 +10,7 @@
 pub mod acts;
 mod copying;
 pub mod evidence;
+pub mod flows;
 mod folder;
 mod ledger;
 mod opening;
