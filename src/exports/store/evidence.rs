@@ -1,7 +1,7 @@
 //! Reads the ledger for the owner, beside a running service or without one: rows, sums, and whether the chain of
 //! hashes is whole.
 //!
-//! Not here: writing rows (`ledger`), and how they are shown (`tools`, `owner`).
+//! Not here: writing rows (`store::ledger`), and how they are shown (`tools`, `owner`).
 
 use std::path::Path;
 
