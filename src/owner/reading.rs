@@ -185,11 +185,14 @@ pub fn add_ledger(owner: &Owner, status: &mut Value, now: i64) {
     if let Ok(new) = evidence.new_destinations(today + 1 - DAYS, NEW) {
         status["new_destinations"] = json!(new);
     }
-    if let Ok((rows, bytes)) = evidence.size() {
+    let oldest = evidence.oldest().ok().flatten();
+    // The sums are older than the rows, and may be many.
+    let since = oldest.map_or(today, |at| at.div_euclid(DAY));
+    if let Ok((rows, bytes)) = evidence.size(since) {
         status["ledger"] = json!({ "rows": rows });
         status["store"]["ledger_bytes"] = json!(bytes);
     }
-    if let Ok(Some(at)) = evidence.oldest() {
+    if let Some(at) = oldest {
         status["ledger"]["first_at"] = json!(at);
     }
     if let Ok(Some((seq, hash))) = evidence.head() {
