@@ -121,9 +121,9 @@ fn a_thousand_exports_wait_out_a_pause_with_a_restart_in_it_and_then_leave_in_or
         resumed["done"].as_str().unwrap().contains("1000 exports"),
         "{resumed}"
     );
-    for number in 0..1000 {
+    for (number, id) in ids.iter().enumerate() {
         let arrival = destination.arrival();
-        assert_eq!(arrival.header("webhook-id"), Some(ids[number].as_str()));
+        assert_eq!(arrival.header("webhook-id"), Some(id.as_str()));
         assert_eq!(arrival.text(), payload(number).to_string());
     }
     for id in &ids {
@@ -686,4 +686,90 @@ fn a_stop_does_not_wait_for_acts_and_leaves_none_half_done() {
     let cancelled = count("SELECT count(*) FROM exports WHERE finished_at NOT NULL");
     let told = count("SELECT count(*) FROM ledger WHERE event = 'cancel'");
     assert_eq!(cancelled, told);
+}
+
+#[test]
+fn the_status_tells_what_waits_why_and_what_is_paused() {
+    let destination = Destination::start(|_| ok());
+    let (dead, address) = nowhere();
+    let service = Service::start(&["--give-up-after", "1h"]);
+    let status = || ask(&service, "GET", "/api/status", "").json();
+    let fresh = status();
+    assert_eq!(fresh["state"], "sending");
+    assert_eq!(
+        (&fresh["waiting"], &fresh["queues"]),
+        (&json!(0), &json!([]))
+    );
+
+    act(
+        &service,
+        "pause",
+        &json!({ "subject": "who:run", "for": "1h" }),
+    );
+    submit_as(&service, "run", &destination.url, &payload(1));
+    let id = submit_as(&service, "sleep", &dead, &payload(2))["id"].clone();
+    submit_as(&service, "sleep", &dead, &payload(3));
+    act(
+        &service,
+        "label",
+        &json!({ "who": "sleep", "label": "sleep app" }),
+    );
+    for _ in 0..2 {
+        act(&service, "retry", &json!({ "destination": dead }));
+    }
+    service.events("failed", 3);
+    let told = status();
+    assert_eq!(told["state"], "sending");
+    assert_eq!(
+        (&told["waiting"], &told["queues_total"]),
+        (&json!(3), &json!(2))
+    );
+    let bytes: usize = (1..=3)
+        .map(|number| payload(number).to_string().len())
+        .sum();
+    assert_eq!(told["waiting_bytes"], json!(bytes));
+    let [failing, held] = &told["queues"].as_array().unwrap()[..] else {
+        panic!("{told}");
+    };
+    assert_eq!(
+        (&failing["who"], &failing["label"]),
+        (&json!("sleep"), &json!("sleep app"))
+    );
+    assert_eq!(
+        (&failing["waiting"], &failing["state"]),
+        (&json!(2), &json!("failing"))
+    );
+    assert_eq!(failing["reason"]["kind"], "connect");
+    assert_eq!(failing["oldest_id"], id);
+    let name = failing["destination"].as_str().unwrap();
+    assert!(name.starts_with(&format!("http://{address} #")), "{name}");
+    assert!(failing["next_attempt_in"].as_f64().unwrap() < 60.0);
+    let give_up_in = failing["give_up_in"].as_f64().unwrap();
+    assert!((3_000.0..=3_600.0).contains(&give_up_in), "{give_up_in}");
+    assert_eq!(
+        (&held["who"], &held["state"]),
+        (&json!("run"), &json!("paused"))
+    );
+    assert!(held.get("next_attempt_in").is_none() && held.get("give_up_in").is_none());
+    assert_eq!(told["pauses"][0]["subject"], "who:run");
+    assert!(told["pauses"][0]["until"].is_i64());
+    let attention = told["attention"].to_string();
+    assert!(
+        attention.contains("2 exports of sleep app cannot be sent to"),
+        "{attention}"
+    );
+    let printed = run(&service, &["status"]);
+    assert_eq!(printed.status.code(), Some(1));
+    assert!(
+        text(&printed.stdout).contains("sleep app (sleep)"),
+        "{}",
+        text(&printed.stdout)
+    );
+
+    act(&service, "pause", &json!({ "subject": "all" }));
+    assert_eq!(status()["state"], "paused");
+    let metrics = ask(&service, "GET", "/metrics", "").body;
+    assert!(metrics.contains("\nexport_service_paused 1\n"), "{metrics}");
+    assert!(metrics.contains(&format!("\nexport_service_pending_bytes {bytes}\n")));
+    assert!(metrics.contains("\nexport_service_queues{state=\"paused\"} 2\n"));
 }

@@ -11,11 +11,13 @@ pub mod acts;
 pub mod attempts;
 mod checkpoint;
 mod clock;
+pub mod overview;
 mod parked;
 pub mod queues;
 pub mod store;
 pub mod writer;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -132,6 +134,9 @@ pub struct Exports {
     acts: Sender<acts::Request>,
     /// What the owner has paused. Only the writer changes it, after it is stored.
     pauses: Mutex<Vec<Pause>>,
+    /// The store's path, for the owner's overview.
+    store: PathBuf,
+    totals: Mutex<Option<overview::Known>>,
     /// How often the store has been repaired.
     repairs: AtomicUsize,
     ledger_key: LedgerKey,
@@ -194,6 +199,8 @@ impl Exports {
             damage,
             acts,
             pauses: Mutex::new(pauses),
+            store: store.path().to_owned(),
+            totals: Mutex::default(),
             repairs: AtomicUsize::new(0),
             ledger_key,
             metrics,
@@ -212,6 +219,11 @@ impl Exports {
     /// The time in Unix milliseconds, for what is stored by the wall clock.
     pub fn now(&self) -> Millis {
         self.clock.now()
+    }
+
+    /// When this run began, in Unix milliseconds.
+    pub fn started(&self) -> Millis {
+        self.clock.wall
     }
 
     /// The running time: how many milliseconds the service has run for, all its runs together.

@@ -13,6 +13,7 @@ mod reading;
 pub mod report;
 mod routes;
 mod socket;
+mod waiting;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};

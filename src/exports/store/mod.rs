@@ -14,6 +14,7 @@ pub mod flows;
 mod folder;
 mod ledger;
 mod opening;
+pub mod overview;
 mod reading;
 mod schema;
 mod wal;
