@@ -42,8 +42,11 @@ pub fn page(owner: &Owner, request: &Request, now: SystemTime) -> Response {
         .split_once('?')
         .map_or("", |(_, query)| query);
     let query = Query::parse(query);
-    // The same as programs are told. What is missing in it is as if there were none.
-    let status: Status = serde_json::from_value(api::status(owner, now)).unwrap_or_default();
+    // The same as programs are told; a part that could not be read is missing in it.
+    let status: Status = serde_json::from_value(api::status(owner, now)).unwrap_or_else(|error| {
+        log::error!(reason:% = error; "the status does not have the form that the page shows");
+        Status::default()
+    });
     let read = match open(owner).and_then(|evidence| read(&evidence, &query, status.now)) {
         Ok(read) => read,
         Err(reason) => Read {

@@ -217,7 +217,7 @@
       });
       const told = await answer.json().catch(() => ({}));
       if (!answer.ok) say(told.error?.message || `This did not work (status ${answer.status}): the service’s log says why.`, true);
-      else if (told.payload !== undefined) await ask(told.done, '', undefined, told.payload);
+      else if (told.payload !== undefined) await ask(told.done + (told.uri ? `\n${told.uri}` : ''), '', undefined, told.payload);
       else say(told.done || 'Done.');
     } catch {
       say('The service does not answer, so this may not have been done. Try again once it does.', true);
