@@ -509,3 +509,66 @@ fn a_prometheus_with_readmes_configuration_scrapes_the_owners_port_and_answers_q
     // No alert of README's stands.
     prometheus.query("count(ALERTS) or vector(0)", |alerts| alerts == 0.0);
 }
+
+#[test]
+fn queues_their_oldest_export_and_the_store_are_shown_as_they_are() {
+    let (held, gate) = Destination::held();
+    let (dead, _) = nowhere();
+    let service = Service::start(&["--max-store", "10000000", "--ledger-size", "2000000"]);
+    let submit = |url: &str, data: &str| {
+        let response = service.post("/export", &token(url), &request(url, data));
+        assert_eq!(response.status, 200, "{}", response.body);
+    };
+    let now = || {
+        SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap()
+            .as_secs_f64()
+    };
+    let before = now();
+    submit(&dead, "[1]");
+    let after = now();
+    become_so(
+        &service,
+        &[
+            ("queues{state=\"failing\"}", 1.0),
+            ("queues{state=\"sending\"}", 0.0),
+        ],
+    );
+    submit(&held.url, "[2]");
+    submit(&held.url, "[3]");
+    held.arrival();
+    // The dead one's queue is tried again now and then.
+    become_so(
+        &service,
+        &[
+            ("pending", 3.0),
+            ("queues{state=\"sending\"}", 1.0),
+            ("queues{state=\"waiting\"}", 0.0),
+            ("queues{state=\"paused\"}", 0.0),
+            ("paused", 0.0),
+            ("store_limit_bytes{kind=\"exports\"}", 1e7),
+            ("store_limit_bytes{kind=\"ledger\"}", 2e6),
+        ],
+    );
+    let shown = values(&service);
+    let oldest = shown["oldest_pending_timestamp_seconds"];
+    assert!(before - 0.1 <= oldest && oldest <= after + 0.1, "{oldest}");
+    assert!(shown["store_bytes{kind=\"exports\"}"] > 0.0);
+    assert!(shown["store_bytes{kind=\"ledger\"}"] > 0.0);
+    gate.open();
+    become_so(
+        &service,
+        &[
+            ("pending", 1.0),
+            ("queues{state=\"sending\"}", 0.0),
+            ("queues{state=\"failing\"}", 1.0),
+        ],
+    );
+    assert!(values(&service)["ledger_rows_total"] >= 3.0);
+    // The dead one's is still the oldest, also after a restart.
+    let service = service.kill_and_restart();
+    let shown = values(&service);
+    are(&shown, &[("pending", 1.0)]);
+    assert_eq!(shown["oldest_pending_timestamp_seconds"], oldest);
+}

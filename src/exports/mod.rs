@@ -38,6 +38,7 @@ use clock::Clock;
 use parked::Parked;
 use queues::{Progress, Queues};
 use store::acts::Pause;
+use store::evidence::Evidence;
 use store::{ExportUpdate, IdempotencyKey, LedgerLimits, NewExport, Reader, Report, Store, Stored};
 use writer::{Incoming, Writer};
 
@@ -229,6 +230,15 @@ impl Exports {
     /// The running time: how many milliseconds the service has run for, all its runs together.
     pub fn running(&self) -> Millis {
         self.clock.running()
+    }
+
+    /// A connection of its own to the ledger. Opening it takes a fraction of a millisecond, and keeping it would
+    /// take memory.
+    ///
+    /// # Errors
+    /// The store cannot be opened again.
+    pub fn evidence(&self) -> Result<Evidence, store::Error> {
+        Evidence::of(&self.store)
     }
 
     /// How many exports are not finished.

@@ -1592,6 +1592,41 @@ mod tests {
     }
 
     #[test]
+    fn each_queue_with_exports_counts_in_one_state() {
+        let mut world = World::new(DAY);
+        let states = |world: &World| {
+            let summaries = world.queues.summaries(world.now);
+            [
+                QueueState::Sending,
+                QueueState::Waiting,
+                QueueState::Failing,
+                QueueState::Paused,
+            ]
+            .map(|state| summaries.iter().filter(|one| one.state == state).count())
+        };
+        world.submit(1);
+        world.submit(2);
+        assert_eq!(states(&world), [0, 2, 0, 0]);
+        let tried = world.attempt();
+        assert_eq!(states(&world), [1, 1, 0, 0]);
+        world.pause(1);
+        assert_eq!(states(&world), [1, 1, 0, 0], "the attempt goes on");
+        world.fail(tried, DOWN, 0.5);
+        assert_eq!(states(&world), [0, 1, 0, 1]);
+        world.resume(1);
+        let tried = world.attempt();
+        world.fail(tried, DOWN, 0.5);
+        assert_eq!(states(&world), [0, 0, 2, 0]);
+        for _ in 0..2 {
+            world.now += 10_000;
+            let tried = world.attempt();
+            world.answer(&tried);
+        }
+        world.write_all();
+        assert_eq!(states(&world), [0, 0, 0, 0], "none has exports");
+    }
+
+    #[test]
     fn a_turn_that_was_not_begun_ends_when_its_queue_is_held() {
         for locks in [false, true] {
             let mut world = World::new(DAY);

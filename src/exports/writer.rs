@@ -14,6 +14,7 @@ use serde_json::value::RawValue;
 
 use super::acts::Request;
 use super::acts::bulk::Bulk;
+use super::clock::wall_clock;
 use super::queues::Progress;
 use super::store::{self, Change, Effect, ExportUpdate, NewExport, Report, Store};
 use super::{Accept, Damage, Exports, Limits, UNWRITTEN_REPORTS};
@@ -110,7 +111,11 @@ impl Writer {
     /// The thread's body. When `stop` is dropped, writes what still waits and closes the store.
     pub fn run(mut self, stop: &Receiver<()>) {
         let mut housekeeping = Housekeeping::due_now();
+        let metrics = &self.exports.metrics;
+        metrics.store_limit.set(self.limits.max_store);
+        metrics.ledger_limit.set(self.limits.ledger.size);
         loop {
+            self.show_sizes();
             let stopping = self.sleep(stop, &housekeeping);
             self.follow_clock(&mut housekeeping);
             // Before each write, and when there is nothing to write.
@@ -225,12 +230,14 @@ impl Writer {
 
     /// Writes what the ledger only counts so far, and is not in a commit by now.
     fn complete_ledger(&mut self) {
-        if !self.store.has_unwritten_counts() {
+        let refusals = &self.exports.metrics.refusals;
+        if refusals.is_empty() && !self.store.has_unwritten_counts() {
             return;
         }
         let now = self.exports.now();
+        let entries = refusals.take(wall_clock());
         let commits = self.exports.hold_checkpoints();
-        let written = self.store.record(&[], now);
+        let written = self.store.record(&entries, now);
         drop(commits);
         match written {
             Ok(()) => self.wrote(),
@@ -242,6 +249,19 @@ impl Writer {
         if let Some(checkpoint) = &self.exports.checkpoint {
             checkpoint.wrote(self.store.is_wal_long());
         }
+    }
+
+    /// Tells the metrics how much is in the store. Measures that now and then.
+    fn show_sizes(&mut self) {
+        // What keeps it from being measured is told at the next commit.
+        let size = self.size(&[]);
+        let metrics = &self.exports.metrics;
+        if let Ok(bytes) = size {
+            metrics.store_bytes.set(bytes);
+        }
+        metrics.ledger_bytes.set(self.store.ledger_size());
+        let (rows, _) = self.store.ledger_head();
+        metrics.ledger_rows.set(rows.unsigned_abs());
     }
 
     /// Ends the process if a file of the store was removed: nothing written after that would survive a

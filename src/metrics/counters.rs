@@ -30,6 +30,22 @@ impl Counter {
     }
 }
 
+/// A number as it was last found.
+#[derive(Debug, Default)]
+pub struct Found(AtomicU64);
+
+impl Found {
+    /// From now on it is this one.
+    pub fn set(&self, number: u64) {
+        self.0.store(number, Relaxed);
+    }
+
+    /// The number.
+    pub fn value(&self) -> f64 {
+        self.0.load(Relaxed) as f64
+    }
+}
+
 /// How many there are at present.
 #[derive(Debug, Default)]
 pub struct Level(AtomicU64);

@@ -10,12 +10,13 @@ mod counters;
 mod process;
 mod text;
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::export::Millis;
+use crate::ledger::Refusals;
 use crate::version;
-use counters::{Counter, Family, Histogram, Level, OTHER};
+use counters::{Counter, Family, Found, Histogram, Level, OTHER};
 use text::Text;
 
 /// The media type of the text: version 0.0.4 of Prometheus' own format, which all scrapers read.
@@ -101,6 +102,8 @@ pub struct Metrics {
     pub accepted_bytes: Counter,
     /// Requests that were answered with an error, by the error's code.
     pub refused: Family<{ REASONS.len() }>,
+    /// The same with the clients, for the ledger.
+    pub refusals: Refusals,
     /// Attempts that were made, by outcome.
     pub attempts: Family<{ OUTCOMES.len() }>,
     /// Answers of destinations, by the hundreds of their status: see [`Metrics::answer`].
@@ -124,7 +127,17 @@ pub struct Metrics {
     /// How long commits of submissions and results took.
     pub commit_duration: Histogram<{ COMMIT.len() }>,
     /// The last delivery of this run, in Unix milliseconds; 0 if there was none.
-    last_delivery: AtomicU64,
+    last_delivery: Found,
+    /// Bytes of exports and results in the store, as they count against `store_limit`.
+    pub store_bytes: Found,
+    /// How many there may be: `--max-store`.
+    pub store_limit: Found,
+    /// Bytes of the ledger, about.
+    pub ledger_bytes: Found,
+    /// How many there may be: `--ledger-size`.
+    pub ledger_limit: Found,
+    /// Rows that were ever written to the ledger.
+    pub ledger_rows: Found,
     /// Attempts under way.
     pub attempts_in_flight: Level,
     /// Connections of apps.
@@ -140,20 +153,14 @@ pub struct Metrics {
 pub struct Gauges {
     /// Exports without a result.
     pub pending: usize,
-    /// Bytes of their payloads.
-    pub pending_bytes: u64,
+    /// Bytes of their payloads. None if that is unknown.
+    pub pending_bytes: Option<u64>,
     /// Queues with exports, by state.
     pub queues: QueueStates,
     /// When the oldest export without a result was accepted, in Unix milliseconds.
     pub oldest_pending: Option<Millis>,
     /// Requests that wait for an export to be finished.
     pub long_polls: usize,
-    /// Bytes of exports and results in the store, and how many there may be.
-    pub store: Room,
-    /// The same for the ledger.
-    pub ledger: Room,
-    /// Rows that were ever written to the ledger.
-    pub ledger_rows: u64,
     /// Free bytes on the disk of the data folder. None if there is no data folder.
     pub disk_free: Option<u64>,
     /// When the certificate ends, in Unix seconds. None without TLS.
@@ -177,21 +184,13 @@ pub struct QueueStates {
     pub paused: usize,
 }
 
-/// A number of bytes with its limit.
-#[derive(Debug, Default)]
-pub struct Room {
-    /// How many bytes there are.
-    pub bytes: u64,
-    /// How many there may be.
-    pub limit: u64,
-}
-
 impl Default for Metrics {
     fn default() -> Self {
         Self {
             accepted: Counter::default(),
             accepted_bytes: Counter::default(),
             refused: Family::new(REASONS),
+            refusals: Refusals::default(),
             attempts: Family::new(OUTCOMES),
             answers: Family::new(CLASSES),
             delivered: Counter::default(),
@@ -203,7 +202,12 @@ impl Default for Metrics {
             attempt_duration: Histogram::new(ATTEMPT),
             delivery_delay: Histogram::new(DELAY),
             commit_duration: Histogram::new(COMMIT),
-            last_delivery: AtomicU64::new(0),
+            last_delivery: Found::default(),
+            store_bytes: Found::default(),
+            store_limit: Found::default(),
+            ledger_bytes: Found::default(),
+            ledger_limit: Found::default(),
+            ledger_rows: Found::default(),
             attempts_in_flight: Level::default(),
             connections: Level::default(),
             connections_served: Level::default(),
@@ -213,6 +217,12 @@ impl Default for Metrics {
 }
 
 impl Metrics {
+    /// Counts a request of this client that was refused with this code.
+    pub fn refuse(&self, client: IpAddr, code: &'static str) {
+        self.refused.count(code);
+        self.refusals.count(client, code);
+    }
+
     /// Counts an answer of a destination, final or not.
     pub fn answer(&self, status: u16) {
         let class = usize::from(status / 100).checked_sub(2);
@@ -226,7 +236,7 @@ impl Metrics {
         self.delivered.one();
         self.delivery_delay
             .observe(Duration::from_millis(delay.max(0).unsigned_abs()));
-        self.last_delivery.store(now.max(0).unsigned_abs(), Relaxed);
+        self.last_delivery.set(now.max(0).unsigned_abs());
     }
 
     /// All metrics as text of [`CONTENT_TYPE`], with those of the process itself. Blocks for a moment to read
@@ -286,8 +296,10 @@ impl Metrics {
             );
         text.gauge("pending: Exports without a result.")
             .value(gauges.pending as f64);
-        text.gauge("pending_bytes: Bytes of the payloads of exports without a result.")
-            .value(gauges.pending_bytes as f64);
+        if let Some(bytes) = gauges.pending_bytes {
+            text.gauge("pending_bytes: Bytes of the payloads of exports without a result.")
+                .value(bytes as f64);
+        }
         let queues = &gauges.queues;
         text.gauge("queues: Queues with exports, by what they are doing.")
             .sample("state", "sending", queues.sending as f64)
@@ -303,7 +315,7 @@ impl Metrics {
             "last_delivery_timestamp_seconds: When an export was last delivered; 0 if none was since \
              the start.",
         )
-        .value(self.last_delivery.load(Relaxed) as f64 / 1e3);
+        .value(self.last_delivery.value() / 1e3);
         text.gauge("attempts_in_flight: Attempts under way.")
             .value(self.attempts_in_flight.value());
         text.gauge("long_polls: Requests that wait for an export to be finished.")
@@ -317,11 +329,11 @@ impl Metrics {
         // Two atomics, read one after the other.
         .sample("state", "waiting", waiting.max(0.0));
         text.gauge("store_bytes: Bytes in the store: exports with their results, and the ledger.")
-            .sample("kind", "exports", gauges.store.bytes as f64)
-            .sample("kind", "ledger", gauges.ledger.bytes as f64);
+            .sample("kind", "exports", self.store_bytes.value())
+            .sample("kind", "ledger", self.ledger_bytes.value());
         text.gauge("store_limit_bytes: How many there may be: --max-store and --ledger-size.")
-            .sample("kind", "exports", gauges.store.limit as f64)
-            .sample("kind", "ledger", gauges.ledger.limit as f64);
+            .sample("kind", "exports", self.store_limit.value())
+            .sample("kind", "ledger", self.ledger_limit.value());
         text.gauge(
             "disk_free_bytes: Free bytes on the disk of the data folder; absent without one.",
         );
@@ -337,7 +349,7 @@ impl Metrics {
         text.gauge("paused: 1 if the owner has paused all sending, else 0.")
             .value(u8::from(gauges.paused).into());
         text.counter("ledger_rows_total: Rows ever written to the ledger.")
-            .value(gauges.ledger_rows as f64);
+            .value(self.ledger_rows.value());
     }
 }
 
@@ -378,7 +390,6 @@ mod tests {
             "delivery_delay_seconds_sum",
             "commit_duration_seconds_count",
             "pending",
-            "pending_bytes",
             "queues{state=\"failing\"}",
             "oldest_pending_timestamp_seconds",
             "last_delivery_timestamp_seconds",
@@ -497,7 +508,7 @@ mod tests {
         metrics.delivery(1_795_000_000_125, 2_500);
         metrics.delivery(1_795_000_000_250, -1);
         let text = metrics.render(&Gauges {
-            pending_bytes: 9_007_199_254_740_991,
+            pending_bytes: Some(9_007_199_254_740_991),
             oldest_pending: Some(1_795_000_000_001),
             certificate_expiry: Some(1_800_000_000),
             ..Gauges::default()

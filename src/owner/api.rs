@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::{Owner, reading, waiting};
 use crate::auth::secret::Missing;
 use crate::exports::store::{FILE, Place};
-use crate::metrics::{Gauges, Room};
+use crate::metrics::Gauges;
 use crate::version;
 
 /// A certificate that ends sooner than this needs attention.
@@ -100,10 +100,6 @@ pub fn metrics(owner: &Owner) -> String {
         .and_then(|identity| identity.expires());
     owner.exports.metrics.render(&Gauges {
         long_polls: owner.exports.long_polls(),
-        store: Room {
-            bytes: store_bytes(&owner.place).unwrap_or(0),
-            limit: owner.max_store,
-        },
         disk_free: disk_free(&owner.place),
         certificate_expiry: expires.map(|expires| time(expires) / 1000),
         secret_ready: owner.secret.key().is_ok(),

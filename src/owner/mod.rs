@@ -8,8 +8,10 @@
 
 pub mod access;
 mod api;
+pub mod filter;
 pub mod page;
 mod reading;
+pub mod records;
 pub mod report;
 mod routes;
 mod socket;

@@ -2,15 +2,17 @@
 //!
 //! Not here: the queries (`store`), how it is shown ([`super::page`]), and who may see it ([`super::access`]).
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use serde_json::{Value, json};
 
 use super::page::{self, Query, Range, View};
+use super::records::{self, Wrong};
 use super::report::{Rows, Status};
 use super::{Owner, api};
 use crate::answer::Response;
-use crate::exports::store::evidence::{Evidence, Filter, hex};
+use crate::exports::store::Error;
+use crate::exports::store::evidence::{Evidence, hex};
 use crate::exports::store::flows::{Day, Flow, Part, Refusals};
 use crate::gate::framing::Request;
 
@@ -20,7 +22,7 @@ const DAYS: i64 = 30;
 /// Flows, reasons of refusals and rows on one page.
 const FLOWS: usize = 50;
 const REFUSALS: usize = 20;
-const ROWS: usize = 50;
+const ROWS: u64 = 50;
 /// New destinations that the status lists.
 const NEW: usize = 100;
 
@@ -47,7 +49,8 @@ pub fn page(owner: &Owner, request: &Request, now: SystemTime) -> Response {
         log::error!(reason:% = error; "the status does not have the form that the page shows");
         Status::default()
     });
-    let read = match open(owner).and_then(|evidence| read(&evidence, &query, status.now)) {
+    let evidence = owner.exports.evidence();
+    let read = match evidence.and_then(|evidence| read(&evidence, &query, status.now)) {
         Ok(read) => read,
         Err(reason) => Read {
             wrong_filter: Some(format!("The ledger cannot be read: {reason}.")),
@@ -85,101 +88,36 @@ pub fn page(owner: &Owner, request: &Request, now: SystemTime) -> Response {
     }
 }
 
-fn open(owner: &Owner) -> Result<Evidence, String> {
-    match owner.place.folder() {
-        Some(folder) => Evidence::open(folder),
-        None => Err("it is in memory, since the service was started with --ephemeral".into()),
-    }
-}
-
-fn read(evidence: &Evidence, query: &Query, now: i64) -> Result<Read, String> {
-    let fault = |error: crate::exports::store::Error| error.to_string();
+fn read(evidence: &Evidence, query: &Query, now: i64) -> Result<Read, Error> {
     let today = now.div_euclid(DAY);
-    let (flows, flows_total) = evidence
-        .flows(today + 1 - DAYS, today, FLOWS)
-        .map_err(fault)?;
+    let (flows, flows_total) = evidence.flows(today + 1 - DAYS, today, FLOWS)?;
     let start = query.range.start(now);
     let (_, span) = query.range.bars();
     let parts = match query.range {
-        Range::Day => evidence.parts_by_rows(start, span),
-        Range::Month | Range::Year => evidence.parts_by_days(start, span / DAY),
+        Range::Day => evidence.parts_by_rows(start, span)?,
+        Range::Month | Range::Year => evidence.parts_by_days(start, span / DAY)?,
     };
     let mut read = Read {
         flows,
         flows_total,
-        parts: parts.map_err(fault)?,
-        refusals: evidence
-            .refusals(now.saturating_sub(7 * DAY), REFUSALS)
-            .map_err(fault)?,
+        parts,
+        refusals: evidence.refusals(now.saturating_sub(7 * DAY), REFUSALS)?,
         ..Read::default()
     };
-    match filter(query) {
-        Ok(filter) => {
-            let mut rows = Vec::new();
-            let each = |row| {
-                rows.push(row);
-                true
-            };
-            evidence
-                .rows(&filter, false, ROWS as u64, each)
-                .map_err(fault)?;
-            let next = (rows.len() == ROWS)
-                .then(|| rows.last().map(|row| row.seq))
-                .flatten();
-            read.rows = Rows { rows, next };
-        }
-        Err(wrong) => read.wrong_filter = Some(wrong),
+    match records::rows(evidence, query, ROWS, now) {
+        Ok(rows) => read.rows = rows,
+        Err(Wrong::Query(what)) => read.wrong_filter = Some(what),
+        Err(Wrong::Store(error)) => return Err(error),
     }
     Ok(read)
-}
-
-/// The rows that a query asks for.
-///
-/// # Errors
-/// A filter makes no sense. The text says which, and how to write it.
-fn filter(query: &Query) -> Result<Filter, String> {
-    let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());
-    let time = |name: &str, text: &str| match text {
-        "" => Ok(None),
-        _ => moment(text)
-            .map(Some)
-            .ok_or_else(|| format!("{name}={text} is not a day: write it like 2026-11-26")),
-    };
-    let id = match query.id.as_str() {
-        "" => None,
-        id => {
-            let id = id.trim().parse();
-            Some(id.map_err(|_| "The id is not that of an export: it has 32 digits".to_owned())?)
-        }
-    };
-    if !matches!(query.outcome.as_str(), "" | "failed" | "refused") {
-        return Err("The outcome is failed or refused".into());
-    }
-    Ok(Filter {
-        since: time("since", &query.since)?,
-        until: time("until", &query.until)?,
-        who: text(&query.who),
-        destination: text(&query.destination),
-        failed: query.outcome == "failed",
-        refused: query.outcome == "refused",
-        id,
-        before: query.before,
-        after: None,
-    })
-}
-
-/// A day or a time as Unix milliseconds.
-fn moment(text: &str) -> Option<i64> {
-    let day = format!("{text}T00:00:00Z");
-    let whole = if text.len() == 10 { &day } else { text };
-    let at = humantime::parse_rfc3339_weak(whole).ok()?;
-    i64::try_from(at.duration_since(UNIX_EPOCH).ok()?.as_millis()).ok()
 }
 
 /// Adds to the status what comes from the ledger. Blocks for reading the store.
 pub fn add_ledger(owner: &Owner, status: &mut Value, now: i64) {
     // The status is wanted most when something is wrong with the store.
-    let Ok(evidence) = open(owner) else { return };
+    let Ok(evidence) = owner.exports.evidence() else {
+        return;
+    };
     let today = now.div_euclid(DAY);
     if let Ok((day, usual)) = evidence.day_and_usual(today, DAYS) {
         status["today"] = totals(day);
@@ -212,23 +150,4 @@ fn totals(day: Day) -> Value {
         "destinations": day.destinations,
         "refused": day.refused,
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn filters_that_make_no_sense_are_told_and_not_ignored() {
-        let wrong = |query| filter(&Query::parse(query)).unwrap_err();
-        assert!(wrong("since=yesterday").contains("2026-11-26"));
-        assert!(wrong("id=7").contains("32 digits"));
-        assert!(wrong("outcome=odd").contains("failed or refused"));
-        let good = filter(&Query::parse(
-            "since=1970-01-02&until=1970-01-03T00:00:01Z&outcome=failed",
-        ))
-        .unwrap();
-        assert_eq!((good.since, good.until), (Some(DAY), Some(2 * DAY + 1000)));
-        assert!(good.failed && !good.refused && good.who.is_none());
-    }
 }

@@ -82,11 +82,16 @@ fn failing(queue: &Queue) -> Value {
 
 /// The metrics of what waits. Zero if the store cannot be read.
 pub fn gauges(owner: &Owner) -> Gauges {
-    let overview = owner.exports.overview().unwrap_or_default();
+    let overview = owner.exports.overview();
+    let pending_bytes = overview
+        .as_ref()
+        .ok()
+        .map(|overview| overview.waiting_bytes);
+    let overview = overview.unwrap_or_default();
     let states = overview.states;
     Gauges {
         pending: owner.exports.unfinished(),
-        pending_bytes: overview.waiting_bytes,
+        pending_bytes,
         queues: QueueStates {
             sending: states.sending,
             waiting: states.waiting,

@@ -7,6 +7,7 @@ pub mod acts;
 pub mod ask;
 pub mod check;
 pub mod healthcheck;
+pub mod ledger;
 pub mod link;
 pub mod settings;
 pub mod sink;

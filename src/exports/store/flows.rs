@@ -348,7 +348,7 @@ mod tests {
     fn evidence(entries: &[Entry]) -> (Store, Evidence) {
         let mut store = Store::open(&Place::Memory).unwrap();
         store.record(entries, TODAY * DAY).unwrap();
-        let evidence = store.evidence().unwrap();
+        let evidence = Evidence::of(store.path()).unwrap();
         (store, evidence)
     }
 
@@ -464,7 +464,7 @@ mod tests {
         let refused = |who: &str, reason: &str, at, count| Entry {
             who: who.into(),
             outcome: reason.into(),
-            removed: count,
+            count,
             ..Entry::new(Event::Refused, at)
         };
         let (_store, evidence) = evidence(&[
