@@ -44,8 +44,11 @@ pub fn page(owner: &Owner, request: &Request, now: SystemTime) -> Response {
         .split_once('?')
         .map_or("", |(_, query)| query);
     let query = Query::parse(query);
-    // The same as programs are told. What is missing in it is as if there were none.
-    let status: Status = serde_json::from_value(api::status(owner, now)).unwrap_or_default();
+    // The same as programs are told; a part that could not be read is missing in it.
+    let status: Status = serde_json::from_value(api::status(owner, now)).unwrap_or_else(|error| {
+        log::error!(reason:% = error; "the status does not have the form that the page shows");
+        Status::default()
+    });
     let evidence = owner.exports.evidence();
     let read = match evidence.and_then(|evidence| read(&evidence, &query, status.now)) {
         Ok(read) => read,
@@ -123,11 +126,14 @@ pub fn add_ledger(owner: &Owner, status: &mut Value, now: i64) {
     if let Ok(new) = evidence.new_destinations(today + 1 - DAYS, NEW) {
         status["new_destinations"] = json!(new);
     }
-    if let Ok((rows, bytes)) = evidence.size() {
+    let oldest = evidence.oldest().ok().flatten();
+    // The sums are older than the rows, and may be many.
+    let since = oldest.map_or(today, |at| at.div_euclid(DAY));
+    if let Ok((rows, bytes)) = evidence.size(since) {
         status["ledger"] = json!({ "rows": rows });
         status["store"]["ledger_bytes"] = json!(bytes);
     }
-    if let Ok(Some(at)) = evidence.oldest() {
+    if let Some(at) = oldest {
         status["ledger"]["first_at"] = json!(at);
     }
     if let Ok(Some((seq, hash))) = evidence.head() {

@@ -132,11 +132,12 @@ async function showsWhatTheServiceSays(page) {
   await now.click();
   await page.locator('#said', {hasText: 'status 500'}).waitFor();
 
-  service.answer = {status: 200, body: {done: 'It goes to https://hooks.example.com/secret.', payload: '{"a":"<script>alert(1)</script>\u202e"}'}};
+  service.answer = {status: 200, body: {done: 'It waits.', uri: 'https://hooks.example.com/secret', payload: '{"a":"<script>alert(1)</script>\u202e"}'}};
   const show = page.locator('[data-act=show]').first();
   await show.locator('xpath=ancestor::details/summary').click();
   await show.click();
   await page.locator('#ask-body', {hasText: '{"a":"<script>alert(1)</script>\\u{202e}"}'}).waitFor();
+  await page.locator('#ask-text', {hasText: 'https://hooks.example.com/secret'}).waitFor();
   await accessible(page, 'a payload');
   await page.locator('#ask-no').click();
   service.answer = {status: 200, body: {done: 'Done as asked.'}};

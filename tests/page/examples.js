@@ -52,6 +52,12 @@ async function main() {
       expect(!/[\u202e\u200b\u0007\0]/.test(text), `${name}: it shows characters that cannot be seen`);
       expect(await page.locator('[data-act]').first().isVisible() === false || kind !== 'plain', `${name} ${kind}: it has buttons that do nothing`);
       await picture(page, pictures, `${name}-${kind}`);
+      // Those in README.
+      if (name === 'trouble' && kind === 'wide') await picture(page, pictures, 'readme', false);
+      if (name === 'trouble' && kind === 'dark') {
+        await page.setViewportSize({width: 390, height: 800});
+        await picture(page, pictures, 'readme-phone', false);
+      }
       await page.context().close();
     }
   }

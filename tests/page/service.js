@@ -88,7 +88,6 @@ async function main() {
   const browser = await start();
   const context = {httpCredentials: {username: login, password: '', origin: new URL(owner).origin}};
   const page = await open(browser, context, /status of 401/);
-  const errors = [];
   await page.goto(owner);
 
   // A fresh box says how to begin, with its own address.
@@ -171,7 +170,7 @@ async function main() {
   const plain = await open(browser, {...context, javaScriptEnabled: false}, /status of 401/);
   await plain.goto(owner);
   await shows(plain, '#waiting', 'connection refused');
-  await shows(plain, 'header', 'export-service pause --for 1h');
+  expect((await plain.locator('header').innerText()).includes('export-service pause --for 1h'), 'without JavaScript the page names the commands');
   await dead.up();
   await act(page, row, 'retry');
   await dead.has(1);
@@ -220,7 +219,6 @@ async function main() {
   const html = await (await page.request.get(owner)).text();
   expect(!html.includes(MARK) && !html.includes('secret-path'), 'payloads and paths are not on the page');
   await shows(page, '#refused', 'unauthorized');
-  expect(errors.length === 0, errors.join());
 
   for (const one of [...destinations, dead]) await one.down();
   for (const agent of agents.values()) agent.destroy();

@@ -133,15 +133,15 @@ impl Evidence {
         Ok(day)
     }
 
-    /// How many rows there are, without those whose body is gone, and how many bytes they take.
+    /// How many rows there are from this UTC day on, without those whose body is gone, and how many bytes they take.
     ///
     /// # Errors
     /// The store cannot be read.
-    pub fn size(&self) -> Result<(u64, u64), Error> {
+    pub fn size(&self, since: i64) -> Result<(u64, u64), Error> {
         let mut statement = self
             .connection
-            .prepare_cached("SELECT sum(rows), sum(row_bytes) FROM day_sums")?;
-        Ok(statement.query_row([], |row| {
+            .prepare_cached("SELECT sum(rows), sum(row_bytes) FROM day_sums WHERE day >= ?")?;
+        Ok(statement.query_row([since], |row| {
             let count = |at| Ok::<_, rusqlite::Error>(row.get::<_, Option<i64>>(at)?.unwrap_or(0));
             Ok((count(0)?.unsigned_abs(), count(1)?.unsigned_abs()))
         })?)
@@ -401,7 +401,7 @@ mod tests {
             evidence.day_and_usual(TODAY - 4, 30).unwrap().1,
             Day::default()
         );
-        assert_eq!(evidence.size().unwrap().0, 4);
+        assert_eq!(evidence.size(0).unwrap().0, 4);
     }
 
     #[test]

@@ -11,6 +11,8 @@ use super::{Button, View, key, menu};
 use crate::exports::store::flows::Flow;
 use crate::owner::report::{Activity, Pause, Queue};
 
+const DAY: i64 = 86_400_000;
+
 /// Who sends where.
 pub fn section(out: &mut String, view: &View<'_>) {
     put!(
@@ -64,11 +66,9 @@ pub fn section(out: &mut String, view: &View<'_>) {
                 "<td>{} ago</td>",
                 Span(view.status.now.saturating_sub(at) as f64 / 1000.0)
             ),
-            None => put!(
-                out,
-                "<td>{}</td>",
-                Day(flow.last_day.saturating_mul(86_400_000))
-            ),
+            // Longer ago than the newest rows of a busy box.
+            None if flow.last_day >= view.status.now.div_euclid(DAY) => put!(out, "<td>today</td>"),
+            None => put!(out, "<td>{}</td>", Day(flow.last_day.saturating_mul(DAY))),
         }
         flow_state(out, view, flow);
         flow_actions(out, view, flow, is_new);
@@ -179,20 +179,14 @@ fn flow_actions(out: &mut String, view: &View<'_>, flow: &Flow, is_new: bool) {
     put!(
         out,
         "<button type=\"button\" data-act=\"label\" data-body=\"{}\" data-name=\"{}\" \
-         data-ask=\"What do you call {}? The name is shown beside it. Without one, the old name is removed.\" \
+         data-ask=\"What do you call {}?\" \
          data-yes=\"Save\">Give the app a name</button>",
         Json(&json!({"who": who})),
         Attribute(flow.label.as_deref().unwrap_or_default()),
         Attribute(who)
     );
     let forget = |words, body, what: &str| Button {
-        ask: Some((
-            format!(
-                "Forget {what}? What waits is cancelled and never sent. Results, payloads and the details of \
-                 its rows in the ledger are erased. What has left cannot be called back, and this cannot be undone."
-            ),
-            "Forget it",
-        )),
+        ask: Some((format!("Forget {what}?"), "Forget it")),
         ..button(words, "forget", body)
     };
     put!(

@@ -112,7 +112,8 @@
     if (text && !document.title.startsWith('Offline')) document.title = 'Offline – ' + document.title;
   }
 
-  let timer = 0, asking = null, seen = new Date();
+  // A page whose filters make the service read all rows is asked for less often.
+  let timer = 0, took = 0, asking = null, seen = new Date();
   function refresh() {
     clearTimeout(timer);
     if (asking) asking.abort();
@@ -121,9 +122,11 @@
     request.open('GET', here(location.pathname + location.search));
     request.responseType = 'document';
     request.timeout = 15000;
+    const began = performance.now();
     request.onloadend = () => {
       if (asking !== request) return;
       asking = null;
+      took = performance.now() - began;
       const page = request.response;
       if (request.status === 200 && page && page.getElementById('main')) {
         seen = new Date();
@@ -142,7 +145,7 @@
   }
   function later() {
     clearTimeout(timer);
-    if (!document.hidden) timer = setTimeout(refresh, EVERY);
+    if (!document.hidden) timer = setTimeout(refresh, Math.max(EVERY, 20 * took));
   }
   document.addEventListener('visibilitychange', () => document.hidden ? clearTimeout(timer) : refresh());
 
@@ -190,11 +193,19 @@
     return Math.round((at - Date.now()) / 1000) + 's';
   };
 
+  // What follows from an act that is asked about.
+  const CONSEQUENCES = {
+    cancel: ' What is cancelled is never sent, and its app is told.',
+    forget: ' What waits is cancelled and never sent. Results, payloads and the details of its rows in the ledger are erased. ' +
+      'What has left cannot be called back, and this cannot be undone.',
+    label: ' The name is shown beside it. Without one, the old name is removed.',
+  };
+
   async function act(button) {
     const {act, body, ask: question, yes, name} = button.dataset;
     const data = JSON.parse(body);
     if (question) {
-      const typed = await ask(question, yes, name);
+      const typed = await ask(question + (CONSEQUENCES[act] || ''), yes, name);
       if (typed === null) return;
       if (name !== undefined) data.label = typed.trim();
     }
@@ -206,7 +217,7 @@
       });
       const told = await answer.json().catch(() => ({}));
       if (!answer.ok) say(told.error?.message || `This did not work (status ${answer.status}): the service’s log says why.`, true);
-      else if (told.payload !== undefined) await ask(told.done, '', undefined, told.payload);
+      else if (told.payload !== undefined) await ask(told.done + (told.uri ? `\n${told.uri}` : ''), '', undefined, told.payload);
       else say(told.done || 'Done.');
     } catch {
       say('The service does not answer, so this may not have been done. Try again once it does.', true);

@@ -130,9 +130,7 @@ fn waiting_actions(out: &mut String, queue: &Queue) {
         ),
     );
     if let Some(id) = &queue.oldest_id {
-        let question = format!(
-            "Cancel the oldest export from {name} to {destination}? It is never sent, and its app is told."
-        );
+        let question = format!("Cancel the oldest export from {name} to {destination}?");
         put!(
             out,
             "{}{}",
@@ -143,9 +141,7 @@ fn waiting_actions(out: &mut String, queue: &Queue) {
             }
         );
     }
-    let question = format!(
-        "Cancel everything that waits for {destination}, from whichever app? It is never sent, and the apps are told."
-    );
+    let question = format!("Cancel everything that waits for {destination}, from whichever app?");
     let all = Button {
         ask: Some((question, "Cancel all")),
         ..button(
