@@ -165,6 +165,8 @@ pub enum Command {
     Status(StatusArgs),
     /// Print the address of the owner's port, and a token for it
     Link(LinkArgs),
+    /// Show what left the box: attempts, refusals, the owner's acts, and whether the record is whole
+    Ledger(LedgerArgs),
 }
 
 /// Where the service listens.
@@ -357,6 +359,74 @@ pub struct StatusArgs {
 }
 
 impl StatusArgs {
+    /// The data folder of the service.
+    pub fn folder(&self) -> &Path {
+        &self.folder.data_dir
+    }
+}
+
+/// The settings of `ledger`.
+#[derive(Args)]
+pub struct LedgerArgs {
+    #[command(flatten)]
+    folder: FolderArgs,
+    /// Rows from this day or time on, like 2026-01-31, 2026-01-31T08:00:00Z, or how long ago, like 7d
+    #[arg(
+        long,
+        value_name = "TIME",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub since: String,
+    /// Rows before this day or time
+    #[arg(
+        long,
+        value_name = "TIME",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub until: String,
+    /// Rows of this sender: an identifier, an address or a label
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub who: String,
+    /// Rows to this destination, like "hooks.example.com #3f9a", or a host alone
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub destination: String,
+    /// Attempts without an answer of 200 to 299, and exports that were given up
+    #[arg(long, conflicts_with = "refused")]
+    pub failed: bool,
+    /// Requests of apps that were refused
+    #[arg(long)]
+    pub refused: bool,
+    /// Rows about the export with this id
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub id: String,
+    /// Most rows to show, the newest; 50 if not given
+    #[arg(long, value_name = "ROWS")]
+    pub limit: Option<u64>,
+    /// Print one JSON object for each row
+    #[arg(long, conflicts_with = "csv")]
+    pub json: bool,
+    /// Print CSV
+    #[arg(long)]
+    pub csv: bool,
+    /// Print sums instead: by day, week, who or destination
+    #[arg(long, value_name = "BY", num_args = 0..=1, require_equals = true, default_missing_value = "day", value_parser = ["day", "week", "who", "destination"])]
+    pub summary: Option<String>,
+    /// Go on with rows as they are written
+    #[arg(long, conflicts_with_all = ["summary", "verify"])]
+    pub follow: bool,
+    /// Print the last row's number and the hash of all rows up to it; with --verify, check that such a head that
+    /// was noted earlier still belongs to the ledger
+    #[arg(long, value_name = "SEQ:HASH", num_args = 0..=1, default_missing_value = "")]
+    pub head: Option<String>,
+    /// Check that no row was changed, removed or moved; exit 0 if whole, 1 if broken, 3 if the noted head is older
+    /// than what is kept
+    #[arg(long)]
+    pub verify: bool,
+}
+
+impl LedgerArgs {
     /// The data folder of the service.
     pub fn folder(&self) -> &Path {
         &self.folder.data_dir

@@ -7,10 +7,12 @@
 //!
 //! Not here: the tables ([`crate::exports::store`]), and when a row is written (`exports`).
 
+use std::collections::HashMap;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use hmac::{Hmac, KeyInit, Mac};
+use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
@@ -25,6 +27,9 @@ pub const ORIGIN: Hash = [0; 32];
 
 /// The file of the data folder with the [`LedgerKey`].
 pub const KEY_FILE: &str = "ledger.key";
+
+/// Clients and reasons that are told apart in a minute of refused requests. Those beyond are `others`.
+const MOST_REFUSALS: usize = 36;
 
 /// The longest name of a sender, in characters. An identifier may have thousands.
 const LONGEST_NAME: usize = 200;
@@ -100,9 +105,9 @@ pub struct Entry {
     pub outcome: String,
     /// Anything else, for people.
     pub note: String,
-    /// How many rows lost their body in the same commit; for [`Event::Expired`], the number of the last one. Stored
-    /// as an attempt's number.
-    pub removed: u64,
+    /// How many requests were refused, or rows lost their body in the same commit; for [`Event::Expired`], the
+    /// number of the last row. Stored as an attempt's number.
+    pub count: u64,
     /// Whether the export ended with this, and if so, whether its destination has answered. Not stored.
     pub delivered: Option<bool>,
 }
@@ -119,7 +124,7 @@ impl Entry {
             attempt: None,
             outcome: String::new(),
             note: String::new(),
-            removed: 0,
+            count: 0,
             delivered: None,
         }
     }
@@ -149,7 +154,7 @@ impl Entry {
             integer(sent.map(|sent| sent.ms)),
             integer(match sent {
                 Some(sent) => Some(u64::from(sent.attempt)),
-                None => (self.removed > 0).then_some(self.removed),
+                None => (self.count > 0).then_some(self.count),
             }),
             Field::text(&self.note),
         ]
@@ -266,6 +271,40 @@ fn cut(text: &str) -> String {
     }
 }
 
+/// Refused requests by client and reason since they were last taken. They are counted, not listed: otherwise an
+/// app could fill the disk with them.
+#[derive(Default)]
+pub struct Refusals(Mutex<HashMap<(Option<IpAddr>, &'static str), u64>>);
+
+impl Refusals {
+    /// Counts a request of this client that was refused with this code.
+    pub fn count(&self, client: IpAddr, code: &'static str) {
+        let mut counts = self.0.lock();
+        let mut key = (Some(client.to_canonical()), code);
+        if counts.len() >= MOST_REFUSALS && !counts.contains_key(&key) {
+            key.0 = None;
+        }
+        *counts.entry(key).or_default() += 1;
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.lock().is_empty()
+    }
+
+    /// Takes all of them as rows with this time.
+    pub fn take(&self, at: i64) -> Vec<Entry> {
+        let counts = std::mem::take(&mut *self.0.lock());
+        let rows = counts.into_iter().map(|((client, code), count)| Entry {
+            who: client.map_or_else(|| "others".into(), |client| client.to_string()),
+            outcome: code.into(),
+            count,
+            ..Entry::new(Event::Refused, at)
+        });
+        rows.collect()
+    }
+}
+
 /// A keyed digest of a payload.
 pub type Digest = [u8; 16];
 
@@ -365,6 +404,25 @@ mod tests {
         assert_eq!(hash(&entry("a", "b")), hash(&entry("a", "b")));
         let first = link(&ORIGIN, 1, &hash(&entry("a", "b")));
         assert_ne!(first, link(&ORIGIN, 2, &hash(&entry("a", "b"))));
+    }
+
+    #[test]
+    fn refusals_of_many_clients_take_a_few_rows() {
+        let refusals = Refusals::default();
+        for number in 0..1000_u32 {
+            refusals.count(std::net::Ipv4Addr::from(number).into(), "unauthorized");
+            refusals.count(
+                std::net::Ipv4Addr::LOCALHOST.to_ipv6_mapped().into(),
+                "too_slow",
+            );
+        }
+        let rows = refusals.take(7);
+        assert_eq!(rows.len(), MOST_REFUSALS + 1);
+        assert_eq!(rows.iter().map(|row| row.count).sum::<u64>(), 2000);
+        let local = rows.iter().find(|row| row.who == "127.0.0.1").unwrap();
+        assert_eq!((local.count, local.outcome.as_str()), (1000, "too_slow"));
+        assert!(rows.iter().any(|row| row.who == "others"));
+        assert!(refusals.is_empty());
     }
 
     #[test]

@@ -19,11 +19,12 @@ use export_service::exports::store::{Place, Store};
 use export_service::gate::tls::Identity;
 use export_service::gate::{Gate, Serve};
 use export_service::key_file::Key;
-use export_service::ledger::{self, LedgerKey};
+use export_service::ledger::{KEY_FILE, LedgerKey};
 use export_service::metrics::Metrics;
 use export_service::owner::Owner;
 use export_service::routes::Policy;
 use export_service::server::{Server, Service};
+use export_service::tools::ledger::{self, Failure};
 use export_service::tools::{check, healthcheck, link, settings, sink, status, token};
 use export_service::waits::Waits;
 use export_service::{arbiter, logging, threads};
@@ -41,6 +42,8 @@ const LAST_COMMIT: Duration = Duration::from_secs(2);
 
 /// The exit code for settings that cannot work, which clap uses too.
 const EXIT_USAGE: u8 = 2;
+/// The exit code of `ledger` if it cannot read it.
+const EXIT_UNREADABLE: u8 = 4;
 /// The exit code after a second signal is this plus its number, as in shells.
 const EXIT_SIGNAL: i32 = 128;
 
@@ -99,6 +102,12 @@ fn main() -> ExitCode {
             Ok(false) => return ExitCode::FAILURE,
             Err(error) => Err(error),
         },
+        Command::Ledger(arguments) => match ledger::ledger(&arguments, SystemTime::now()) {
+            Ok(code) => return ExitCode::from(code),
+            Err(Failure::Usage(error)) => return fail(&error, EXIT_USAGE),
+            // Not 1, which says that the chain is broken.
+            Err(Failure::Failed(error)) => return fail(&error, EXIT_UNREADABLE),
+        },
         Command::Link(arguments) => match link::link(&arguments, SystemTime::now()) {
             Ok(()) => Ok(()),
             Err(error) => return fail(&error, EXIT_USAGE),
@@ -136,7 +145,7 @@ fn serve(mut config: Config) -> Result<(), String> {
 
     let store = Store::open(&config.place).map_err(|error| error.to_string())?;
     let key = match config.place.folder() {
-        Some(folder) => Key::in_file(&folder.join(ledger::KEY_FILE)),
+        Some(folder) => Key::in_file(&folder.join(KEY_FILE)),
         None => Key::random(),
     }?;
     let opened = Exports::open(store, config.limits, LedgerKey::new(&key), metrics.clone());

@@ -16,6 +16,7 @@ pub mod queues;
 pub mod store;
 pub mod writer;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -36,6 +37,7 @@ use clock::Clock;
 use parked::Parked;
 use queues::{Progress, Queues};
 use store::acts::Pause;
+use store::evidence::Evidence;
 use store::{ExportUpdate, IdempotencyKey, LedgerLimits, NewExport, Reader, Report, Store, Stored};
 use writer::{Incoming, Writer};
 
@@ -135,6 +137,8 @@ pub struct Exports {
     /// How often the store has been repaired.
     repairs: AtomicUsize,
     ledger_key: LedgerKey,
+    /// The store's.
+    path: PathBuf,
     /// Counts exports, attempts and commits.
     pub metrics: Arc<Metrics>,
 }
@@ -196,6 +200,7 @@ impl Exports {
             pauses: Mutex::new(pauses),
             repairs: AtomicUsize::new(0),
             ledger_key,
+            path: store.path().to_owned(),
             metrics,
         });
         let incoming = Incoming {
@@ -217,6 +222,15 @@ impl Exports {
     /// The running time: how many milliseconds the service has run for, all its runs together.
     pub fn running(&self) -> Millis {
         self.clock.running()
+    }
+
+    /// A connection of its own to the ledger. Opening it takes a fraction of a millisecond, and keeping it would
+    /// take memory.
+    ///
+    /// # Errors
+    /// The store cannot be opened again.
+    pub fn evidence(&self) -> Result<Evidence, store::Error> {
+        Evidence::of(&self.path)
     }
 
     /// How many exports are not finished.

@@ -14,6 +14,7 @@ use serde_json::value::RawValue;
 
 use super::acts::Request;
 use super::acts::bulk::Bulk;
+use super::clock::wall_clock;
 use super::queues::Progress;
 use super::store::{self, Change, Effect, ExportUpdate, NewExport, Report, Store};
 use super::{Accept, Damage, Exports, Limits, UNWRITTEN_REPORTS};
@@ -229,12 +230,14 @@ impl Writer {
 
     /// Writes what the ledger only counts so far, and is not in a commit by now.
     fn complete_ledger(&mut self) {
-        if !self.store.has_unwritten_counts() {
+        let refusals = &self.exports.metrics.refusals;
+        if refusals.is_empty() && !self.store.has_unwritten_counts() {
             return;
         }
         let now = self.exports.now();
+        let entries = refusals.take(wall_clock());
         let commits = self.exports.hold_checkpoints();
-        let written = self.store.record(&[], now);
+        let written = self.store.record(&entries, now);
         drop(commits);
         match written {
             Ok(()) => self.wrote(),

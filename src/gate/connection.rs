@@ -267,7 +267,7 @@ impl Connection<'_> {
     fn write(&mut self, response: Response, persistence: &str, head_only: bool) -> io::Result<()> {
         // Before it is sent: whoever has the answer finds it counted.
         if let Some(code) = response.refused {
-            self.shared.metrics.refused.count(code);
+            self.shared.metrics.refuse(self.client.ip(), code);
         }
         let answer = to_bytes(response, persistence, head_only);
         if answer.len() > SMALL {

@@ -10,9 +10,11 @@ mod counters;
 mod process;
 mod text;
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::export::Millis;
+use crate::ledger::Refusals;
 use crate::version;
 use counters::{Counter, Family, Found, Histogram, Level, OTHER};
 use text::Text;
@@ -100,6 +102,8 @@ pub struct Metrics {
     pub accepted_bytes: Counter,
     /// Requests that were answered with an error, by the error's code.
     pub refused: Family<{ REASONS.len() }>,
+    /// The same with the clients, for the ledger.
+    pub refusals: Refusals,
     /// Attempts that were made, by outcome.
     pub attempts: Family<{ OUTCOMES.len() }>,
     /// Answers of destinations, by the hundreds of their status: see [`Metrics::answer`].
@@ -186,6 +190,7 @@ impl Default for Metrics {
             accepted: Counter::default(),
             accepted_bytes: Counter::default(),
             refused: Family::new(REASONS),
+            refusals: Refusals::default(),
             attempts: Family::new(OUTCOMES),
             answers: Family::new(CLASSES),
             delivered: Counter::default(),
@@ -212,6 +217,12 @@ impl Default for Metrics {
 }
 
 impl Metrics {
+    /// Counts a request of this client that was refused with this code.
+    pub fn refuse(&self, client: IpAddr, code: &'static str) {
+        self.refused.count(code);
+        self.refusals.count(client, code);
+    }
+
     /// Counts an answer of a destination, final or not.
     pub fn answer(&self, status: u16) {
         let class = usize::from(status / 100).checked_sub(2);

@@ -8,7 +8,9 @@
 
 pub mod access;
 mod api;
+pub mod filter;
 pub mod page;
+pub mod records;
 pub mod report;
 mod routes;
 mod socket;

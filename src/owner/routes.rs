@@ -8,8 +8,11 @@ use std::time::{Instant, SystemTime};
 use serde_json::json;
 
 use super::access::{self, HEADERS, Origin, Refused};
+use super::filter::millis;
+use super::records::{self, Wrong};
 use super::{Client, Owner, api};
 use crate::answer::Response;
+use crate::exports::store::evidence::Evidence;
 use crate::gate::framing::Request;
 use crate::logging;
 use crate::metrics;
@@ -90,9 +93,43 @@ fn answer(
             headers: vec![("Content-Type", metrics::CONTENT_TYPE.into())],
             ..text(200, api::metrics(owner))
         }),
+        "/api/ledger" => reads().map(|()| records(owner, request, now, records::ledger)),
+        "/api/sums" => reads().map(|()| records(owner, request, now, records::sums)),
         "/api/status" => reads().map(|()| json_of(200, &api::status(owner, now))),
         _ => Err(Refused::NoSuchPath),
     }
+}
+
+/// Answers with rows that `find` finds. Blocks for reading the store.
+fn records(
+    owner: &Owner,
+    request: &Request,
+    now: SystemTime,
+    find: impl FnOnce(&Evidence, &str, i64) -> Result<records::Answer, Wrong>,
+) -> Response {
+    let query = request
+        .target()
+        .split_once('?')
+        .map_or("", |(_, query)| query);
+    let evidence = owner.exports.evidence().map_err(Wrong::Store);
+    match evidence.and_then(|evidence| find(&evidence, query, millis(now))) {
+        Ok((body, kind)) => Response {
+            status: 200,
+            headers: vec![("Content-Type", kind.into())],
+            body,
+            refused: None,
+        },
+        Err(Wrong::Query(what)) => json_of(400, &error_body("malformed", &what)),
+        Err(Wrong::Store(error)) => {
+            log::error!(reason:% = error; "cannot read the ledger");
+            let message = "the ledger cannot be read, the service's log says why: try again later";
+            json_of(503, &error_body("storage_failed", message))
+        }
+    }
+}
+
+fn error_body(code: &str, message: &str) -> serde_json::Value {
+    json!({ "error": { "code": code, "message": message } })
 }
 
 /// Whether a path needs no token: for load balancers and container engines, which tell nobody anything.

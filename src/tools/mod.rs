@@ -6,6 +6,7 @@
 pub mod ask;
 pub mod check;
 pub mod healthcheck;
+pub mod ledger;
 pub mod link;
 pub mod settings;
 pub mod sink;

@@ -520,18 +520,18 @@ mod tests {
         store
     }
 
+    fn evidence_of(store: &Store) -> Evidence {
+        Evidence::of(store.path()).unwrap()
+    }
+
     fn verified(store: &Store, remembered: Option<(i64, Hash)>) -> Verdict {
-        store
-            .evidence()
-            .unwrap()
-            .verify(remembered, |_| {})
-            .unwrap()
+        evidence_of(store).verify(remembered, |_| {}).unwrap()
     }
 
     /// Rows that were told of, the oldest first.
     fn rows(store: &Store, filter: &Filter) -> Vec<Shown> {
         let mut found = Vec::new();
-        let evidence = store.evidence().unwrap();
+        let evidence = evidence_of(store);
         evidence
             .rows(filter, true, u64::MAX, |row| {
                 found.push(row);
@@ -640,7 +640,7 @@ mod tests {
         ] {
             assert_eq!(seqs(&store, &filter), expected, "{filter:?}");
         }
-        let evidence = store.evidence().unwrap();
+        let evidence = evidence_of(&store);
         let days = evidence.sums(By::Day, 0, 2).unwrap();
         assert_eq!(days.len(), 2);
         assert_eq!(
@@ -686,7 +686,7 @@ mod tests {
                 .any(|row| row.note.as_deref() == Some("96 more like this"))
         );
         // Nothing is missing in the sums.
-        let sums = store.evidence().unwrap().sums(By::Who, 0, 1).unwrap();
+        let sums = evidence_of(&store).sums(By::Who, 0, 1).unwrap();
         assert_eq!(sums[0].attempts, 40_000);
         assert!(matches!(
             verified(&store, None),
@@ -715,7 +715,7 @@ mod tests {
         ));
         assert_eq!(verified(&store, Some((5, [0; 32]))), Verdict::TooOld(11));
         assert_eq!(
-            store.evidence().unwrap().sums(By::Who, 0, 100).unwrap()[0].attempts,
+            evidence_of(&store).sums(By::Who, 0, 100).unwrap()[0].attempts,
             100
         );
     }
@@ -731,7 +731,7 @@ mod tests {
         }
         assert_eq!(seqs(&store, &Filter::default()), [2, 4]);
         let text = "SELECT count(*) FROM ledger WHERE who = 'me'";
-        let evidence = store.evidence().unwrap();
+        let evidence = evidence_of(&store);
         assert_eq!(
             value::<i64>(&evidence.connection, text, []).unwrap(),
             Some(0)

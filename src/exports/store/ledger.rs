@@ -347,7 +347,7 @@ impl Appending {
         self.append(
             transaction,
             &Entry {
-                removed: rows.len() as u64,
+                count: rows.len() as u64,
                 note: format!("{} rows, as the ledger is full", rows.len()),
                 ..Entry::new(Event::Pruned, at)
             },
@@ -571,7 +571,7 @@ impl Store {
             appending.append(
                 transaction,
                 &Entry {
-                    removed: to_u64(last),
+                    count: to_u64(last),
                     note: format!("all rows up to {last}, as they were old"),
                     ..Entry::new(Event::Expired, at)
                 },
@@ -616,7 +616,7 @@ impl Store {
                 appending.append(
                     transaction,
                     &Entry {
-                        removed,
+                        count: removed,
                         note: format!("{removed} rows, as the owner asked"),
                         ..Entry::new(Event::Forget, at)
                     },

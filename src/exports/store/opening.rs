@@ -276,14 +276,6 @@ impl Store {
         self.open_reader(false)
     }
 
-    /// Opens another connection for reading the ledger.
-    ///
-    /// # Errors
-    /// The file cannot be opened again.
-    pub fn evidence(&self) -> Result<Evidence, Error> {
-        Ok(Evidence::over(self.open_reader(false)?.connection))
-    }
-
     /// Opens another connection for checkpoints.
     ///
     /// # Errors
@@ -317,6 +309,18 @@ impl Store {
     /// The running time that was stored last, in milliseconds.
     pub fn running(&self) -> Millis {
         self.running
+    }
+}
+
+impl Evidence {
+    /// Opens another connection to a store that this process has open, by [`Store::path`].
+    ///
+    /// # Errors
+    /// The file cannot be opened again.
+    pub fn of(path: &Path) -> Result<Self, Error> {
+        let connection = connect(path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+        connection.pragma_update(None, "cache_size", -512)?;
+        Ok(Self::over(connection))
     }
 }
 
