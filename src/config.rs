@@ -167,6 +167,22 @@ pub enum Command {
     Link(LinkArgs),
     /// Show what left the box: attempts, refusals, the owner's acts, and whether the record is whole
     Ledger(LedgerArgs),
+    /// Hold exports until they are resumed, or for a while
+    Pause(PauseArgs),
+    /// End a pause
+    Resume(ResumeArgs),
+    /// Try an export, or all to a destination, now instead of after a wait
+    Retry(TargetArgs),
+    /// Finish an export, or all to a destination, without sending
+    Cancel(TargetArgs),
+    /// Cancel what waits and delete what is known of an app or a destination
+    Forget(ForgetArgs),
+    /// Give an app a name of your own
+    Label(LabelArgs),
+    /// Say that you know a destination that is marked as new
+    Seen(SeenArgs),
+    /// Show URL and payload of an export that waits
+    Show(ExportArgs),
 }
 
 /// Where the service listens.
@@ -432,6 +448,94 @@ impl LedgerArgs {
         &self.folder.data_dir
     }
 }
+
+/// The settings of `pause`.
+#[derive(Args)]
+pub struct PauseArgs {
+    /// What to hold: all, a destination (a URL, a name like `a.example #3f9a`, a host) or an app
+    #[arg(default_value = "all")]
+    pub subject: String,
+    /// How long, like 2h; without it, until you resume
+    #[arg(long, value_name = "TIME")]
+    pub r#for: Option<String>,
+    #[command(flatten)]
+    folder: FolderArgs,
+}
+
+/// The settings of `resume`.
+#[derive(Args)]
+pub struct ResumeArgs {
+    /// What was paused, as status shows it
+    #[arg(default_value = "all")]
+    pub subject: String,
+    #[command(flatten)]
+    folder: FolderArgs,
+}
+
+/// The settings of `retry` and `cancel`.
+#[derive(Args)]
+pub struct TargetArgs {
+    /// An export's id, a destination (a URL, a name like `a.example #3f9a`, a host) or an app
+    #[arg(value_name = "ID|DESTINATION")]
+    pub target: String,
+    #[command(flatten)]
+    folder: FolderArgs,
+}
+
+/// The settings of `forget`.
+#[derive(Args)]
+pub struct ForgetArgs {
+    /// An app, or a destination (a URL, a name like `a.example #3f9a`, a host)
+    #[arg(value_name = "APP|DESTINATION")]
+    pub subject: String,
+    #[command(flatten)]
+    folder: FolderArgs,
+}
+
+/// The settings of `label`.
+#[derive(Args)]
+pub struct LabelArgs {
+    /// The app, as status shows it: its address or its token's identifier
+    pub who: String,
+    /// Its new name; empty to take that away
+    pub label: String,
+    #[command(flatten)]
+    folder: FolderArgs,
+}
+
+/// The settings of `seen`.
+#[derive(Args)]
+pub struct SeenArgs {
+    /// A URL, a name like `a.example #3f9a`, or a host
+    pub destination: String,
+    #[command(flatten)]
+    folder: FolderArgs,
+}
+
+/// The settings of `show`.
+#[derive(Args)]
+pub struct ExportArgs {
+    /// The export's id
+    pub id: String,
+    #[command(flatten)]
+    folder: FolderArgs,
+}
+
+/// Every command about a running service is told its data folder in the same way.
+macro_rules! in_folder {
+    ($($arguments:ty),*) => {
+        $(impl $arguments {
+            /// The data folder of the service.
+            pub fn folder(&self) -> &Path {
+                &self.folder.data_dir
+            }
+        })*
+    };
+}
+
+in_folder!(
+    PauseArgs, ResumeArgs, TargetArgs, ForgetArgs, LabelArgs, SeenArgs, ExportArgs
+);
 
 /// The settings of `link`.
 #[derive(Args)]

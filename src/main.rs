@@ -25,7 +25,7 @@ use export_service::owner::Owner;
 use export_service::routes::Policy;
 use export_service::server::{Server, Service};
 use export_service::tools::ledger::{self, Failure};
-use export_service::tools::{check, healthcheck, link, settings, sink, status, token};
+use export_service::tools::{acts, check, healthcheck, link, settings, sink, status, token};
 use export_service::waits::Waits;
 use export_service::{arbiter, logging, threads};
 use parking_lot::Mutex;
@@ -108,6 +108,14 @@ fn main() -> ExitCode {
             // Not 1, which says that the chain is broken.
             Err(Failure::Failed(error)) => return fail(&error, EXIT_UNREADABLE),
         },
+        Command::Pause(arguments) => return acted(acts::pause(&arguments)),
+        Command::Resume(arguments) => return acted(acts::resume(&arguments)),
+        Command::Retry(arguments) => return acted(acts::retry(&arguments)),
+        Command::Cancel(arguments) => return acted(acts::cancel(&arguments)),
+        Command::Forget(arguments) => return acted(acts::forget(&arguments)),
+        Command::Label(arguments) => return acted(acts::label(&arguments)),
+        Command::Seen(arguments) => return acted(acts::seen(&arguments)),
+        Command::Show(arguments) => return acted(acts::show(&arguments)),
         Command::Link(arguments) => match link::link(&arguments, SystemTime::now()) {
             Ok(()) => Ok(()),
             Err(error) => return fail(&error, EXIT_USAGE),
@@ -116,6 +124,14 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error, 1),
+    }
+}
+
+fn acted(done: Result<(), acts::Failed>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(acts::Failed::Refused(why)) => fail(&why, 1),
+        Err(acts::Failed::Usage(why)) => fail(&why, EXIT_USAGE),
     }
 }
 
@@ -190,6 +206,7 @@ fn serve(mut config: Config) -> Result<(), String> {
         identity: config.connections.identity.clone(),
         place: config.place.clone(),
         max_store: config.limits.max_store,
+        apps: address,
         port: admin_address,
         logins: Mutex::default(),
     });

@@ -76,9 +76,13 @@ fn written(method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> St
 
 /// Asks over the socket in a data folder.
 fn ask(folder: &Path, method: &str, path: &str) -> Response {
+    ask_with(folder, method, path, "")
+}
+
+fn ask_with(folder: &Path, method: &str, path: &str, body: &str) -> Response {
     let mut stream = UnixStream::connect(folder.join("owner.sock")).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    let request = written(method, path, &[("Host", "socket")], "");
+    let request = written(method, path, &[("Host", "socket")], body);
     stream.write_all(request.as_bytes()).unwrap();
     Response::next(&mut BufReader::new(stream))
 }
@@ -675,4 +679,47 @@ fn who_opens_the_apps_port_in_a_browser_is_told_where_to_look() {
         service.request("POST", "/ui", &[], b"").header("allow"),
         Some("GET, HEAD")
     );
+}
+
+#[test]
+fn acts_are_carried_out_over_the_port_and_the_socket() {
+    let owner = Owner::start(&[]);
+    let (folder, host) = (owner.service.folder(), owner.address.to_string());
+    let bearer = format!("Bearer {}", owner.token(&[]));
+    let act = |name: &str, body: &str| {
+        let headers = [
+            ("Host", host.as_str()),
+            ("Authorization", &bearer),
+            ("Content-Type", "application/json"),
+            ("Origin", &format!("http://{host}")),
+            ("Sec-Fetch-Site", "same-origin"),
+        ];
+        owner.raw("POST", &format!("/api/{name}"), &headers, body)
+    };
+    let destination = Destination::start(|_| ok());
+    let paused = act("pause", r#"{"subject":"all"}"#);
+    assert_eq!(paused.status, 200, "{paused:?}");
+    assert!(paused.json()["done"].is_string(), "{paused:?}");
+    is_guarded(&paused);
+    let id = owner.service.submit(&destination.url, &payload(1));
+    let shown = act("show", &json!({ "id": id }).to_string());
+    assert_eq!(shown.status, 200, "{shown:?}");
+    assert_eq!(shown.json()["uri"], destination.url.as_str());
+    let resumed = ask_with(&folder, "POST", "/api/resume", r#"{"subject":"all"}"#);
+    assert_eq!(resumed.status, 200, "{resumed:?}");
+    let result = owner.service.result(&destination.url, &id);
+    assert_eq!(result["status_code"], 200);
+
+    let malformed = act("pause", "[]");
+    assert_eq!(
+        (malformed.status, malformed.code().as_str()),
+        (400, "malformed")
+    );
+    is_guarded(&malformed);
+    let unknown = json!({ "id": "01a209fa-822b-7187-8cd1-039da68c5541" });
+    assert_eq!(act("show", &unknown.to_string()).status, 404);
+    assert_eq!(act("explode", "{}").code(), "no_such_path");
+    // GET changes nothing.
+    let looked = ask(&folder, "GET", "/api/pause");
+    assert_eq!((looked.status, looked.header("allow")), (405, Some("POST")));
 }

@@ -14,7 +14,7 @@ use std::sync::OnceLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use export_service::owner::page;
-use support::root;
+use support::{SECRET, Service, program, root};
 
 /// A script of `tests/page/` under node, with the packages that `scripts/test` has installed.
 fn node(script: &str) -> Command {
@@ -75,6 +75,30 @@ fn the_page_keeps_what_its_reader_does_sends_what_its_buttons_say_and_tells_when
     let done = node("behaviour.js")
         .arg(examples())
         .arg(page::content_security_policy())
+        .status()
+        .unwrap();
+    assert!(done.success());
+}
+
+#[test]
+fn every_act_on_the_page_of_a_real_service_has_its_effect_at_the_destination() {
+    let service = Service::start(&["--admin", "127.0.0.1:0"]);
+    let listening = service.event("listening for the owner", |_| true);
+    let owner = format!("http://{}/", listening["address"].as_str().unwrap());
+    let link = Command::new(program())
+        .env_clear()
+        .arg("link")
+        .arg("--data-dir")
+        .arg(service.folder())
+        .output()
+        .unwrap();
+    let link = String::from_utf8(link.stdout).unwrap();
+    let token = link.lines().last().unwrap();
+    let done = node("service.js")
+        .arg(program())
+        .args([&format!("http://{}", service.address), &owner, token])
+        .arg(pictures())
+        .env("EXPORT_SECRET", SECRET)
         .status()
         .unwrap();
     assert!(done.success());

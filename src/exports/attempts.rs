@@ -380,7 +380,7 @@ fn taken(queue: QueueId, found: Queued, destination: Destination, now: Millis) -
 }
 
 /// Kind and message of a stored error.
-fn kind_and_message(error: &RawValue) -> Option<(String, String)> {
+pub(super) fn kind_and_message(error: &RawValue) -> Option<(String, String)> {
     #[derive(Deserialize)]
     struct Stored {
         kind: String,

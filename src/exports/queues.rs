@@ -26,6 +26,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::Serialize;
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
@@ -33,7 +34,6 @@ use crate::backoff::backoff;
 use crate::export::{
     Backoff, Export, LastError, Millis, QueueId, Retry, State, StoredQueue, View, to_json,
 };
-use crate::metrics::QueueStates;
 
 /// The wait after the first failed attempt. It doubles with each further one.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
@@ -104,6 +104,37 @@ pub struct Failed {
     pub backoff: Backoff,
     /// Whether the export has been tried for long enough. Otherwise it is in its queue again.
     pub given_up: bool,
+}
+
+/// What is being done about a queue, the best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum QueueState {
+    /// One of its exports is being sent.
+    Sending,
+    /// It waits for its turn.
+    Waiting,
+    /// The owner has paused it.
+    Paused,
+    /// Its last attempt failed.
+    Failing,
+}
+
+/// A queue with exports, as the owner sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Summary {
+    /// The queue.
+    pub id: QueueId,
+    /// Exports without a result in the store.
+    pub unfinished: usize,
+    /// What is being done about them.
+    pub state: QueueState,
+    /// Attempts that failed since the last success.
+    pub failures: u32,
+    /// When it is tried again, if it waits for that.
+    pub next_attempt_at: Option<Millis>,
+    /// Since when it fails, if it may be given up.
+    pub failing_since: Option<Millis>,
 }
 
 /// A queue's oldest export behind the cursor.
@@ -611,24 +642,6 @@ impl Queues {
         queue.is_none_or(|queue| queue.waiting + queue.moving == 0 && queue.on_wire.is_none())
     }
 
-    /// How many queues with exports are in which state. Looks at all of them.
-    pub fn states(&self) -> QueueStates {
-        let mut states = QueueStates::default();
-        for queue in self.queues.values().filter(|queue| queue.unfinished > 0) {
-            let state = if queue.on_wire.is_some() {
-                &mut states.sending
-            } else if queue.paused {
-                &mut states.paused
-            } else if queue.failing.is_some() {
-                &mut states.failing
-            } else {
-                &mut states.waiting
-            };
-            *state += 1;
-        }
-        states
-    }
-
     /// How many exports have no result in the store.
     pub fn unfinished(&self) -> usize {
         self.unfinished
@@ -637,6 +650,37 @@ impl Queues {
     /// How many exports of this queue have no result in the store.
     pub fn unfinished_in(&self, id: QueueId) -> usize {
         self.queues.get(&id).map_or(0, |queue| queue.unfinished)
+    }
+
+    /// All queues with exports.
+    pub fn summaries(&self, now: Millis) -> Vec<Summary> {
+        let queues = self.queues.iter().filter(|(_, queue)| queue.unfinished > 0);
+        let summary = |(id, queue): (&QueueId, &Queue)| {
+            let backoff = queue.failing.as_ref().map(|failing| failing.backoff);
+            let counts = backoff.filter(|_| !queue.paused);
+            let state = match counts {
+                _ if queue.on_wire.is_some() => QueueState::Sending,
+                _ if queue.paused => QueueState::Paused,
+                Some(Backoff { failures: 1.., .. }) => QueueState::Failing,
+                _ => QueueState::Waiting,
+            };
+            Summary {
+                id: *id,
+                unfinished: queue.unfinished,
+                state,
+                failures: backoff.map_or(0, |backoff| backoff.failures),
+                next_attempt_at: counts
+                    .map(|backoff| backoff.not_before.max(now))
+                    .filter(|_| state == QueueState::Failing),
+                failing_since: counts.map(|backoff| backoff.failing_since),
+            }
+        };
+        queues.map(summary).collect()
+    }
+
+    /// How long a queue fails before its exports are given up.
+    pub fn give_up_after(&self) -> Millis {
+        self.give_up_after
     }
 
     /// Whether any queue is failing, if only in backoff and without exports.
@@ -1551,13 +1595,14 @@ mod tests {
     fn each_queue_with_exports_counts_in_one_state() {
         let mut world = World::new(DAY);
         let states = |world: &World| {
-            let states = world.queues.states();
+            let summaries = world.queues.summaries(world.now);
             [
-                states.sending,
-                states.waiting,
-                states.failing,
-                states.paused,
+                QueueState::Sending,
+                QueueState::Waiting,
+                QueueState::Failing,
+                QueueState::Paused,
             ]
+            .map(|state| summaries.iter().filter(|one| one.state == state).count())
         };
         world.submit(1);
         world.submit(2);

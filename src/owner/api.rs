@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use super::Owner;
+use super::{Owner, reading, waiting};
 use crate::auth::secret::Missing;
 use crate::exports::store::{FILE, Place};
 use crate::metrics::Gauges;
@@ -29,8 +29,6 @@ pub fn status(owner: &Owner, now: SystemTime) -> Value {
     let mut status = json!({
         "version": version::NUMBER,
         "now": time(now),
-        "state": "sending",
-        "waiting": owner.exports.unfinished(),
         "store": { "bytes": store_bytes(&owner.place), "limit": owner.max_store },
         "disk_free": disk_free,
         "secret": match secret {
@@ -43,9 +41,11 @@ pub fn status(owner: &Owner, now: SystemTime) -> Value {
         },
         "attention": attention(secret, expires, disk_free, owner.is_exposed(), now),
     });
+    waiting::add(owner, &mut status);
     if let Some(port) = owner.port {
         status["admin"] = json!({ "address": port, "url": owner.url(port) });
     }
+    reading::add_ledger(owner, &mut status, time(now));
     status
 }
 
@@ -99,10 +99,11 @@ pub fn metrics(owner: &Owner) -> String {
         .as_ref()
         .and_then(|identity| identity.expires());
     owner.exports.metrics.render(&Gauges {
+        long_polls: owner.exports.long_polls(),
         disk_free: disk_free(&owner.place),
         certificate_expiry: expires.map(|expires| time(expires) / 1000),
         secret_ready: owner.secret.key().is_ok(),
-        ..owner.exports.gauges()
+        ..waiting::gauges(owner)
     })
 }
 

@@ -10,10 +10,12 @@ pub mod access;
 mod api;
 pub mod filter;
 pub mod page;
+mod reading;
 pub mod records;
 pub mod report;
 mod routes;
 mod socket;
+mod waiting;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
@@ -59,6 +61,8 @@ pub struct Owner {
     pub place: Place,
     /// The most bytes that the store may take.
     pub max_store: u64,
+    /// Where apps reach the service.
+    pub apps: SocketAddr,
     /// Where the owner's port listens.
     pub port: Option<SocketAddr>,
     /// Wrong tokens. Locked briefly.

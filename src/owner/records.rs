@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::filter::{Asked, filter};
 use super::page::Query;
+use super::report::Rows;
 use crate::exports::store::Error;
 use crate::exports::store::evidence::{By, Evidence, Shown, Total};
 
@@ -37,11 +38,8 @@ const JSON: &str = "application/json";
 const CSV: &str = "text/csv; charset=utf-8";
 
 #[derive(Serialize)]
-struct Rows<T> {
-    rows: Vec<T>,
-    /// The `before` that gives the rows before these.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    next: Option<i64>,
+struct Sums {
+    rows: Vec<Total>,
 }
 
 /// Rows of the ledger, the newest first. `now` is in Unix milliseconds.
@@ -49,20 +47,6 @@ struct Rows<T> {
 /// # Errors
 /// The query cannot be read, or the store.
 pub fn ledger(evidence: &Evidence, query: &str, now: i64) -> Result<Answer, Wrong> {
-    let asked = Query::parse(query);
-    let mut wanted = filter(
-        &Asked {
-            since: &asked.since,
-            until: &asked.until,
-            who: &asked.who,
-            destination: &asked.destination,
-            outcome: &asked.outcome,
-            id: &asked.id,
-        },
-        now,
-    )
-    .map_err(Wrong::Query)?;
-    wanted.before = asked.before;
     let limit = match parameter(query, "limit") {
         None | Some("") => ROWS,
         Some(text) => text
@@ -71,7 +55,34 @@ pub fn ledger(evidence: &Evidence, query: &str, now: i64) -> Result<Answer, Wron
             .filter(|limit| (1..=MOST_ROWS).contains(limit))
             .ok_or_else(|| Wrong::Query(format!("limit: give a number from 1 to {MOST_ROWS}")))?,
     };
+    let found = rows(evidence, &Query::parse(query), limit, now)?;
+    if parameter(query, "format") == Some("csv") {
+        let mut text = String::from(CSV_HEAD);
+        for row in &found.rows {
+            csv(&mut text, row);
+        }
+        return Ok((text, CSV));
+    }
+    Ok((json(&found), JSON))
+}
+
+/// The newest rows that a query asks for, at most `limit`. `now` is in Unix milliseconds.
+///
+/// # Errors
+/// The query cannot be read, or the store.
+pub fn rows(evidence: &Evidence, query: &Query, limit: u64, now: i64) -> Result<Rows, Wrong> {
+    let asked = Asked {
+        since: &query.since,
+        until: &query.until,
+        who: &query.who,
+        destination: &query.destination,
+        outcome: &query.outcome,
+        id: &query.id,
+    };
+    let mut wanted = filter(&asked, now).map_err(Wrong::Query)?;
+    wanted.before = query.before;
     let mut rows = Vec::new();
+    // One more shows that there are more.
     evidence.rows(&wanted, false, limit + 1, |row| {
         rows.push(row);
         true
@@ -81,14 +92,7 @@ pub fn ledger(evidence: &Evidence, query: &str, now: i64) -> Result<Answer, Wron
         rows.pop();
         next = rows.last().map(|row| row.seq);
     }
-    if parameter(query, "format") == Some("csv") {
-        let mut text = String::from(CSV_HEAD);
-        for row in &rows {
-            csv(&mut text, row);
-        }
-        return Ok((text, CSV));
-    }
-    Ok((json(&Rows { rows, next }), JSON))
+    Ok(Rows { rows, next })
 }
 
 /// Sums of attempts by day, week, sender or destination. `now` is in Unix milliseconds.
@@ -114,7 +118,7 @@ pub fn sums(evidence: &Evidence, query: &str, now: i64) -> Result<Answer, Wrong>
     };
     let wanted = filter(&times, now).map_err(Wrong::Query)?;
     let rows = totals(evidence, by, wanted.since, wanted.until)?;
-    Ok((json(&Rows { rows, next: None }), JSON))
+    Ok((json(&Sums { rows }), JSON))
 }
 
 /// Sums from the day of one time to that of another, both in Unix milliseconds and both days included.

@@ -5,10 +5,13 @@
 //!
 //! Not here: where the values come from (`exports`), and how they are shown (`page`).
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+
+use crate::exports::store::evidence::Shown;
 
 /// The state of the service, as `GET /api/status` tells it.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Status {
     /// The program's version.
     pub version: String,
@@ -49,7 +52,7 @@ pub struct Status {
 }
 
 /// Whether exports are sent at all.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Activity {
     /// They are, unless a queue of theirs is paused.
@@ -60,7 +63,8 @@ pub enum Activity {
 }
 
 /// Something that needs the owner's attention.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Attention {
     /// A word for programs, like `failing`.
     pub kind: String,
@@ -72,7 +76,8 @@ pub struct Attention {
 }
 
 /// An act of the owner that would help.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Suggestion {
     /// The words on its button.
     pub label: String,
@@ -83,7 +88,8 @@ pub struct Suggestion {
 }
 
 /// The exports of one `who` to one destination that wait.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Queue {
     /// Whose they are.
     pub who: String,
@@ -116,7 +122,7 @@ pub struct Queue {
 }
 
 /// What is being done about a queue.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum QueueState {
     /// It is being delivered.
@@ -131,7 +137,8 @@ pub enum QueueState {
 }
 
 /// Why an attempt failed.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Reason {
     /// A word for programs, like `connect`.
     pub kind: String,
@@ -140,7 +147,8 @@ pub struct Reason {
 }
 
 /// A pause in force.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Pause {
     /// What is paused: `all`, `destination:NAME`, `host:HOST` or `who:WHO`.
     pub subject: String,
@@ -152,7 +160,8 @@ pub struct Pause {
 }
 
 /// What the store takes, in bytes.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Store {
     /// The whole store.
     pub bytes: u64,
@@ -165,7 +174,8 @@ pub struct Store {
 }
 
 /// The secret with which apps' tokens are checked.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Secret {
     /// Whether there is one.
     pub ready: bool,
@@ -175,7 +185,8 @@ pub struct Secret {
 }
 
 /// The certificate of HTTPS.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Certificate {
     /// When it expires. None: there is no certificate, so that the service speaks plain HTTP.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -183,7 +194,8 @@ pub struct Certificate {
 }
 
 /// How far the ledger reaches.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Ledger {
     /// Its rows.
     pub rows: u64,
@@ -196,7 +208,8 @@ pub struct Ledger {
 }
 
 /// The last row of the ledger, by which it can be verified later.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Head {
     /// Its number.
     pub seq: i64,
@@ -205,7 +218,8 @@ pub struct Head {
 }
 
 /// What was done in a day.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Totals {
     /// Bytes of requests that left.
     pub bytes_out: u64,
@@ -225,110 +239,8 @@ pub struct Totals {
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Rows {
     /// The rows, newest first.
-    pub rows: Vec<Row>,
+    pub rows: Vec<Shown>,
     /// The `before` that shows the next older ones. None: these are the oldest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub next: Option<i64>,
-}
-
-/// One row of the ledger.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct Row {
-    /// Its number.
-    pub seq: i64,
-    /// When it was written.
-    pub at: i64,
-    /// What happened: `attempt`, `given up`, `refused`, or an act of the owner.
-    pub event: String,
-    /// The export's id.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub export: Option<String>,
-    /// Whose it is.
-    pub who: String,
-    /// The owner's own name for that.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub label: Option<String>,
-    /// Where it goes.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub destination: Option<String>,
-    /// The address that was dialled.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub address: Option<String>,
-    /// Bytes sent.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bytes_out: Option<u64>,
-    /// Bytes received.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bytes_in: Option<u64>,
-    /// The keyed digest of the payload, in hexadecimal.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub digest: Option<String>,
-    /// The status, like `200`, or the kind of error, like `connect`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub outcome: Option<String>,
-    /// How long it took, in milliseconds.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ms: Option<u64>,
-    /// Which attempt it was, from 1.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub attempt: Option<u64>,
-    /// More about it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub note: Option<String>,
-}
-
-/// What one `who` has sent to one destination.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct Flow {
-    /// Who sent it.
-    pub who: String,
-    /// The owner's own name for that.
-    pub label: Option<String>,
-    /// Where it went.
-    pub destination: String,
-    /// The last attempt. None if only its day is still known.
-    pub last_at: Option<i64>,
-    /// The last day with an attempt, in days since 1970, UTC.
-    pub last_day: i64,
-    /// Today so far, UTC.
-    pub today: Amount,
-    /// The last 30 days, with today.
-    pub month: Amount,
-}
-
-/// How much was sent.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-pub struct Amount {
-    /// Exports that got an answer.
-    pub delivered: u64,
-    /// Exports that were given up.
-    pub failed: u64,
-    /// Bytes of requests that left.
-    pub bytes_out: u64,
-}
-
-/// What left for one destination in some span of time.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct Part {
-    /// The start of the span.
-    pub at: i64,
-    /// Where it went.
-    pub destination: String,
-    /// How much.
-    pub amount: Amount,
-}
-
-/// Requests of one sender that were refused for one reason in the last seven days.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct Refusals {
-    /// The sender's address; empty: several senders.
-    pub who: String,
-    /// The owner's own name for that.
-    pub label: Option<String>,
-    /// The code that the sender was told, like `unauthorized`.
-    pub reason: String,
-    /// How many there were.
-    pub count: u64,
-    /// When the last of them was refused.
-    pub last_at: i64,
 }

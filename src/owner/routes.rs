@@ -5,13 +5,15 @@
 use std::borrow::Cow;
 use std::time::{Instant, SystemTime};
 
+use serde::Serialize;
 use serde_json::json;
 
 use super::access::{self, HEADERS, Origin, Refused};
 use super::filter::millis;
 use super::records::{self, Wrong};
-use super::{Client, Owner, api};
+use super::{Client, Owner, api, reading};
 use crate::answer::Response;
+use crate::exports::acts::Act;
 use crate::exports::store::evidence::Evidence;
 use crate::gate::framing::Request;
 use crate::logging;
@@ -84,6 +86,7 @@ fn answer(
         _ => Err(Refused::Method("GET, HEAD")),
     };
     match path {
+        "/" => reads().map(|()| reading::page(owner, request, now)),
         "/livez" => reads().map(|()| word(200, "alive")),
         "/readyz" => reads().map(|()| match owner.secret.key() {
             Ok(_) => word(200, "ready"),
@@ -96,7 +99,26 @@ fn answer(
         "/api/ledger" => reads().map(|()| records(owner, request, now, records::ledger)),
         "/api/sums" => reads().map(|()| records(owner, request, now, records::sums)),
         "/api/status" => reads().map(|()| json_of(200, &api::status(owner, now))),
-        _ => Err(Refused::NoSuchPath),
+        path => match path.strip_prefix("/api/") {
+            Some(name) if Act::NAMES.contains(&name) => match method {
+                "POST" => Ok(act(owner, name, request.body())),
+                _ => Err(Refused::Method("POST")),
+            },
+            _ => Err(Refused::NoSuchPath),
+        },
+    }
+}
+
+/// Carries an act out. Blocks until it is committed.
+fn act(owner: &Owner, name: &str, body: &[u8]) -> Response {
+    // Without what it is about, which may be a URL with a password in it.
+    log::info!(act = name; "the owner acts");
+    match Act::read(name, body).and_then(|act| owner.exports.act(act)) {
+        Ok(acted) => json_of(200, &acted),
+        Err(error) => {
+            let (status, code) = error.status();
+            json_of(status, &error_body(code, &error.to_string()))
+        }
     }
 }
 
@@ -150,7 +172,9 @@ fn text(status: u16, body: String) -> Response {
     }
 }
 
-fn json_of(status: u16, body: &serde_json::Value) -> Response {
+fn json_of(status: u16, body: &impl Serialize) -> Response {
+    // Structs of strings and numbers always serialise.
+    let body = serde_json::to_string(body).unwrap_or_default();
     Response {
         status,
         headers: vec![("Content-Type", "application/json".into())],
@@ -161,9 +185,7 @@ fn json_of(status: u16, body: &serde_json::Value) -> Response {
 
 fn refusal(refused: &Refused) -> Response {
     let (status, code) = refused.status();
-    let message = refused.to_string();
-    let body = json!({ "error": { "code": code, "message": message } });
-    let mut response = json_of(status, &body);
+    let mut response = json_of(status, &error_body(code, &refused.to_string()));
     let header = match refused {
         Refused::NoToken | Refused::Token(_) => Some(("WWW-Authenticate", CHALLENGE)),
         Refused::Method(allow) => Some(("Allow", *allow)),

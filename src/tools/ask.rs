@@ -2,7 +2,7 @@
 //!
 //! Not here: what is asked for (`status`, `link`, acts), and the other end ([`crate::owner`]).
 
-use std::fmt::{self, Write as _};
+use std::fmt;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -70,16 +70,29 @@ pub struct Shown<'a>(pub &'a str);
 impl fmt::Display for Shown<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for character in self.0.chars().take(LONGEST) {
-            if is_invisible(character) {
-                write!(f, "{}", character.escape_unicode())?;
-            } else {
-                f.write_char(character)?;
-            }
+            write_visibly(f, character)?;
         }
         match self.0.chars().count() {
             0..=LONGEST => Ok(()),
             length => write!(f, "… ({length} characters)"),
         }
+    }
+}
+
+/// The whole of a text that holds some from outside, in the same way.
+pub fn escaped(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for character in text.chars() {
+        // A string takes any text.
+        let _ = write_visibly(&mut escaped, character);
+    }
+    escaped
+}
+
+fn write_visibly(to: &mut impl fmt::Write, character: char) -> fmt::Result {
+    match is_invisible(character) {
+        true => write!(to, "{}", character.escape_unicode()),
+        false => to.write_char(character),
     }
 }
 

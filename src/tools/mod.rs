@@ -3,6 +3,7 @@
 //!
 //! Not here: the service itself.
 
+pub mod acts;
 pub mod ask;
 pub mod check;
 pub mod healthcheck;

@@ -156,13 +156,16 @@ impl Disk {
         self.change(number, folder, Naming::Set(name, node));
     }
 
-    /// Removes a file or folder. The journal does not see the gate's socket being made, only its removal.
+    /// Removes a file or folder. The journal does not see sockets being made, only their removal.
     pub fn remove(&mut self, number: usize, path: &Path) {
         if let Some(node) = self.find(path) {
             let (folder, name) = self.parent(path);
             self.change(number, folder, Naming::Remove(name, node));
         } else {
-            assert!(path.parent().unwrap().ends_with("gate"), "{path:?}");
+            assert!(
+                path.extension().is_some_and(|end| end == "sock"),
+                "{path:?}"
+            );
         }
     }
 
@@ -214,7 +217,7 @@ impl Disk {
     }
 
     /// The files that differ from those in the folder, which have to be as the journal says. Shared memory
-    /// is left out, as is the gate's socket.
+    /// is left out, as are sockets.
     pub fn differences(&self) -> Vec<PathBuf> {
         let mut found = Vec::new();
         self.compare(0, &self.root, &mut found);

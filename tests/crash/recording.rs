@@ -207,7 +207,7 @@ impl Recording {
         fs::remove_dir_all(data.join("gate")).unwrap();
         let copy = repair.initial.path().join("data");
         fs::create_dir(&copy).unwrap();
-        for name in ["exports.db", "lock"] {
+        for name in ["exports.db", "lock", "owner.key", "ledger.key"] {
             fs::copy(data.join(name), copy.join(name)).unwrap();
         }
         let mut disk = Disk::of(repair.initial.path(), repair.root.path());

@@ -1,10 +1,12 @@
 //! Pages that are hard to bring about in a short test, rendered from values: a box with a year behind it, one
 //! with a destination that is dead, one whose apps give things names that attack the page.
 
+use export_service::exports::store::evidence::Shown as Row;
+use export_service::exports::store::flows::{Amount, Flow, Part, Refusals};
 use export_service::owner::page::{self, Query, Range, View};
 use export_service::owner::report::{
-    Activity, Amount, Attention, Certificate, Flow, Head, Ledger, Part, Pause, Queue, QueueState,
-    Reason, Refusals, Row, Rows, Secret, Status, Store, Suggestion, Totals,
+    Activity, Attention, Certificate, Head, Ledger, Pause, Queue, QueueState, Reason, Rows, Secret,
+    Status, Store, Suggestion, Totals,
 };
 use serde_json::json;
 
@@ -16,7 +18,6 @@ const DAY: i64 = 24 * HOUR;
 pub struct Example {
     pub name: &'static str,
     query: Query,
-    exposed: bool,
     status: Status,
     flows: Vec<Flow>,
     parts: Vec<Part>,
@@ -31,7 +32,6 @@ impl Example {
             query: &self.query,
             host: "databox.local",
             apps_url: "http://127.0.0.1:8080",
-            is_exposed: self.exposed,
             status: &self.status,
             flows: &self.flows,
             flows_total: self.flows.len() as u64 + if self.flows.len() > 20 { 31 } else { 0 },
@@ -159,7 +159,7 @@ fn busy(now: i64, name: &'static str, query: Query) -> Example {
                 failed: 0,
                 bytes_out: 2_000_000 / (index as u64 + 1),
             },
-            month: Amount {
+            all: Amount {
                 delivered: 9_000 / (index as u64 + 1),
                 failed: 0,
                 bytes_out: 61_000_000 / (index as u64 + 1),
@@ -173,15 +173,15 @@ fn busy(now: i64, name: &'static str, query: Query) -> Example {
             at: now - 61_000 * seq,
             event: "attempt".into(),
             export: Some("01a209fa-822b-7187-8cd1-039da68c5541".into()),
-            who: format!("172.18.0.{}", index + 5),
+            who: Some(format!("172.18.0.{}", index + 5)),
             label: (index % 3 == 0).then(|| format!("{} app", APPS[index])),
             destination: Some(DESTINATIONS[index % 9].into()),
             address: Some("192.0.2.17:443".into()),
-            bytes_out: Some(1_312 + 700 * seq.unsigned_abs()),
+            bytes_out: Some(1_312 + 700 * seq),
             bytes_in: Some(212),
             digest: Some("9f86d081884c7d659a2feaa0c55ad015".into()),
             outcome: Some("200".into()),
-            ms: Some(84 + 3 * seq.unsigned_abs()),
+            ms: Some(84 + 3 * seq),
             attempt: Some(1),
             note: None,
         });
@@ -237,7 +237,6 @@ fn busy(now: i64, name: &'static str, query: Query) -> Example {
 /// A dead destination, a new one, and all that can be wrong with a box.
 fn trouble(now: i64) -> Example {
     let mut example = busy(now, "trouble", Query::default());
-    example.exposed = true;
     let status = &mut example.status;
     status.attention = vec![
         Attention {
@@ -263,6 +262,13 @@ fn trouble(now: i64) -> Example {
         Attention {
             kind: "disk".into(),
             text: "The disk has 41 MB left: make room, or the service refuses exports.".into(),
+            act: None,
+        },
+        Attention {
+            kind: "plain_http".into(),
+            text: "The owner's port is open to the network without TLS, so that others there can read the token: \
+                   give a certificate with --tls-pem, or listen on 127.0.0.1."
+                .into(),
             act: None,
         },
     ];
@@ -302,7 +308,7 @@ fn trouble(now: i64) -> Example {
         seq: 10_411,
         at: now - 61_000,
         event: "refused".into(),
-        who: "172.18.0.9".into(),
+        who: Some("172.18.0.9".into()),
         outcome: Some("unauthorized".into()),
         note: Some("1,204 in this minute".into()),
         ..Row::default()
@@ -371,7 +377,7 @@ fn hostile(now: i64) -> Example {
         part.destination = format!("{MARKUP}{}", part.destination);
     }
     for row in &mut example.rows.rows {
-        row.who = MARKUP.into();
+        row.who = Some(MARKUP.into());
         row.label = Some(MARKUP.into());
         row.event = MARKUP.into();
         row.note = Some(long.clone());

@@ -183,6 +183,11 @@ mod bodies {
 }
 
 impl Act {
+    /// The last parts of the paths of acts.
+    pub const NAMES: [&str; 8] = [
+        "pause", "resume", "retry", "cancel", "forget", "label", "seen", "show",
+    ];
+
     /// Reads an act from the last part of its path, like `pause`, and its body, which is JSON.
     ///
     /// # Errors

@@ -64,7 +64,7 @@ fn named(store: &Store, key: &LedgerKey) -> Result<Vec<Named>, store::Error> {
 }
 
 /// A destination's name; empty for a URL that an earlier release accepted and this one refuses.
-fn name_of(key: &LedgerKey, url: &str) -> String {
+pub fn name_of(key: &LedgerKey, url: &str) -> String {
     Destination::parse(url).map_or_else(|_| String::new(), |url| key.name(&url))
 }
 

@@ -6,6 +6,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use rusqlite::{Connection, OptionalExtension, Transaction, params};
+use serde::Serialize;
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
@@ -21,13 +22,14 @@ pub const STEP: usize = 100;
 const WINDOW: i64 = 2_000;
 
 /// Something that is paused.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Pause {
     /// What is paused: see `exports::acts::subject`.
     pub subject: String,
     /// Unix milliseconds by the wall clock.
     pub since: i64,
     /// The same. None: until it is resumed.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub until: Option<i64>,
 }
 

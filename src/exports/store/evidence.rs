@@ -18,7 +18,7 @@ use crate::ledger::{Hash, ORIGIN, body_hash, link};
 
 /// A connection that only reads the ledger.
 pub struct Evidence {
-    connection: Connection,
+    pub(super) connection: Connection,
 }
 
 /// A row, as it is shown. What does not apply, or is gone, is `None`.

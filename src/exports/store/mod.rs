@@ -10,9 +10,11 @@
 pub mod acts;
 mod copying;
 pub mod evidence;
+pub mod flows;
 mod folder;
 mod ledger;
 mod opening;
+pub mod overview;
 mod reading;
 mod schema;
 mod wal;

@@ -93,6 +93,7 @@ const TABLES: &str = "
         body_hash   BLOB,
         hash        BLOB
     ) STRICT;
+    CREATE INDEX refusals ON ledger (at) WHERE event = 'refused';
     CREATE TABLE day_sums (
         day         INTEGER NOT NULL,
         who         TEXT NOT NULL,

@@ -8,7 +8,8 @@ use super::sections::{count, resume, who};
 use super::text::{Attribute, Bytes, Component, Day, Json, Number, Shown, Span, put};
 use super::waiting::state;
 use super::{Button, View, key, menu};
-use crate::owner::report::{Activity, Flow, Pause, Queue};
+use crate::exports::store::flows::Flow;
+use crate::owner::report::{Activity, Pause, Queue};
 
 /// Who sends where.
 pub fn section(out: &mut String, view: &View<'_>) {
@@ -49,7 +50,7 @@ pub fn section(out: &mut String, view: &View<'_>) {
             put!(out, " <b class=\"new\">new</b>");
         }
         put!(out, "</td>");
-        for amount in [flow.today, flow.month] {
+        for amount in [flow.today, flow.all] {
             put!(
                 out,
                 "<td class=\"n\">{} <small>{}</small></td>",

@@ -4,7 +4,7 @@ use super::View;
 use super::query::Query;
 use super::sections::who;
 use super::text::{Attribute, Bytes, Component, Number, Shown, Time, put};
-use crate::owner::report::Row;
+use crate::exports::store::evidence::Shown as Row;
 
 /// The section of the ledger.
 pub fn section(out: &mut String, view: &View<'_>) {
@@ -115,7 +115,9 @@ fn table(out: &mut String, rows: &[Row]) {
             row.seq,
             Time(row.at)
         );
-        who(out, &row.who, row.label.as_deref());
+        if let Some(sender) = &row.who {
+            who(out, sender, row.label.as_deref());
+        }
         put!(out, "</td><td>");
         if let Some(destination) = &row.destination {
             put!(out, "{}", Shown(destination));
@@ -133,8 +135,9 @@ fn table(out: &mut String, rows: &[Row]) {
             ),
             None => put!(out, "{}", Shown(&row.event)),
         }
-        if let Some(attempt) = row.attempt.filter(|&attempt| attempt > 1) {
-            put!(out, " {}", Number(attempt));
+        let attempt = row.attempt.filter(|&attempt| attempt > 1);
+        if let Some(attempt) = attempt.filter(|_| row.event == "attempt") {
+            put!(out, " {}", Number(attempt.unsigned_abs()));
         }
         if let Some(note) = &row.note {
             put!(out, " <small>{}</small>", Shown(note));
@@ -151,12 +154,12 @@ fn table(out: &mut String, rows: &[Row]) {
         put!(out, "</td>");
         for bytes in [row.bytes_out, row.bytes_in] {
             match bytes {
-                Some(bytes) => put!(out, "<td class=\"n\">{}</td>", Bytes(bytes)),
+                Some(bytes) => put!(out, "<td class=\"n\">{}</td>", Bytes(bytes.unsigned_abs())),
                 None => put!(out, "<td></td>"),
             }
         }
         match row.ms {
-            Some(ms) => put!(out, "<td class=\"n\">{} ms</td>", Number(ms)),
+            Some(ms) => put!(out, "<td class=\"n\">{} ms</td>", Number(ms.unsigned_abs())),
             None => put!(out, "<td></td>"),
         }
         match &row.digest {

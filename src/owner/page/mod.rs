@@ -19,7 +19,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use sha2::{Digest, Sha256};
 
-use super::report::{Flow, Part, Refusals, Rows, Status};
+use super::report::{Rows, Status};
+use crate::exports::store::flows::{Flow, Part, Refusals};
 pub use query::{Query, Range};
 use text::{Attribute, put};
 
@@ -35,8 +36,6 @@ pub struct View<'a> {
     pub host: &'a str,
     /// Where apps reach the service, like `http://127.0.0.1:8080`.
     pub apps_url: &'a str,
-    /// Whether the page goes over the network unencrypted.
-    pub is_exposed: bool,
     /// The state of the service.
     pub status: &'a Status,
     /// What was sent from whom to where in the last 30 days, the largest first; the page shows all of these.

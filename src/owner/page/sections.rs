@@ -127,7 +127,7 @@ pub fn attention(out: &mut String, view: &View<'_>) {
         out,
         "<section id=\"attention\" aria-labelledby=\"attention-h\"><h2 id=\"attention-h\">Needs attention</h2>"
     );
-    if !status.attention.is_empty() || view.is_exposed {
+    if !status.attention.is_empty() {
         put!(out, "<ul id=\"todo\">");
         for item in &status.attention {
             put!(out, "<li><span>{}</span> ", Sentence(&item.text));
@@ -142,13 +142,6 @@ pub fn attention(out: &mut String, view: &View<'_>) {
                 put!(out, "{button}");
             }
             put!(out, "</li>");
-        }
-        if view.is_exposed {
-            put!(
-                out,
-                "<li><span>This page and the token for it cross the network unencrypted: give the service a \
-                 certificate with <code>--tls-pem</code>, or serve the page on loopback only.</span></li>"
-            );
         }
         put!(out, "</ul>");
     } else if is_fresh(view) {
@@ -332,12 +325,12 @@ pub fn health(out: &mut String, view: &View<'_>) {
         None => put!(out, "none: apps talk to the service over plain HTTP"),
         Some(at) if at <= status.now => put!(
             out,
-            "<span class=\"state bad\">expired {}</span>: renew it and restart",
+            "<span class=\"state bad\">expired {}</span>: renew it, then send SIGHUP",
             Time(at)
         ),
         Some(at) if at - status.now < CERTIFICATE_WARNING => put!(
             out,
-            "<span class=\"state bad\">expires {}</span>: renew it and restart",
+            "<span class=\"state bad\">expires {}</span>: renew it, then send SIGHUP",
             Time(at)
         ),
         Some(at) => put!(out, "good until {}", Time(at)),
@@ -362,10 +355,12 @@ pub fn health(out: &mut String, view: &View<'_>) {
     }
     put!(
         out,
-        ", of that the ledger {} of {}",
-        Bytes(status.store.ledger_bytes),
-        Bytes(status.store.ledger_limit)
+        ", of that the ledger {}",
+        Bytes(status.store.ledger_bytes)
     );
+    if status.store.ledger_limit > 0 {
+        put!(out, " of {}", Bytes(status.store.ledger_limit));
+    }
     put!(out, "</dd></div><div><dt>Disk</dt><dd>");
     match status.disk_free {
         Some(free) => put!(out, "{} free", Bytes(free)),

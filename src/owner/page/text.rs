@@ -269,7 +269,7 @@ mod tests {
     fn times_out_of_the_calendar_are_said_to_be_unknown() {
         assert_eq!(
             Time(1_795_686_000_000).to_string(),
-            "<time datetime=\"2026-11-26T09:00:00Z\">2026-11-26 09:00 UTC</time>"
+            "<time datetime=\"2026-11-26T09:40:00Z\">2026-11-26 09:40 UTC</time>"
         );
         assert_eq!(Time(i64::MAX).to_string(), "an unknown time");
         assert_eq!(Date(-1).to_string(), "1969-12-31");

@@ -1,0 +1,147 @@
+//! Reads what the page shows, and what of the status comes from the ledger.
+//!
+//! Not here: the queries (`store`), how it is shown ([`super::page`]), and who may see it ([`super::access`]).
+
+use std::time::SystemTime;
+
+use serde_json::{Value, json};
+
+use super::page::{self, Query, Range, View};
+use super::records::{self, Wrong};
+use super::report::{Rows, Status};
+use super::{Owner, api};
+use crate::answer::Response;
+use crate::exports::store::Error;
+use crate::exports::store::evidence::{Evidence, hex};
+use crate::exports::store::flows::{Day, Flow, Part, Refusals};
+use crate::gate::framing::Request;
+
+const DAY: i64 = 86_400_000;
+/// The days whose mean is a usual day, and which the table of flows sums up.
+const DAYS: i64 = 30;
+/// Flows, reasons of refusals and rows on one page.
+const FLOWS: usize = 50;
+const REFUSALS: usize = 20;
+const ROWS: u64 = 50;
+/// New destinations that the status lists.
+const NEW: usize = 100;
+
+/// What the ledger has for one page.
+#[derive(Default)]
+struct Read {
+    flows: Vec<Flow>,
+    flows_total: u64,
+    parts: Vec<Part>,
+    refusals: Vec<Refusals>,
+    rows: Rows,
+    wrong_filter: Option<String>,
+}
+
+/// The page that a request asks for. Blocks for reading the store.
+pub fn page(owner: &Owner, request: &Request, now: SystemTime) -> Response {
+    let query = request
+        .target()
+        .split_once('?')
+        .map_or("", |(_, query)| query);
+    let query = Query::parse(query);
+    // The same as programs are told. What is missing in it is as if there were none.
+    let status: Status = serde_json::from_value(api::status(owner, now)).unwrap_or_default();
+    let evidence = owner.exports.evidence();
+    let read = match evidence.and_then(|evidence| read(&evidence, &query, status.now)) {
+        Ok(read) => read,
+        Err(reason) => Read {
+            wrong_filter: Some(format!("The ledger cannot be read: {reason}.")),
+            ..Read::default()
+        },
+    };
+    let authority = request.header("Host").unwrap_or("this box");
+    let host = match authority.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => host,
+        _ => authority,
+    };
+    let body = page::render(&View {
+        query: &query,
+        host,
+        apps_url: owner.url(owner.apps).trim_end_matches('/'),
+        status: &status,
+        flows: &read.flows,
+        flows_total: read.flows_total,
+        parts: &read.parts,
+        refusals: &read.refusals,
+        rows: &read.rows,
+        wrong_filter: read.wrong_filter.as_deref(),
+    });
+    Response {
+        status: 200,
+        headers: vec![
+            ("Content-Type", "text/html; charset=utf-8".into()),
+            (
+                "Content-Security-Policy",
+                page::content_security_policy().into(),
+            ),
+        ],
+        body,
+        refused: None,
+    }
+}
+
+fn read(evidence: &Evidence, query: &Query, now: i64) -> Result<Read, Error> {
+    let today = now.div_euclid(DAY);
+    let (flows, flows_total) = evidence.flows(today + 1 - DAYS, today, FLOWS)?;
+    let start = query.range.start(now);
+    let (_, span) = query.range.bars();
+    let parts = match query.range {
+        Range::Day => evidence.parts_by_rows(start, span)?,
+        Range::Month | Range::Year => evidence.parts_by_days(start, span / DAY)?,
+    };
+    let mut read = Read {
+        flows,
+        flows_total,
+        parts,
+        refusals: evidence.refusals(now.saturating_sub(7 * DAY), REFUSALS)?,
+        ..Read::default()
+    };
+    match records::rows(evidence, query, ROWS, now) {
+        Ok(rows) => read.rows = rows,
+        Err(Wrong::Query(what)) => read.wrong_filter = Some(what),
+        Err(Wrong::Store(error)) => return Err(error),
+    }
+    Ok(read)
+}
+
+/// Adds to the status what comes from the ledger. Blocks for reading the store.
+pub fn add_ledger(owner: &Owner, status: &mut Value, now: i64) {
+    // The status is wanted most when something is wrong with the store.
+    let Ok(evidence) = owner.exports.evidence() else {
+        return;
+    };
+    let today = now.div_euclid(DAY);
+    if let Ok((day, usual)) = evidence.day_and_usual(today, DAYS) {
+        status["today"] = totals(day);
+        status["usual"] = totals(usual);
+    }
+    if let Ok(new) = evidence.new_destinations(today + 1 - DAYS, NEW) {
+        status["new_destinations"] = json!(new);
+    }
+    if let Ok((rows, bytes)) = evidence.size() {
+        status["ledger"] = json!({ "rows": rows });
+        status["store"]["ledger_bytes"] = json!(bytes);
+    }
+    if let Ok(Some(at)) = evidence.oldest() {
+        status["ledger"]["first_at"] = json!(at);
+    }
+    if let Ok(Some((seq, hash))) = evidence.head() {
+        status["ledger"]["head"] = json!({ "seq": seq, "hash": hex(&hash) });
+    }
+}
+
+fn totals(day: Day) -> Value {
+    json!({
+        "bytes_out": day.amount.bytes_out,
+        "exports": day.exports,
+        "delivered": day.amount.delivered,
+        "failed": day.amount.failed,
+        "destinations": day.destinations,
+        "refused": day.refused,
+    })
+}
