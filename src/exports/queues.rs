@@ -630,11 +630,14 @@ impl Queues {
         let Some(failing) = queue.and_then(|queue| queue.failing.as_mut()) else {
             return false;
         };
-        let waited = failing.backoff.not_before > now;
-        failing.backoff.not_before = failing.backoff.not_before.min(now);
+        if failing.backoff.not_before <= now {
+            // It keeps its turn.
+            return false;
+        }
+        failing.backoff.not_before = now;
         self.leave(id);
         self.schedule(id, now);
-        waited
+        true
     }
 
     /// Whether a queue has no export left to try.
@@ -1893,7 +1896,11 @@ mod tests {
                     }
                 }
                 Event::Write(count) => self.write(count),
-                Event::Pause(queue) => self.world.pause(queue),
+                Event::Pause(queue) => {
+                    // It costs it its turn, as a cancellation does.
+                    self.passed_over.remove(&queue);
+                    self.world.pause(queue);
+                }
                 Event::Resume(queue) if self.world.paused.contains(&queue) => self.resume(queue),
                 Event::Resume(_) => {}
                 Event::Retry(queue) => {
@@ -1904,6 +1911,7 @@ mod tests {
                     }
                 }
                 Event::Cancel(queue) => {
+                    self.passed_over.remove(&queue);
                     self.write(usize::MAX);
                     for id in self.world.cancel(queue) {
                         self.known.remove(&id);
