@@ -34,7 +34,6 @@ use crate::backoff::backoff;
 use crate::export::{
     Backoff, Export, LastError, Millis, QueueId, Retry, State, StoredQueue, View, to_json,
 };
-use crate::metrics::QueueStates;
 
 /// The wait after the first failed attempt. It doubles with each further one.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
@@ -641,24 +640,6 @@ impl Queues {
     pub fn is_done(&self, id: QueueId) -> bool {
         let queue = self.queues.get(&id);
         queue.is_none_or(|queue| queue.waiting + queue.moving == 0 && queue.on_wire.is_none())
-    }
-
-    /// How many queues with exports are in which state. Looks at all of them.
-    pub fn states(&self) -> QueueStates {
-        let mut states = QueueStates::default();
-        for queue in self.queues.values().filter(|queue| queue.unfinished > 0) {
-            let state = if queue.on_wire.is_some() {
-                &mut states.sending
-            } else if queue.paused {
-                &mut states.paused
-            } else if queue.failing.is_some() {
-                &mut states.failing
-            } else {
-                &mut states.waiting
-            };
-            *state += 1;
-        }
-        states
     }
 
     /// How many exports have no result in the store.
@@ -1614,13 +1595,14 @@ mod tests {
     fn each_queue_with_exports_counts_in_one_state() {
         let mut world = World::new(DAY);
         let states = |world: &World| {
-            let states = world.queues.states();
+            let summaries = world.queues.summaries(world.now);
             [
-                states.sending,
-                states.waiting,
-                states.failing,
-                states.paused,
+                QueueState::Sending,
+                QueueState::Waiting,
+                QueueState::Failing,
+                QueueState::Paused,
             ]
+            .map(|state| summaries.iter().filter(|one| one.state == state).count())
         };
         world.submit(1);
         world.submit(2);
@@ -1634,7 +1616,7 @@ mod tests {
         world.resume(1);
         let tried = world.attempt();
         world.fail(tried, DOWN, 0.5);
-        assert_eq!(states(&world), [0, 0, 2, 0]);
+        assert_eq!(states(&world), [0, 1, 1, 0], "a resumed one starts anew");
         for _ in 0..2 {
             world.now += 10_000;
             let tried = world.attempt();

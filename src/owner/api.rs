@@ -99,10 +99,11 @@ pub fn metrics(owner: &Owner) -> String {
         .as_ref()
         .and_then(|identity| identity.expires());
     owner.exports.metrics.render(&Gauges {
+        long_polls: owner.exports.long_polls(),
         disk_free: disk_free(&owner.place),
         certificate_expiry: expires.map(|expires| time(expires) / 1000),
         secret_ready: owner.secret.key().is_ok(),
-        ..owner.exports.gauges()
+        ..waiting::gauges(owner)
     })
 }
 

@@ -1,5 +1,5 @@
 //! The owner's acts: what they are, how they are asked for, and what comes of them. The writer carries them out one
-//! after the other (`running`, `bulk`), and each is a row of the ledger in the same commit.
+//! after the other, and each is a row of the ledger in the same commit.
 //!
 //! Not here: who may act, and how that reaches this process (`owner`).
 
