@@ -770,6 +770,22 @@ fn the_status_tells_what_waits_why_and_what_is_paused() {
     assert_eq!(status()["state"], "paused");
     let metrics = ask(&service, "GET", "/metrics", "").body;
     assert!(metrics.contains("\nexport_service_paused 1\n"), "{metrics}");
-    assert!(metrics.contains(&format!("\nexport_service_pending_bytes {bytes}\n")));
     assert!(metrics.contains("\nexport_service_queues{state=\"paused\"} 2\n"));
+    assert!(metrics.contains(&format!("\nexport_service_pending_bytes {bytes}\n")));
+}
+
+#[test]
+fn a_destination_is_new_until_the_owner_says_to_know_it() {
+    let destination = Destination::start(|_| ok());
+    let service = Service::start(&[]);
+    let id = service.submit(&destination.url, &payload(1));
+    service.result(&destination.url, &id);
+    let new = || ask(&service, "GET", "/api/status", "").json()["new_destinations"].clone();
+    let name = new()[0].as_str().unwrap().to_owned();
+    let done = act(&service, "seen", &json!({ "destination": name }));
+    assert!(done["done"].as_str().unwrap().starts_with(&name), "{done}");
+    assert_eq!(new(), json!([]));
+    let other = format!("{}?other", destination.url);
+    service.result(&other, &service.submit(&other, &payload(2)));
+    assert_eq!(new().as_array().unwrap().len(), 1);
 }

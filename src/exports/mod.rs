@@ -31,7 +31,7 @@ use crate::auth::Grant;
 use crate::destination::Destination;
 use crate::export::{Error, Millis, State, View};
 use crate::ledger::LedgerKey;
-use crate::metrics::Metrics;
+use crate::metrics::{Gauges, Metrics};
 use crate::reply::Reply;
 use checkpoint::Checkpoint;
 use clock::Clock;
@@ -137,10 +137,12 @@ pub struct Exports {
     pauses: Mutex<Vec<Pause>>,
     /// The store's path, for the owner's overview.
     store: PathBuf,
-    totals: Mutex<Option<overview::Known>>,
+    sum: Mutex<Option<overview::Sum>>,
     /// How often the store has been repaired.
     repairs: AtomicUsize,
     ledger_key: LedgerKey,
+    /// The store's.
+    path: PathBuf,
     /// Counts exports, attempts and commits.
     pub metrics: Arc<Metrics>,
 }
@@ -201,9 +203,10 @@ impl Exports {
             acts,
             pauses: Mutex::new(pauses),
             store: store.path().to_owned(),
-            totals: Mutex::default(),
+            sum: Mutex::default(),
             repairs: AtomicUsize::new(0),
             ledger_key,
+            path: store.path().to_owned(),
             metrics,
         });
         let incoming = Incoming {
@@ -238,7 +241,7 @@ impl Exports {
     /// # Errors
     /// The store cannot be opened again.
     pub fn evidence(&self) -> Result<Evidence, store::Error> {
-        Evidence::of(&self.store)
+        Evidence::of(&self.path)
     }
 
     /// How many exports are not finished.
@@ -246,9 +249,27 @@ impl Exports {
         self.queues.lock().unfinished()
     }
 
-    /// How many requests wait for an export to be finished.
-    pub fn long_polls(&self) -> usize {
-        self.parked.count()
+    /// What metrics show of exports at this moment. Blocks for a look at the first export of each queue; if the
+    /// store cannot be read, there is no oldest one.
+    pub fn gauges(&self) -> Gauges {
+        let (pending, queues) = {
+            let queues = self.queues.lock();
+            (queues.unfinished(), queues.states())
+        };
+        let oldest_pending = self.polls.lock().oldest_accepted();
+        let pauses = self.pauses.lock();
+        Gauges {
+            pending,
+            pending_bytes: self.waiting_bytes(pending).ok(),
+            queues,
+            oldest_pending: oldest_pending.unwrap_or_else(|error| {
+                log::warn!(reason:% = error; "cannot read the store for the metrics");
+                None
+            }),
+            long_polls: self.parked.count(),
+            paused: pauses.iter().any(|pause| pause.subject == "all"),
+            ..Gauges::default()
+        }
     }
 
     /// Submits a new export. `reply` answers no sooner than the export is durable. It then waits until

@@ -13,7 +13,6 @@ use super::acts::running::name_of;
 use super::attempts::kind_and_message;
 use super::queues::{QueueState, Summary};
 use super::store::acts::Pause;
-use super::store::overview::Totals;
 use super::store::{self, Reader};
 use crate::export::Millis;
 
@@ -35,25 +34,6 @@ pub struct Overview {
     pub waiting_bytes: u64,
     /// The pauses in force.
     pub pauses: Vec<Pause>,
-    /// How many queues are in which state.
-    #[serde(skip)]
-    pub states: States,
-    /// When the oldest export that is not finished was accepted, in Unix milliseconds.
-    #[serde(skip)]
-    pub oldest_at: Option<i64>,
-}
-
-/// How many queues are in which state.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct States {
-    /// One of their exports is being sent.
-    pub sending: usize,
-    /// They wait for their turn.
-    pub waiting: usize,
-    /// Their last attempt failed.
-    pub failing: usize,
-    /// They are paused.
-    pub paused: usize,
 }
 
 /// The exports of one sender to one destination that are not finished.
@@ -98,16 +78,17 @@ pub struct Reason {
     pub message: String,
 }
 
-/// Sums that were read, and until when they are not read again.
-pub(super) struct Known {
-    totals: Totals,
+/// A sum that was read, and until when it is not read again.
+#[derive(Clone, Copy)]
+pub(super) struct Sum {
+    bytes: u64,
     until: Instant,
 }
 
 impl Exports {
     /// What waits, why, and what is paused. Opens the store beside what delivers and polls, so it holds up neither.
-    /// Blocks for some look-ups for each of at most a hundred queues. The bytes and the age of all that waits are a
-    /// little older if there is very much of it.
+    /// Blocks for some look-ups for each of at most a hundred queues. The bytes of all that waits are a little older if
+    /// there is very much of it.
     ///
     /// # Errors
     /// The store cannot be read.
@@ -116,15 +97,6 @@ impl Exports {
         let queues = self.queues.lock();
         let mut found = queues.summaries(now);
         let (waiting, give_up_after) = (queues.unfinished(), queues.give_up_after());
-        let mut states = States::default();
-        for queue in &found {
-            *match queue.state {
-                QueueState::Sending => &mut states.sending,
-                QueueState::Waiting => &mut states.waiting,
-                QueueState::Failing => &mut states.failing,
-                QueueState::Paused => &mut states.paused,
-            } += 1;
-        }
         let queues_total = found.len();
         found.sort_unstable_by_key(|queue| {
             (
@@ -166,36 +138,29 @@ impl Exports {
                 oldest_at: oldest.map(|oldest| oldest.accepted_at_by_clock),
             });
         }
-        let totals = self.totals(&reader, waiting)?;
         Ok(Overview {
             queues: shown,
             queues_total,
             waiting,
-            waiting_bytes: totals.bytes,
+            waiting_bytes: self.waiting_bytes(waiting)?,
             pauses: self.pauses.lock().clone(),
-            states,
-            oldest_at: totals.oldest_at,
         })
     }
 
-    /// The sums over all that waits, or those of a moment ago.
-    fn totals(&self, reader: &Reader, unfinished: usize) -> Result<Totals, store::Error> {
+    /// The bytes of all payloads that wait, or those of a moment ago.
+    pub(super) fn waiting_bytes(&self, unfinished: usize) -> Result<u64, store::Error> {
         if unfinished == 0 {
-            return Ok(Totals::default());
+            return Ok(0);
         }
         let started = Instant::now();
-        let known = self.totals.lock();
-        if let Some(known) = known.as_ref().filter(|known| started < known.until) {
-            return Ok(known.totals);
+        let sum = *self.sum.lock();
+        if let Some(sum) = sum.filter(|sum| started < sum.until) {
+            return Ok(sum.bytes);
         }
-        drop(known);
-        let totals = reader.totals(unfinished)?;
-        let took = started.elapsed();
-        *self.totals.lock() = Some(Known {
-            totals,
-            until: Instant::now() + took * PART_OF_TIME,
-        });
-        Ok(totals)
+        let bytes = Reader::open(&self.store)?.waiting_bytes(unfinished)?;
+        let until = Instant::now() + started.elapsed() * PART_OF_TIME;
+        *self.sum.lock() = Some(Sum { bytes, until });
+        Ok(bytes)
     }
 }
 

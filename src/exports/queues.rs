@@ -34,6 +34,7 @@ use crate::backoff::backoff;
 use crate::export::{
     Backoff, Export, LastError, Millis, QueueId, Retry, State, StoredQueue, View, to_json,
 };
+use crate::metrics::QueueStates;
 
 /// The wait after the first failed attempt. It doubles with each further one.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
@@ -640,6 +641,24 @@ impl Queues {
     pub fn is_done(&self, id: QueueId) -> bool {
         let queue = self.queues.get(&id);
         queue.is_none_or(|queue| queue.waiting + queue.moving == 0 && queue.on_wire.is_none())
+    }
+
+    /// How many queues with exports are in which state. Looks at all of them.
+    pub fn states(&self) -> QueueStates {
+        let mut states = QueueStates::default();
+        for queue in self.queues.values().filter(|queue| queue.unfinished > 0) {
+            let state = if queue.on_wire.is_some() {
+                &mut states.sending
+            } else if queue.paused {
+                &mut states.paused
+            } else if queue.failing.is_some() {
+                &mut states.failing
+            } else {
+                &mut states.waiting
+            };
+            *state += 1;
+        }
+        states
     }
 
     /// How many exports have no result in the store.
@@ -1595,14 +1614,13 @@ mod tests {
     fn each_queue_with_exports_counts_in_one_state() {
         let mut world = World::new(DAY);
         let states = |world: &World| {
-            let summaries = world.queues.summaries(world.now);
+            let states = world.queues.states();
             [
-                QueueState::Sending,
-                QueueState::Waiting,
-                QueueState::Failing,
-                QueueState::Paused,
+                states.sending,
+                states.waiting,
+                states.failing,
+                states.paused,
             ]
-            .map(|state| summaries.iter().filter(|one| one.state == state).count())
         };
         world.submit(1);
         world.submit(2);

@@ -99,11 +99,10 @@ pub fn metrics(owner: &Owner) -> String {
         .as_ref()
         .and_then(|identity| identity.expires());
     owner.exports.metrics.render(&Gauges {
-        long_polls: owner.exports.long_polls(),
         disk_free: disk_free(&owner.place),
         certificate_expiry: expires.map(|expires| time(expires) / 1000),
         secret_ready: owner.secret.key().is_ok(),
-        ..waiting::gauges(owner)
+        ..owner.exports.gauges()
     })
 }
 

@@ -1,4 +1,4 @@
-//! What waits and what is paused, in the status and the metrics, and what of it needs the owner's attention.
+//! What waits and what is paused, in the status, and what of it needs the owner's attention.
 //!
 //! Not here: where that comes from ([`crate::exports::overview`]).
 
@@ -7,7 +7,6 @@ use serde_json::{Value, json};
 use super::Owner;
 use crate::exports::overview::{Overview, Queue};
 use crate::exports::queues::QueueState;
-use crate::metrics::{Gauges, QueueStates};
 
 /// A queue needs attention when this many attempts have failed in a row: a single one means little.
 const FAILURES: u32 = 3;
@@ -78,30 +77,6 @@ fn failing(queue: &Queue) -> Value {
         "text": format!("{exports} of {who} cannot be sent to {destination}: {reason}."),
         "act": { "label": "Try now", "act": "retry", "body": { "destination": destination } },
     })
-}
-
-/// The metrics of what waits. Zero if the store cannot be read.
-pub fn gauges(owner: &Owner) -> Gauges {
-    let overview = owner.exports.overview();
-    let pending_bytes = overview
-        .as_ref()
-        .ok()
-        .map(|overview| overview.waiting_bytes);
-    let overview = overview.unwrap_or_default();
-    let states = overview.states;
-    Gauges {
-        pending: owner.exports.unfinished(),
-        pending_bytes,
-        queues: QueueStates {
-            sending: states.sending,
-            waiting: states.waiting,
-            failing: states.failing,
-            paused: states.paused,
-        },
-        oldest_pending: overview.oldest_at,
-        paused: overview.pauses.iter().any(|pause| pause.subject == "all"),
-        ..Gauges::default()
-    }
 }
 
 #[cfg(test)]

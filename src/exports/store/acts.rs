@@ -392,3 +392,64 @@ impl Store {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exports::store::Place;
+    use crate::ledger::Event;
+
+    #[test]
+    fn a_pause_of_this_run_moves_with_the_clock_and_an_older_one_does_not() {
+        let mut store = Store::open(&Place::Memory).unwrap();
+        let pause = |subject: &str, since, until| Pause {
+            subject: subject.into(),
+            since,
+            until,
+        };
+        let entry = Entry::new(Event::Pause, 0);
+        store
+            .pause(&pause("all", 500, Some(5_000)), &entry)
+            .unwrap();
+        store
+            .pause(&pause("who:me", 1_500, Some(2_500)), &entry)
+            .unwrap();
+        store.clock_was_set(1_000, 2_000, 90_000).unwrap();
+        let expected = [
+            pause("all", 500, Some(5_000)),
+            pause("who:me", 91_500, Some(92_500)),
+        ];
+        assert_eq!(store.pauses().unwrap(), expected);
+        // Another end for the one that is in force.
+        store.pause(&pause("all", 3_000, None), &entry).unwrap();
+        assert_eq!(store.pauses().unwrap()[0], pause("all", 500, None));
+    }
+
+    #[test]
+    fn only_results_of_the_queues_that_are_meant_are_deleted_in_steps() {
+        let mut store = Store::open(&Place::Memory).unwrap();
+        store.tamper(
+            "INSERT INTO queues (id, owner, destination, exports) VALUES (1, x'01', 'a', 300), (2, x'02', 'a', 300);
+             WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 600)
+             INSERT INTO exports (id, queue, turn, accepted_at, running_at, finished_at)
+             SELECT cast(i AS BLOB), 1 + i % 2, i, 0, 0, iif(i <= 500, 0, NULL) FROM n;",
+        );
+        let (mut deleted, mut steps, mut after) = (0, 0, Some(i64::MIN));
+        while let Some(from) = after {
+            let step = store.delete_results(&HashSet::from([2]), from).unwrap();
+            assert!(step.0 <= STEP);
+            (deleted, steps, after) = (deleted + step.0, steps + 1, step.1);
+        }
+        assert_eq!((deleted, steps), (250, 3));
+        let left = |sql| value::<i64>(&store.connection, sql, []).unwrap();
+        assert_eq!(
+            left("SELECT count(*) FROM exports WHERE queue = 1"),
+            Some(300)
+        );
+        assert_eq!(
+            left("SELECT count(*) FROM exports WHERE queue = 2"),
+            Some(50)
+        );
+        assert_eq!(left("SELECT exports FROM queues WHERE id = 2"), Some(50));
+    }
+}

@@ -1,7 +1,7 @@
 //! Reads the ledger for the owner, beside a running service or without one: rows, sums, and whether the chain of
 //! hashes is whole.
 //!
-//! Not here: writing rows ([`super::ledger`]), and how they are shown (`tools`, `owner`).
+//! Not here: writing rows (`store::ledger`), and how they are shown (`tools`, `owner`).
 
 use std::path::Path;
 
@@ -336,6 +336,8 @@ impl Evidence {
         remembered: Option<(i64, Hash)>,
         mut progress: impl FnMut(i64),
     ) -> Result<Verdict, Error> {
+        // The head of an empty ledger says nothing.
+        let remembered = remembered.filter(|(seq, _)| *seq > 0);
         let mut statement = self.connection.prepare(&format!(
             "SELECT seq, body_hash, hash, {BODY} FROM ledger ORDER BY seq"
         ))?;

@@ -17,15 +17,6 @@ use crate::ledger::who;
 /// With more exports to add up than this, reading all rows in their order is faster than following the index.
 const BY_INDEX: usize = 20_000;
 
-/// Sums over all exports that are not finished.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Totals {
-    /// Bytes of their payloads.
-    pub bytes: u64,
-    /// When the first of them was accepted, in Unix milliseconds.
-    pub oldest_at: Option<i64>,
-}
-
 /// The first export of a queue that is not finished.
 pub struct First {
     /// Its public id.
@@ -95,26 +86,24 @@ impl Reader {
         Ok(first.optional()?)
     }
 
-    /// Adds up all exports that are not finished, of which there are about this many.
+    /// The bytes of the payloads of all exports that are not finished, of which there are about this many.
     ///
     /// # Errors
     /// The store cannot be read.
-    pub fn totals(&self, unfinished: usize) -> Result<Totals, Error> {
+    pub fn waiting_bytes(&self, unfinished: usize) -> Result<u64, Error> {
         let sql = match unfinished {
             0..=BY_INDEX => {
-                "SELECT coalesce(sum(length(payload)), 0), min(accepted_at)
+                "SELECT coalesce(sum(length(payload)), 0)
                  FROM exports INDEXED BY unfinished WHERE finished_at IS NULL"
             }
             _ => {
-                "SELECT coalesce(sum(length(payload)), 0), min(accepted_at)
+                "SELECT coalesce(sum(length(payload)), 0)
                  FROM exports NOT INDEXED WHERE finished_at IS NULL"
             }
         };
-        Ok(self.connection.query_row(sql, [], |row| {
-            Ok(Totals {
-                bytes: row.get::<_, i64>(0)?.unsigned_abs(),
-                oldest_at: row.get(1)?,
-            })
-        })?)
+        let bytes = self
+            .connection
+            .query_row(sql, [], |row| row.get::<_, i64>(0))?;
+        Ok(bytes.unsigned_abs())
     }
 }

@@ -104,6 +104,25 @@ impl Reader {
         }))
     }
 
+    /// When the oldest of all exports without a result was accepted, in Unix milliseconds. Looks at the first
+    /// exports of each queue.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn oldest_accepted(&self) -> Result<Option<i64>, Error> {
+        // As in `oldest`, it is the first of its queue, or one that was moved.
+        let mut statement = self.connection.prepare_cached(
+            "WITH firsts (at, moved_at) AS (SELECT
+                 (SELECT accepted_at FROM exports WHERE queue = queues.id AND finished_at IS NULL
+                  ORDER BY turn LIMIT 1),
+                 (SELECT accepted_at FROM exports INDEXED BY moved WHERE queue = queues.id
+                  AND finished_at IS NULL AND first_moved_at IS NOT NULL ORDER BY running_at LIMIT 1)
+                 FROM queues)
+             SELECT min(min(at, coalesce(moved_at, at))) FROM firsts",
+        )?;
+        Ok(statement.query_row([], |row| row.get(0))?)
+    }
+
     /// The oldest of a queue's exports behind the position `after`, without its payload, and whether it
     /// is the first of them.
     ///
