@@ -218,7 +218,7 @@ pub struct Head {
 }
 
 /// What was done in a day.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Totals {
     /// Bytes of requests that left.

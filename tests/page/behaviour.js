@@ -50,7 +50,7 @@ async function keepsWhatTheReaderDoes(page) {
   service.html = example('trouble').replace(/<tr id="f.*?<\/tr><tr id="f.*?<\/tr>/s, '').replace('<tr id="r10412"', '<tr id="r10413"></tr><tr id="r10412"');
   await refreshed(page);
 
-  expect(await page.title() === '3 need attention – what left databox.local', 'the title tells: ' + await page.title());
+  expect(await page.title() === '4 need attention – what left databox.local', 'the title tells: ' + await page.title());
   expect((await page.locator('link[rel=icon]').getAttribute('href')).includes('c2410c'), 'the icon has the colour of trouble');
   expect(await page.locator('#todo li').count() === 4, 'what needs attention has appeared');
   expect(await page.locator('#ledger input[name=destination]').inputValue() === 'hooks', 'what was typed is still there');

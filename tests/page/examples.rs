@@ -147,12 +147,11 @@ fn busy(now: i64, name: &'static str, query: Query) -> Example {
     let mut flows = Vec::new();
     let mut rows = Vec::new();
     for (index, app) in APPS.into_iter().enumerate() {
-        let size = 1 << (2 * (12 - index));
         flows.push(Flow {
             who: format!("172.18.0.{}", index + 5),
             label: (index % 3 == 0).then(|| format!("{app} app")),
             destination: DESTINATIONS[index % 9].into(),
-            last_at: Some(now - 7_000 * size / 16),
+            last_at: Some(now - 97_000 * index as i64 - 4_000),
             last_day: now / DAY,
             today: Amount {
                 delivered: 330 / (index as u64 + 1),

@@ -44,11 +44,12 @@ class Destination {
 }
 
 const tokens = new Map();
-function token(url) {
-  if (!tokens.has(url)) {
-    tokens.set(url, execFileSync(program, ['token', '--destination', url, '--path', '*'], {encoding: 'utf8', env: process.env}).trim());
+function token(url, id = '') {
+  if (!tokens.has(url + id)) {
+    const minted = execFileSync(program, ['token', '--destination', url, '--path', '*', '--id', id], {encoding: 'utf8', env: process.env});
+    tokens.set(url + id, minted.trim());
   }
-  return tokens.get(url);
+  return tokens.get(url + id);
 }
 
 const agents = new Map();
@@ -141,6 +142,10 @@ async function main() {
   await page.locator('#ledger tbody a').first().click();
   await page.waitForURL(/id=/);
   expect(await page.locator('#ledger tbody tr').count() === 1, 'one export has one row');
+  const csv = await page.request.get(new URL(await page.getByRole('link', {name: 'CSV'}).getAttribute('href'), owner).href);
+  expect(csv.ok() && (await csv.text()).trim().split('\n').length === 2, 'the same as CSV has its head and one row');
+  const json = await page.request.get(new URL(await page.getByRole('link', {name: 'JSON'}).getAttribute('href'), owner).href);
+  expect(json.ok() && (await json.json()).rows.length === 1, 'the same as JSON has one row');
   await page.goto(owner + '?range=day');
   await shows(page, '#bars nav [aria-current]', '24 hours');
   expect(await page.locator('#bars .hit').count() >= 1, 'the bars of 24 hours are there');
@@ -206,6 +211,22 @@ async function main() {
   await dead.has(2);
   expect(dead.arrived[1].includes('after'), 'what was cancelled never arrives');
   expect([one, cancelled, all].every(({id}) => id), 'all were accepted');
+
+  // An app whose identifier attacks the page is shown as text, and can be named and forgotten like others.
+  const attacker = `"><img src=x onerror=alert(1)></script><script>alert(2)</script>' all who:x \u202e\u200b`;
+  await submit(4, good.url, {[MARK]: 'attack'}, token(good.url, attacker));
+  const attack = page.locator('#flows tbody tr').filter({hasText: 'onerror=alert(1)'});
+  await attack.waitFor();
+  expect((await attack.innerText()).includes("' all who:x \\u{202e}\\u{200b}"), 'what cannot be seen is shown');
+  await act(page, attack, 'label', {name: 'attacker', yes: true});
+  await attack.filter({hasText: 'attacker'}).waitFor();
+  await act(page, attack, 'pause', {words: 'this app'});
+  await shows(page, '.pauses', 'onerror');
+  await act(page, attack, 'resume');
+  await page.locator('.pauses').waitFor({state: 'detached'});
+  await act(page, attack, 'forget', {yes: true, words: 'app'});
+  await page.locator('#ledger', {hasText: 'forget'}).waitFor();
+  expect(await page.locator('#main img, #main script').count() === 0, 'it does not become an element');
 
   // A name for an app, and forgetting.
   await act(page, flow, 'label', {name: 'sleep app', yes: true});

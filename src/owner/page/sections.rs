@@ -196,41 +196,45 @@ pub fn first_steps(out: &mut String, view: &View<'_>) {
 
 /// What has left today, beside a usual day.
 pub fn today(out: &mut String, view: &View<'_>) {
-    let Totals {
-        bytes_out,
-        delivered,
-        destinations,
-        failed,
-        refused,
-        ..
-    } = view.status.today;
-    let usual = &view.status.usual;
+    let (today, usual) = (&view.status.today, &view.status.usual);
+    put!(
+        out,
+        "<section id=\"today\" aria-labelledby=\"today-h\"><h2 id=\"today-h\">Today</h2><dl class=\"tiles\">"
+    );
+    // On the first day there is nothing to compare with.
+    let is_first = *usual == Totals::default();
+    let mut tile = |words: &str, value: &str, usual: &str, new: usize| {
+        put!(out, "<div><dt>{words}</dt><dd>{value}");
+        if new > 0 {
+            put!(out, " <b class=\"new\">{new} new</b>");
+        }
+        if !is_first {
+            put!(out, " <small>usually {usual}</small>");
+        }
+        put!(out, "</dd></div>");
+    };
+    let bytes = |bytes| Bytes(bytes).to_string();
+    tile(
+        "left the box",
+        &bytes(today.bytes_out),
+        &bytes(usual.bytes_out),
+        0,
+    );
     let new = view.status.new_destinations.len();
-    put!(
-        out,
-        "<section id=\"today\" aria-labelledby=\"today-h\"><h2 id=\"today-h\">Today</h2><dl class=\"tiles\">\
-         <div><dt>left the box</dt><dd>{} <small>usually {}</small></dd></div>\
-         <div><dt>exports delivered</dt><dd>{} <small>usually {}</small></dd></div>\
-         <div><dt>destinations</dt><dd>{}",
-        Bytes(bytes_out),
-        Bytes(usual.bytes_out),
-        Number(delivered),
-        Number(usual.delivered),
-        Number(destinations)
-    );
-    if new > 0 {
-        put!(out, " <b class=\"new\">{new} new</b>");
+    for (words, value, usual, new) in [
+        ("exports delivered", today.delivered, usual.delivered, 0),
+        ("destinations", today.destinations, usual.destinations, new),
+        ("failed", today.failed, usual.failed, 0),
+        ("refused", today.refused, usual.refused, 0),
+    ] {
+        tile(
+            words,
+            &Number(value).to_string(),
+            &Number(usual).to_string(),
+            new,
+        );
     }
-    put!(
-        out,
-        " <small>usually {}</small></dd></div><div><dt>failed</dt><dd>{} <small>usually {}</small></dd></div>\
-         <div><dt>refused</dt><dd>{} <small>usually {}</small></dd></div></dl></section>",
-        Number(usual.destinations),
-        Number(failed),
-        Number(usual.failed),
-        Number(refused),
-        Number(usual.refused)
-    );
+    put!(out, "</dl></section>");
 }
 
 /// A `who`, with the owner's own name for it first.
