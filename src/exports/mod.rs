@@ -135,14 +135,12 @@ pub struct Exports {
     acts: Sender<acts::Request>,
     /// What the owner has paused. Only the writer changes it, after it is stored.
     pauses: Mutex<Vec<Pause>>,
-    /// The store's path, for the owner's overview.
+    /// The store's path, for the owner.
     store: PathBuf,
     sum: Mutex<Option<overview::Sum>>,
     /// How often the store has been repaired.
     repairs: AtomicUsize,
     ledger_key: LedgerKey,
-    /// The store's.
-    path: PathBuf,
     /// Counts exports, attempts and commits.
     pub metrics: Arc<Metrics>,
 }
@@ -206,7 +204,6 @@ impl Exports {
             sum: Mutex::default(),
             repairs: AtomicUsize::new(0),
             ledger_key,
-            path: store.path().to_owned(),
             metrics,
         });
         let incoming = Incoming {
@@ -241,7 +238,7 @@ impl Exports {
     /// # Errors
     /// The store cannot be opened again.
     pub fn evidence(&self) -> Result<Evidence, store::Error> {
-        Evidence::of(&self.path)
+        Evidence::of(&self.store)
     }
 
     /// How many exports are not finished.
