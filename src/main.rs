@@ -205,7 +205,7 @@ fn serve(mut config: Config) -> Result<(), String> {
         secret: secret.clone(),
         identity: config.connections.identity.clone(),
         place: config.place.clone(),
-        max_store: config.limits.max_store,
+        limits: config.limits,
         apps: address,
         port: admin_address,
         logins: Mutex::default(),

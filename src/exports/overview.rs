@@ -22,14 +22,14 @@ const MOST_QUEUES: usize = 100;
 const PART_OF_TIME: u32 = 20;
 
 /// What waits at one moment.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default)]
 pub struct Overview {
     /// The queues with exports that are not finished, the worst first, at most 100.
     pub queues: Vec<Queue>,
     /// How many such queues there are.
-    pub queues_total: usize,
+    pub queues_total: u64,
     /// How many exports are not finished.
-    pub waiting: usize,
+    pub waiting: u64,
     /// Bytes of their payloads.
     pub waiting_bytes: u64,
     /// The pauses in force.
@@ -37,7 +37,7 @@ pub struct Overview {
 }
 
 /// The exports of one sender to one destination that are not finished.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Queue {
     /// The sender's name.
     pub who: String,
@@ -47,14 +47,14 @@ pub struct Queue {
     /// The destination's name.
     pub destination: String,
     /// How many exports there are.
-    pub waiting: usize,
+    pub waiting: u64,
     /// What is being done about them.
     pub state: QueueState,
     /// Why the last attempt failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<Reason>,
     /// Attempts that failed since the last one that did not.
-    pub failures: u32,
+    pub failures: u64,
     /// Seconds until the next attempt, if it waits for that.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub next_attempt_in: Option<f64>,
@@ -70,7 +70,7 @@ pub struct Queue {
 }
 
 /// Why an attempt failed.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Reason {
     /// For programs.
     pub kind: String,
@@ -128,10 +128,10 @@ impl Exports {
                 label: labels.get(&name.who).cloned(),
                 who: name.who,
                 destination: name_of(&self.ledger_key, &name.url),
-                waiting: queue.unfinished,
+                waiting: queue.unfinished as u64,
                 state: queue.state,
                 reason: reason(&queue, error.as_deref()),
-                failures: queue.failures,
+                failures: queue.failures.into(),
                 next_attempt_in: queue.next_attempt_at.map(|at| seconds(at, now)),
                 give_up_in: give_up_at.map(|at| seconds(at, now)),
                 oldest_id: oldest.as_ref().map(|oldest| id_text(oldest.id)),
@@ -140,8 +140,8 @@ impl Exports {
         }
         Ok(Overview {
             queues: shown,
-            queues_total,
-            waiting,
+            queues_total: queues_total as u64,
+            waiting: waiting as u64,
             waiting_bytes: self.waiting_bytes(waiting)?,
             pauses: self.pauses.lock().clone(),
         })

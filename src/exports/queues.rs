@@ -108,12 +108,13 @@ pub struct Failed {
 }
 
 /// What is being done about a queue, the best first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum QueueState {
     /// One of its exports is being sent.
     Sending,
     /// It waits for its turn.
+    #[default]
     Waiting,
     /// The owner has paused it.
     Paused,

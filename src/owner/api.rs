@@ -1,12 +1,11 @@
-//! What the owner is told, as JSON.
+//! What the owner is told of the service's state.
 //!
 //! Not here: who may ask ([`super::access`]).
 
 use std::fs;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use serde_json::{Value, json};
-
+use super::report::{self, Attention, Status};
 use super::{Owner, reading, waiting};
 use crate::auth::secret::Missing;
 use crate::exports::store::{FILE, Place};
@@ -18,34 +17,41 @@ const RENEW: Duration = Duration::from_secs(14 * 24 * 60 * 60);
 /// A disk with less room than this needs attention, in bytes.
 const LEAST_FREE: u64 = 64 * 1024 * 1024;
 
-/// The state of the service, and what in it needs the owner's attention.
-pub fn status(owner: &Owner, now: SystemTime) -> Value {
+/// The state of the service, and what in it needs the owner's attention. Blocks for reading the store.
+pub fn status(owner: &Owner, now: SystemTime) -> Status {
     let secret = owner.secret.key().err();
     let expires = owner
         .identity
         .as_ref()
         .and_then(|identity| identity.expires());
     let disk_free = disk_free(&owner.place);
-    let mut status = json!({
-        "version": version::NUMBER,
-        "now": time(now),
-        "store": { "bytes": store_bytes(&owner.place), "limit": owner.max_store },
-        "disk_free": disk_free,
-        "secret": match secret {
-            None => json!({ "ready": true }),
-            Some(Missing(reason)) => json!({ "ready": false, "reason": reason }),
+    let mut status = Status {
+        version: version::NUMBER.into(),
+        now: time(now),
+        since: owner.exports.started(),
+        attention: attention(secret, expires, disk_free, owner.is_exposed(), now),
+        store: report::Store {
+            bytes: store_bytes(&owner.place).unwrap_or(0),
+            limit: Some(owner.limits.max_store),
+            ledger_bytes: 0,
+            ledger_limit: owner.limits.ledger.size,
         },
-        "certificate": match expires {
-            Some(expires) => json!({ "expires_at": time(expires) }),
-            None => json!({}),
+        disk_free,
+        secret: report::Secret {
+            ready: secret.is_none(),
+            reason: secret.map(|Missing(reason)| reason.to_string()),
         },
-        "attention": attention(secret, expires, disk_free, owner.is_exposed(), now),
-    });
+        certificate: report::Certificate {
+            expires_at: expires.map(time),
+        },
+        admin: owner.port.map(|port| report::Admin {
+            address: port.to_string(),
+            url: owner.url(port),
+        }),
+        ..Status::default()
+    };
     waiting::add(owner, &mut status);
-    if let Some(port) = owner.port {
-        status["admin"] = json!({ "address": port, "url": owner.url(port) });
-    }
-    reading::add_ledger(owner, &mut status, time(now));
+    reading::add_ledger(owner, &mut status);
     status
 }
 
@@ -56,9 +62,15 @@ fn attention(
     disk_free: Option<u64>,
     is_open: bool,
     now: SystemTime,
-) -> Vec<Value> {
+) -> Vec<Attention> {
     let mut all = Vec::new();
-    let mut note = |kind: &str, text: String| all.push(json!({ "kind": kind, "text": text }));
+    let mut note = |kind, text| {
+        all.push(Attention {
+            kind,
+            text,
+            act: None,
+        });
+    };
     if let Some(Missing(reason)) = secret {
         let text = format!(
             "Apps cannot export anything: there is no secret to check their tokens with, since {reason}."
@@ -135,12 +147,9 @@ mod tests {
         UNIX_EPOCH + Duration::from_secs(seconds)
     }
 
-    fn kinds(expires: u64, free: u64, is_open: bool) -> Vec<String> {
+    fn kinds(expires: u64, free: u64, is_open: bool) -> Vec<&'static str> {
         let noted = attention(None, Some(at(expires)), Some(free), is_open, at(NOW));
-        noted
-            .iter()
-            .map(|item| item["kind"].as_str().unwrap().to_owned())
-            .collect()
+        noted.iter().map(|item| item.kind).collect()
     }
 
     #[test]
@@ -151,7 +160,7 @@ mod tests {
         assert_eq!(kinds(NOW, LEAST_FREE - 1, false), ["disk", "certificate"]);
         assert_eq!(kinds(NOW + year, LEAST_FREE, true), ["plain_http"]);
         let noted = attention(Some(Missing("it rains")), None, None, false, at(NOW));
-        let text = noted[0]["text"].as_str().unwrap();
+        let text = &noted[0].text;
         assert!(text.contains("since it rains"), "{text}");
     }
 }

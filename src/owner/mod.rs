@@ -26,8 +26,8 @@ use parking_lot::Mutex;
 
 use crate::auth::Key;
 use crate::auth::secret::Secret;
-use crate::exports::Exports;
 use crate::exports::store::Place;
+use crate::exports::{Exports, Limits};
 use crate::gate::tls::Identity;
 use crate::gate::{self, Gate, Serve};
 use crate::key_file;
@@ -59,8 +59,8 @@ pub struct Owner {
     pub identity: Option<Arc<Identity>>,
     /// Where the store is.
     pub place: Place,
-    /// The most bytes that the store may take.
-    pub max_store: u64,
+    /// How much is kept.
+    pub limits: Limits,
     /// Where apps reach the service.
     pub apps: SocketAddr,
     /// Where the owner's port listens.

@@ -4,11 +4,9 @@
 
 use std::time::SystemTime;
 
-use serde_json::{Value, json};
-
 use super::page::{self, Query, Range, View};
 use super::records::{self, Wrong};
-use super::report::{Rows, Status};
+use super::report::{Head, Rows, Status, Totals};
 use super::{Owner, api};
 use crate::answer::Response;
 use crate::exports::store::Error;
@@ -45,10 +43,7 @@ pub fn page(owner: &Owner, request: &Request, now: SystemTime) -> Response {
         .map_or("", |(_, query)| query);
     let query = Query::parse(query);
     // The same as programs are told; a part that could not be read is missing in it.
-    let status: Status = serde_json::from_value(api::status(owner, now)).unwrap_or_else(|error| {
-        log::error!(reason:% = error; "the status does not have the form that the page shows");
-        Status::default()
-    });
+    let status = api::status(owner, now);
     let evidence = owner.exports.evidence();
     let read = match evidence.and_then(|evidence| read(&evidence, &query, status.now)) {
         Ok(read) => read,
@@ -113,41 +108,38 @@ fn read(evidence: &Evidence, query: &Query, now: i64) -> Result<Read, Error> {
 }
 
 /// Adds to the status what comes from the ledger. Blocks for reading the store.
-pub fn add_ledger(owner: &Owner, status: &mut Value, now: i64) {
+pub fn add_ledger(owner: &Owner, status: &mut Status) {
     // The status is wanted most when something is wrong with the store.
     let Ok(evidence) = owner.exports.evidence() else {
         return;
     };
-    let today = now.div_euclid(DAY);
+    let today = status.now.div_euclid(DAY);
     if let Ok((day, usual)) = evidence.day_and_usual(today, DAYS) {
-        status["today"] = totals(day);
-        status["usual"] = totals(usual);
+        (status.today, status.usual) = (totals(day), totals(usual));
     }
     if let Ok(new) = evidence.new_destinations(today + 1 - DAYS, NEW) {
-        status["new_destinations"] = json!(new);
+        status.new_destinations = new;
     }
     let oldest = evidence.oldest().ok().flatten();
     // The sums are older than the rows, and may be many.
     let since = oldest.map_or(today, |at| at.div_euclid(DAY));
     if let Ok((rows, bytes)) = evidence.size(since) {
-        status["ledger"] = json!({ "rows": rows });
-        status["store"]["ledger_bytes"] = json!(bytes);
+        (status.ledger.rows, status.store.ledger_bytes) = (rows, bytes);
     }
-    if let Some(at) = oldest {
-        status["ledger"]["first_at"] = json!(at);
-    }
+    status.ledger.first_at = oldest;
     if let Ok(Some((seq, hash))) = evidence.head() {
-        status["ledger"]["head"] = json!({ "seq": seq, "hash": hex(&hash) });
+        let hash = hex(&hash);
+        status.ledger.head = Some(Head { seq, hash });
     }
 }
 
-fn totals(day: Day) -> Value {
-    json!({
-        "bytes_out": day.amount.bytes_out,
-        "exports": day.exports,
-        "delivered": day.amount.delivered,
-        "failed": day.amount.failed,
-        "destinations": day.destinations,
-        "refused": day.refused,
-    })
+fn totals(day: Day) -> Totals {
+    Totals {
+        bytes_out: day.amount.bytes_out,
+        exports: day.exports,
+        delivered: day.amount.delivered,
+        failed: day.amount.failed,
+        destinations: day.destinations,
+        refused: day.refused,
+    }
 }

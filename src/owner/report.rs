@@ -5,13 +5,15 @@
 //!
 //! Not here: where the values come from (`exports`), and how they are shown (`page`).
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
+pub use crate::exports::overview::{Queue, Reason};
+pub use crate::exports::queues::QueueState;
+pub use crate::exports::store::acts::Pause;
 use crate::exports::store::evidence::Shown;
 
 /// The state of the service, as `GET /api/status` tells it.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Status {
     /// The program's version.
     pub version: String,
@@ -49,10 +51,22 @@ pub struct Status {
     pub today: Totals,
     /// The mean of the last 30 days.
     pub usual: Totals,
+    /// The owner's port. None: there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub admin: Option<Admin>,
+}
+
+/// The owner's port.
+#[derive(Clone, Debug, Serialize)]
+pub struct Admin {
+    /// Where it listens.
+    pub address: String,
+    /// What the owner's browser opens.
+    pub url: String,
 }
 
 /// Whether exports are sent at all.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Activity {
     /// They are, unless a queue of theirs is paused.
@@ -63,11 +77,10 @@ pub enum Activity {
 }
 
 /// Something that needs the owner's attention.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Attention {
     /// A word for programs, like `failing`.
-    pub kind: String,
+    pub kind: &'static str,
     /// A sentence for people.
     pub text: String,
     /// What to do about it with one click.
@@ -76,8 +89,7 @@ pub struct Attention {
 }
 
 /// An act of the owner that would help.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Suggestion {
     /// The words on its button.
     pub label: String,
@@ -87,81 +99,8 @@ pub struct Suggestion {
     pub body: serde_json::Value,
 }
 
-/// The exports of one `who` to one destination that wait.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Queue {
-    /// Whose they are.
-    pub who: String,
-    /// The owner's own name for that.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub label: Option<String>,
-    /// Where they go.
-    pub destination: String,
-    /// How many there are.
-    pub waiting: u64,
-    /// What is being done about them.
-    pub state: QueueState,
-    /// Why the last attempt failed.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub reason: Option<Reason>,
-    /// Attempts that have failed since the last that did not.
-    pub failures: u64,
-    /// Seconds until the next attempt. None while it is paused or on its way.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub next_attempt_in: Option<f64>,
-    /// Seconds until the first of them is given up.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub give_up_in: Option<f64>,
-    /// The id of the one that has waited longest.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub oldest_id: Option<String>,
-    /// When that was accepted.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub oldest_at: Option<i64>,
-}
-
-/// What is being done about a queue.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum QueueState {
-    /// It is being delivered.
-    Sending,
-    /// It waits for its turn.
-    #[default]
-    Waiting,
-    /// The last attempt failed.
-    Failing,
-    /// The owner has paused it.
-    Paused,
-}
-
-/// Why an attempt failed.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Reason {
-    /// A word for programs, like `connect`.
-    pub kind: String,
-    /// A sentence for people.
-    pub message: String,
-}
-
-/// A pause in force.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Pause {
-    /// What is paused: `all`, `destination:NAME`, `host:HOST` or `who:WHO`.
-    pub subject: String,
-    /// Since when.
-    pub since: i64,
-    /// Until when. None: until the owner resumes it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub until: Option<i64>,
-}
-
 /// What the store takes, in bytes.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Store {
     /// The whole store.
     pub bytes: u64,
@@ -174,8 +113,7 @@ pub struct Store {
 }
 
 /// The secret with which apps' tokens are checked.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Secret {
     /// Whether there is one.
     pub ready: bool,
@@ -185,8 +123,7 @@ pub struct Secret {
 }
 
 /// The certificate of HTTPS.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Certificate {
     /// When it expires. None: there is no certificate, so that the service speaks plain HTTP.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -194,8 +131,7 @@ pub struct Certificate {
 }
 
 /// How far the ledger reaches.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Ledger {
     /// Its rows.
     pub rows: u64,
@@ -208,8 +144,7 @@ pub struct Ledger {
 }
 
 /// The last row of the ledger, by which it can be verified later.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Head {
     /// Its number.
     pub seq: i64,
@@ -218,8 +153,7 @@ pub struct Head {
 }
 
 /// What was done in a day.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Totals {
     /// Bytes of requests that left.
     pub bytes_out: u64,

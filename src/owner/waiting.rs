@@ -2,19 +2,20 @@
 //!
 //! Not here: where that comes from ([`crate::exports::overview`]).
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::Owner;
+use super::report::{Activity, Attention, Status, Suggestion};
 use crate::exports::overview::{Overview, Queue};
 use crate::exports::queues::QueueState;
 
 /// A queue needs attention when this many attempts have failed in a row: a single one means little.
-const FAILURES: u32 = 3;
+const FAILURES: u64 = 3;
 /// The most queues that are named under what needs attention.
 const MOST: usize = 5;
 
 /// Adds what waits to the status. Blocks for reading the store.
-pub fn add(owner: &Owner, status: &mut Value) {
+pub fn add(owner: &Owner, status: &mut Status) {
     let overview = match owner.exports.overview() {
         Ok(overview) => overview,
         Err(error) => {
@@ -22,43 +23,47 @@ pub fn add(owner: &Owner, status: &mut Value) {
             let text = format!(
                 "The store cannot be read: {error}. See the log, and what the kernel says of the disk."
             );
-            note(status, json!({ "kind": "store", "text": text }));
-            return;
+            return status.attention.push(Attention {
+                kind: "store",
+                text,
+                act: None,
+            });
         }
     };
-    let all = overview.pauses.iter().find(|pause| pause.subject == "all");
-    status["state"] = json!(if all.is_some() { "paused" } else { "sending" });
-    status["since"] = json!(all.map_or(owner.exports.started(), |pause| pause.since));
-    for item in attention(&overview) {
-        note(status, item);
+    if let Some(all) = overview.pauses.iter().find(|pause| pause.subject == "all") {
+        (status.state, status.since) = (Activity::Paused, all.since);
     }
-    if let (Value::Object(status), Ok(Value::Object(overview))) =
-        (status, serde_json::to_value(&overview))
-    {
-        status.extend(overview);
-    }
-}
-
-fn note(status: &mut Value, item: Value) {
-    if let Some(items) = status["attention"].as_array_mut() {
-        items.push(item);
-    }
+    status.attention.extend(attention(&overview));
+    let Overview {
+        queues,
+        queues_total,
+        waiting,
+        waiting_bytes,
+        pauses,
+    } = overview;
+    (status.queues, status.queues_total) = (queues, queues_total);
+    (status.waiting, status.waiting_bytes) = (waiting, waiting_bytes);
+    status.pauses = pauses;
 }
 
 /// What of the queues needs attention, the worst first.
-fn attention(overview: &Overview) -> Vec<Value> {
+fn attention(overview: &Overview) -> Vec<Attention> {
     let is_bad = |queue: &&Queue| queue.state == QueueState::Failing && queue.failures >= FAILURES;
     let bad: Vec<_> = overview.queues.iter().filter(is_bad).collect();
     let mut items: Vec<_> = bad.iter().take(MOST).map(|queue| failing(queue)).collect();
     if bad.len() > MOST {
         let more = bad.len() - MOST;
         let text = format!("{more} more destinations cannot be sent to: see what waits.");
-        items.push(json!({ "kind": "failing", "text": text }));
+        items.push(Attention {
+            kind: "failing",
+            text,
+            act: None,
+        });
     }
     items
 }
 
-fn failing(queue: &Queue) -> Value {
+fn failing(queue: &Queue) -> Attention {
     let Queue {
         who,
         destination,
@@ -72,11 +77,15 @@ fn failing(queue: &Queue) -> Value {
         1 => "1 export".to_owned(),
         count => format!("{count} exports"),
     };
-    json!({
-        "kind": "failing",
-        "text": format!("{exports} of {who} cannot be sent to {destination}: {reason}."),
-        "act": { "label": "Try now", "act": "retry", "body": { "destination": destination } },
-    })
+    Attention {
+        kind: "failing",
+        text: format!("{exports} of {who} cannot be sent to {destination}: {reason}."),
+        act: Some(Suggestion {
+            label: "Try now".into(),
+            act: "retry".into(),
+            body: json!({ "destination": destination }),
+        }),
+    }
 }
 
 #[cfg(test)]
@@ -84,7 +93,7 @@ mod tests {
     use super::*;
     use crate::exports::overview::Reason;
 
-    fn queue(failures: u32) -> Queue {
+    fn queue(failures: u64) -> Queue {
         Queue {
             who: "172.18.0.5".into(),
             label: Some("sleep app".into()),
@@ -105,19 +114,22 @@ mod tests {
 
     #[test]
     fn queues_that_keep_failing_need_attention_and_few_are_named() {
-        let overview = |count, failures| Overview {
+        let overview = |count: u64, failures| Overview {
             queues: (0..count).map(|_| queue(failures)).collect(),
             ..Overview::default()
         };
         assert!(attention(&overview(1, FAILURES - 1)).is_empty());
         let items = attention(&overview(1, FAILURES));
         assert_eq!(
-            items[0]["text"],
+            items[0].text,
             "12 exports of sleep app cannot be sent to a.example #3f9a: connection refused by a.example:443."
         );
-        assert_eq!(items[0]["act"]["body"]["destination"], "a.example #3f9a");
+        assert_eq!(
+            items[0].act.as_ref().unwrap().body["destination"],
+            "a.example #3f9a"
+        );
         let items = attention(&overview(40, FAILURES));
         assert_eq!(items.len(), MOST + 1);
-        assert!(items[MOST]["text"].as_str().unwrap().starts_with("35 more"));
+        assert!(items[MOST].text.starts_with("35 more"));
     }
 }

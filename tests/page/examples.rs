@@ -239,7 +239,7 @@ fn trouble(now: i64) -> Example {
     let status = &mut example.status;
     status.attention = vec![
         Attention {
-            kind: "failing".into(),
+            kind: "failing",
             text: "37 exports for hooks.example.com #3f9a have been waiting since yesterday: connection refused by \
                    hooks.example.com:443: nothing listens there."
                 .into(),
@@ -250,7 +250,7 @@ fn trouble(now: i64) -> Example {
             }),
         },
         Attention {
-            kind: "new_destination".into(),
+            kind: "new_destination",
             text: "photos.example.com #2d2d is new: 172.18.0.13 sent there for the first time.".into(),
             act: Some(Suggestion {
                 label: "I know it".into(),
@@ -259,12 +259,12 @@ fn trouble(now: i64) -> Example {
             }),
         },
         Attention {
-            kind: "disk".into(),
+            kind: "disk",
             text: "The disk has 41 MB left: make room, or the service refuses exports.".into(),
             act: None,
         },
         Attention {
-            kind: "plain_http".into(),
+            kind: "plain_http",
             text: "The owner's port is open to the network without TLS, so that others there can read the token: \
                    give a certificate with --tls-pem, or listen on 127.0.0.1."
                 .into(),
@@ -393,7 +393,7 @@ fn hostile(now: i64) -> Example {
     let status = &mut example.status;
     status.version = MARKUP.into();
     status.attention = vec![Attention {
-        kind: MARKUP.into(),
+        kind: MARKUP,
         text: MARKUP.repeat(30),
         act: Some(Suggestion {
             label: MARKUP.into(),

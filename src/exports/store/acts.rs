@@ -22,7 +22,7 @@ pub const STEP: usize = 100;
 const WINDOW: i64 = 2_000;
 
 /// Something that is paused.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Pause {
     /// What is paused: see `exports::acts::subject`.
     pub subject: String,
