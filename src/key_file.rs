@@ -1,4 +1,5 @@
-//! Keys of this box's own: random bytes in a file of the data folder, made at the first start.
+//! Keys of this box's own: random bytes in a file of the data folder, made at the first start. And how a file that
+//! only its user may read is replaced.
 //!
 //! Not here: what a key is for (`ledger`, `owner`), and the arbiter's secret (`arbiter`).
 
@@ -27,7 +28,7 @@ impl Key {
             return Ok(key);
         }
         let key = Self::random()?;
-        key.write(path).map_err(|error| {
+        replace_private(path, &path.with_extension("new"), &key.0).map_err(|error| {
             format!(
                 "cannot write {}: {error}; make it a file that this user can write",
                 path.display()
@@ -83,25 +84,30 @@ impl Key {
     pub fn bytes(&self) -> &[u8; BYTES] {
         &self.0
     }
+}
 
-    /// Writes it under another name first, so that the file is whole if it exists.
-    fn write(&self, path: &Path) -> io::Result<()> {
-        let unfinished = path.with_extension("new");
-        match fs::remove_file(&unfinished) {
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&unfinished)?;
-        file.write_all(&self.0)?;
-        file.sync_all()?;
-        fs::rename(&unfinished, path)?;
-        let folder = path.parent().unwrap_or(Path::new("."));
-        File::open(folder)?.sync_all()
+/// Puts a file that only its user can read in place of the one at `path`. It is written as `unfinished` first, so
+/// that a power cut leaves the old one or the new one. Blocks until it is on disk.
+///
+/// # Errors
+/// It cannot be written. The file at `path` is as it was.
+pub fn replace_private(path: &Path, unfinished: &Path, bytes: &[u8]) -> io::Result<()> {
+    // Somebody else may have created a file that is left over, with other permissions.
+    match fs::remove_file(unfinished) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+        _ => {}
     }
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(unfinished)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(unfinished, path)?;
+    // A rename is durable once its folder is synced.
+    let folder = path.parent().unwrap_or(Path::new("."));
+    File::open(folder)?.sync_all()
 }
 
 impl From<[u8; BYTES]> for Key {

@@ -7,14 +7,15 @@
 //!
 //! Not here: when the secret is asked for (`super`).
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::PathBuf;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
+
+use crate::key_file::replace_private;
 
 /// The file's name in the data folder.
 pub const FILE: &str = "secret";
@@ -120,32 +121,15 @@ impl SecretFile {
         let unfinished = self.folder.join(UNFINISHED);
         // Strings always serialise.
         let text = serde_json::to_string(&content).expect("strings serialise") + "\n";
-        write_private(&unfinished, text.as_bytes())?;
-        fs::rename(&unfinished, self.folder.join(FILE))?;
-        // A rename is durable once its folder is synced.
-        File::open(&self.folder)?.sync_all()
+        replace_private(&self.folder.join(FILE), &unfinished, text.as_bytes())
     }
-}
-
-fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    // Somebody else may have created a file that is left over, with other permissions.
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+    use std::path::Path;
 
     fn file(folder: &Path, fingerprint: &str) -> SecretFile {
         SecretFile::new(folder.to_owned(), fingerprint.to_owned())

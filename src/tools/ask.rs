@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::owner::SOCKET;
+use crate::unseen::is_unseen;
 
 /// How long an answer may take: an act waits for a commit, which on a bad SD card takes seconds.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -90,19 +91,10 @@ pub fn escaped(text: &str) -> String {
 }
 
 fn write_visibly(to: &mut impl fmt::Write, character: char) -> fmt::Result {
-    match is_invisible(character) {
+    match is_unseen(character) {
         true => write!(to, "{}", character.escape_unicode()),
         false => to.write_char(character),
     }
-}
-
-fn is_invisible(character: char) -> bool {
-    character.is_control()
-        || matches!(
-            character,
-            '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
-                | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}'
-        )
 }
 
 #[cfg(test)]

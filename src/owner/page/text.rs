@@ -7,6 +7,8 @@ use std::fmt::{self, Display, Formatter, Write};
 
 use time::OffsetDateTime;
 
+use crate::unseen::is_unseen;
+
 /// The characters of a text that are shown.
 const LONGEST: usize = 200;
 /// The characters of a sentence of the service that are shown: it may contain a few such texts.
@@ -67,17 +69,6 @@ fn visible(f: &mut Formatter<'_>, text: &str, longest: usize) -> fmt::Result {
         }
     }
     Ok(())
-}
-
-/// Whether a character shows nothing, or changes where others are shown.
-fn is_unseen(character: char) -> bool {
-    character.is_control()
-        || matches!(character,
-            '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}'
-            | '\u{180b}'..='\u{180f}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
-            | '\u{2060}'..='\u{206f}' | '\u{2800}' | '\u{3164}' | '\u{fe00}'..='\u{fe0f}' | '\u{feff}'
-            | '\u{ffa0}' | '\u{fff0}'..='\u{fffb}' | '\u{1d173}'..='\u{1d17a}'
-            | '\u{e000}'..='\u{f8ff}' | '\u{e0000}'..='\u{10ffff}')
 }
 
 /// A value as JSON within an attribute, in ASCII. It is whole, since programs read it.
