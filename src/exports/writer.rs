@@ -16,6 +16,7 @@ use super::acts::Request;
 use super::acts::bulk::Bulk;
 use super::clock::wall_clock;
 use super::queues::Progress;
+use super::store::evidence::hex;
 use super::store::{self, Change, Effect, ExportUpdate, NewExport, Report, Store};
 use super::{Accept, Damage, Exports, Limits, UNWRITTEN_REPORTS};
 use crate::export::{Error, ExtResponse, Millis, QueueId, State, View, to_json};
@@ -41,6 +42,8 @@ const SAVE_RUNNING: Duration = Duration::from_secs(50);
 const EXPIRE_LEDGER: Duration = Duration::from_secs(60 * 60);
 /// How long what the ledger only counts may stay unwritten while nothing else is written.
 const COMPLETE_LEDGER: Duration = Duration::from_secs(60);
+/// A day in milliseconds.
+const DAY: Millis = 24 * 60 * 60 * 1000;
 /// The longest the writer sleeps.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 
@@ -69,6 +72,8 @@ pub struct Writer {
     reports: Vec<Report>,
     /// Whether the last commit found the disk full.
     disk_full: bool,
+    /// The UTC day on which the ledger's head was logged last.
+    head_logged: i64,
     size: Size,
     /// An act of the owner that is to be begun.
     act: Option<Request>,
@@ -103,6 +108,7 @@ impl Writer {
             accepts: Vec::new(),
             reports: Vec::new(),
             disk_full: false,
+            head_logged: 0,
             act: None,
             bulk: None,
         }
@@ -156,6 +162,7 @@ impl Writer {
             if housekeeping.complete_ledger_at <= Instant::now() {
                 housekeeping.complete_ledger_at = Instant::now() + COMPLETE_LEDGER;
                 self.complete_ledger();
+                self.log_head();
             }
         }
     }
@@ -242,6 +249,16 @@ impl Writer {
         match written {
             Ok(()) => self.wrote(),
             Err(error) => log::warn!(reason:% = error; "cannot write to the ledger"),
+        }
+    }
+
+    /// Logs the head of the ledger once a day, so that it is also where whoever changes the file cannot reach it.
+    fn log_head(&mut self) {
+        let day = wall_clock().div_euclid(DAY);
+        let (seq, hash) = self.store.ledger_head();
+        if day != self.head_logged && seq > 0 {
+            self.head_logged = day;
+            log::info!(head:% = format_args!("{seq}:{}", hex(&hash)); "ledger");
         }
     }
 
@@ -592,7 +609,8 @@ impl Housekeeping {
             save_running_at: now + SAVE_RUNNING,
             // Later than the others: a clock that was wrong at the start has been set by then.
             expire_ledger_at: now + EXPIRE_LEDGER,
-            complete_ledger_at: now + COMPLETE_LEDGER,
+            // Now, for the head that is logged each day.
+            complete_ledger_at: now,
             end_pauses_at: now,
         }
     }
