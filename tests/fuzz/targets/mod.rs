@@ -9,6 +9,7 @@
 //! | apps | paths, queries, headers, bodies, idempotency keys | `request` |
 //! | apps | tokens and their caveats | `token` |
 //! | apps | destinations | `url` |
+//! | whoever reaches the owner's port | credentials, `Host`, `Origin`, queries, acts | `owner` |
 //! | destinations | heads, chunks, statuses | `response` |
 //! | destinations | the same through a socket and ureq; `Retry-After` | `transport` |
 //! | arbiter | ZMTP and CURVE, `ZMQ_PUBLIC_KEY` | `curve` |
@@ -24,6 +25,7 @@
 pub mod curve;
 pub mod files;
 pub mod framing;
+pub mod owner;
 pub mod request;
 pub mod response;
 pub mod settings;
@@ -37,10 +39,11 @@ pub mod zest;
 pub type Target = fn(&[u8]);
 
 /// All targets by name. Each has a folder in `corpus`.
-pub const ALL: [(&str, Target); 11] = [
+pub const ALL: [(&str, Target); 12] = [
     ("curve", curve::run),
     ("files", files::run),
     ("framing", framing::run),
+    ("owner", owner::run),
     ("request", request::run),
     ("response", response::run),
     ("settings", settings::run),
