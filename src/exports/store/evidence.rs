@@ -343,6 +343,7 @@ impl Evidence {
         ))?;
         let mut rows = statement.query([])?;
         let (mut first, mut last, mut before) = (None, 0, ORIGIN);
+        let mut buffer = Vec::new();
         let (mut count, mut emptied, mut accounted, mut expired_to) = (0, 0, 0, None);
         while let Some(row) = rows.next()? {
             let seq: i64 = row.get(0)?;
@@ -383,7 +384,7 @@ impl Evidence {
                     emptied += 1;
                     stub
                 }
-                None => body_hash(&body.fields()),
+                None => body_hash(&body.fields(), &mut buffer),
             };
             let next = link(&before, seq, &body_hash);
             if stored.is_some_and(|stored| stored != next) {

@@ -193,7 +193,9 @@ impl Sum {
 pub(super) struct Appending {
     head: (i64, Hash),
     first: i64,
-    sums: HashMap<(i64, String, String), Sum>,
+    /// By day, sender and destination, which are looked up far more often than added.
+    sums: HashMap<i64, HashMap<String, HashMap<String, Sum>>>,
+    buffer: Vec<u8>,
     cursor: Option<(String, i64)>,
     appended: usize,
 }
@@ -204,6 +206,7 @@ impl Appending {
             head: ledger.head,
             first: ledger.first,
             sums: HashMap::new(),
+            buffer: Vec::new(),
             cursor: None,
             appended: 0,
         }
@@ -238,7 +241,7 @@ impl Appending {
     fn append(&mut self, transaction: &Transaction<'_>, entry: &Entry) -> Result<&mut Sum, Error> {
         let fields = entry.fields();
         let seq = self.head.0 + 1;
-        let hash = link(&self.head.1, seq, &body_hash(&fields));
+        let hash = link(&self.head.1, seq, &body_hash(&fields, &mut self.buffer));
         let mut statement = transaction.prepare_cached(
             "INSERT INTO ledger (at, event, export, who, destination, address, bytes_out, bytes_in, digest,
                  outcome, ms, attempt, note, seq, hash)
@@ -264,8 +267,26 @@ impl Appending {
     }
 
     fn sum_of(&mut self, at: i64, who: &str, destination: &str) -> &mut Sum {
-        let key = (at.div_euclid(DAY), who.to_owned(), destination.to_owned());
-        self.sums.entry(key).or_default()
+        let day = self.sums.entry(at.div_euclid(DAY)).or_default();
+        if !day.contains_key(who) {
+            day.insert(who.to_owned(), HashMap::new());
+        }
+        // It is there by now.
+        let senders = day.get_mut(who).expect("a sender's sums");
+        if !senders.contains_key(destination) {
+            senders.insert(destination.to_owned(), Sum::default());
+        }
+        senders.get_mut(destination).expect("a destination's sum")
+    }
+
+    /// All sums with their day, sender and destination.
+    fn all_sums(&self) -> impl Iterator<Item = (i64, &str, &str, &Sum)> {
+        self.sums.iter().flat_map(|(day, senders)| {
+            senders.iter().flat_map(move |(who, destinations)| {
+                let sums = destinations.iter();
+                sums.map(move |(destination, sum)| (*day, who.as_str(), destination.as_str(), sum))
+            })
+        })
     }
 
     /// Writes what was folded in minutes that are over, or all of it.
@@ -307,7 +328,7 @@ impl Appending {
         ledger: &Ledger,
         at: i64,
     ) -> Result<(), Error> {
-        let added: i64 = self.sums.values().map(|sum| sum.row_bytes).sum();
+        let added: i64 = self.all_sums().map(|(.., sum)| sum.row_bytes).sum();
         if ledger.size().saturating_add_signed(added) <= ledger.limits.size {
             return Ok(());
         }
@@ -365,7 +386,7 @@ impl Appending {
                      ms = NULL, attempt = NULL, note = NULL, hash = NULL, body_hash = ?
                  WHERE seq = ?",
             )?
-            .execute(params![body_hash(&fields), row.seq])?;
+            .execute(params![body_hash(&fields, &mut self.buffer), row.seq])?;
         let size = to_i64(row_size(&fields));
         let [Field::Integer(at), ..] = fields else {
             return Ok(());
@@ -387,7 +408,7 @@ impl Appending {
         if self.appended > 0 {
             self.prune(transaction, ledger, at)?;
         }
-        for ((day, who, destination), sum) in &self.sums {
+        for (day, who, destination, sum) in self.all_sums() {
             transaction
                 .prepare_cached(
                     "INSERT INTO day_sums VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
@@ -420,11 +441,15 @@ impl Ledger {
     pub(super) fn committed(&mut self, done: Appending) {
         self.head = done.head;
         self.first = done.first;
-        for ((_, who, _), sum) in done.sums {
+        for (_, who, _, sum) in done.all_sums() {
             self.bytes += sum.row_bytes;
             self.bodies += sum.rows;
-            let rows = self.rows.entry(who).or_default();
-            *rows += sum.rows;
+            match self.rows.get_mut(who) {
+                Some(rows) => *rows += sum.rows,
+                None => {
+                    self.rows.insert(who.to_owned(), sum.rows);
+                }
+            }
         }
         self.rows.retain(|_, rows| *rows > 0);
         if let Some((who, at)) = done.cursor {
