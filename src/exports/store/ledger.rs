@@ -409,28 +409,35 @@ impl Appending {
             self.prune(transaction, ledger, at)?;
         }
         for (day, who, destination, sum) in self.all_sums() {
-            transaction
+            let values = params![
+                day,
+                who,
+                destination,
+                sum.exports,
+                sum.attempts,
+                sum.delivered,
+                sum.failed,
+                sum.bytes_out,
+                sum.bytes_in,
+                sum.rows,
+                sum.row_bytes
+            ];
+            // Nearly always the row is there, and this is cheaper than an insertion that becomes an update.
+            let updated = transaction
                 .prepare_cached(
-                    "INSERT INTO day_sums VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-                     ON CONFLICT DO UPDATE SET exports = exports + excluded.exports,
-                         attempts = attempts + excluded.attempts, delivered = delivered + excluded.delivered,
-                         failed = failed + excluded.failed, bytes_out = bytes_out + excluded.bytes_out,
-                         bytes_in = bytes_in + excluded.bytes_in, rows = rows + excluded.rows,
-                         row_bytes = row_bytes + excluded.row_bytes",
+                    "UPDATE day_sums SET exports = exports + ?4, attempts = attempts + ?5,
+                         delivered = delivered + ?6, failed = failed + ?7, bytes_out = bytes_out + ?8,
+                         bytes_in = bytes_in + ?9, rows = rows + ?10, row_bytes = row_bytes + ?11
+                     WHERE day = ?1 AND who = ?2 AND destination = ?3",
                 )?
-                .execute(params![
-                    day,
-                    who,
-                    destination,
-                    sum.exports,
-                    sum.attempts,
-                    sum.delivered,
-                    sum.failed,
-                    sum.bytes_out,
-                    sum.bytes_in,
-                    sum.rows,
-                    sum.row_bytes
-                ])?;
+                .execute(values)?;
+            if updated == 0 {
+                transaction
+                    .prepare_cached(
+                        "INSERT INTO day_sums VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    )?
+                    .execute(values)?;
+            }
         }
         Ok(())
     }
