@@ -293,13 +293,34 @@ impl Refusals {
         self.0.lock().is_empty()
     }
 
-    /// Takes all of them as rows with this time.
-    pub fn take(&self, at: i64) -> Vec<Entry> {
-        let counts = std::mem::take(&mut *self.0.lock());
-        let rows = counts.into_iter().map(|((client, code), count)| Entry {
+    /// Takes all of them.
+    pub fn take(&self) -> Refused {
+        Refused(std::mem::take(&mut *self.0.lock()))
+    }
+
+    /// Gives back what was taken and could not be written.
+    pub fn give_back(&self, refused: Refused) {
+        let mut counts = self.0.lock();
+        for (key, count) in refused.0 {
+            *counts.entry(key).or_default() += count;
+        }
+    }
+}
+
+/// What was taken of [`Refusals`].
+pub struct Refused(HashMap<(Option<IpAddr>, &'static str), u64>);
+
+impl Refused {
+    /// These as rows with this time.
+    pub fn rows(&self, at: i64) -> Vec<Entry> {
+        let rows = self.0.iter().map(|((client, code), count)| Entry {
             who: client.map_or_else(|| "others".into(), |client| client.to_string()),
-            outcome: code.into(),
-            count,
+            outcome: (*code).into(),
+            count: *count,
+            note: match count {
+                1 => "1 request".into(),
+                count => format!("{count} requests"),
+            },
             ..Entry::new(Event::Refused, at)
         });
         rows.collect()
@@ -424,13 +445,16 @@ mod tests {
                 "too_slow",
             );
         }
-        let rows = refusals.take(7);
+        let taken = refusals.take();
+        let rows = taken.rows(7);
         assert_eq!(rows.len(), MOST_REFUSALS + 1);
         assert_eq!(rows.iter().map(|row| row.count).sum::<u64>(), 2000);
         let local = rows.iter().find(|row| row.who == "127.0.0.1").unwrap();
         assert_eq!((local.count, local.outcome.as_str()), (1000, "too_slow"));
         assert!(rows.iter().any(|row| row.who == "others"));
         assert!(refusals.is_empty());
+        refusals.give_back(taken);
+        assert_eq!(refusals.take().rows(7).len(), rows.len());
     }
 
     #[test]

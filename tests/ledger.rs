@@ -162,6 +162,22 @@ fn rows_survive_a_kill_and_the_chain_goes_on() {
 }
 
 #[test]
+fn an_attempt_that_a_stop_cuts_off_is_on_record_as_what_may_have_left() {
+    let (destination, held) = Destination::held();
+    let mut service = Service::start(&[]);
+    let id = service.submit(&destination.url, &payload(1));
+    let arrival = destination.arrival();
+    service.signal("TERM");
+    assert!(service.ended().success());
+    held.open();
+    let found = rows(&service, &["--id", &id]);
+    assert_eq!(found.len(), 1);
+    assert_eq!(found[0]["outcome"], "cut off");
+    assert_eq!(found[0]["bytes_out"], arrival.body.len());
+    assert_eq!(ledger(&service, &["--verify"]).0, Some(0));
+}
+
+#[test]
 fn a_changed_a_removed_and_a_swapped_row_and_an_old_copy_are_found() {
     let destination = Destination::start(|_| ok());
     let mut service = Service::start(&[]);

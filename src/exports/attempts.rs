@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::Exports;
+use super::acts::running::name_of;
 use super::clock::wall_clock;
 use super::queues::{Failed, Next, Oldest, Queues, Turn};
 use super::store::{self, ExportUpdate, QueueUpdate, Queued, Reader, Report};
@@ -298,6 +299,11 @@ impl Exports {
     /// The digest of a payload by this box's own key.
     pub fn digest(&self, payload: &[u8]) -> Digest {
         self.ledger_key.digest(payload)
+    }
+
+    /// How the ledger names a destination: see `acts::running`.
+    pub(super) fn destination_name(&self, url: &str) -> String {
+        name_of(&self.ledger_key, url)
     }
 
     fn entry(&self, event: Event, export: &Export) -> Entry {

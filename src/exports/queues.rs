@@ -607,6 +607,14 @@ impl Queues {
         })
     }
 
+    /// The exports that are being sent.
+    pub fn on_wire(&self) -> Vec<Uuid> {
+        self.queues
+            .values()
+            .filter_map(|queue| queue.on_wire)
+            .collect()
+    }
+
     /// A queue's cursor, and the export that is being sent.
     pub fn cursor(&self, id: QueueId) -> (i64, Option<Uuid>) {
         let queue = self.queues.get(&id);

@@ -20,6 +20,7 @@ use super::store::evidence::hex;
 use super::store::{self, Change, Effect, ExportUpdate, NewExport, Report, Store};
 use super::{Accept, Damage, Exports, Limits, UNWRITTEN_REPORTS};
 use crate::export::{Error, ExtResponse, Millis, QueueId, State, View, to_json};
+use crate::ledger::{Entry, Event, Sent};
 use crate::logging::millis;
 use crate::reply::Reply;
 
@@ -137,6 +138,7 @@ impl Writer {
                     self.save_running();
                 }
                 self.complete_ledger();
+                self.record_cut_off();
                 if let Err(error) = self.store.truncate_wal() {
                     log::warn!(reason:% = error; "cannot empty the store's log");
                 }
@@ -242,13 +244,54 @@ impl Writer {
             return;
         }
         let now = self.exports.now();
-        let entries = refusals.take(wall_clock());
+        let refused = refusals.take();
         let commits = self.exports.hold_checkpoints();
-        let written = self.store.record(&entries, now);
+        let written = self.store.record(&refused.rows(wall_clock()), now);
         drop(commits);
         match written {
             Ok(()) => self.wrote(),
-            Err(error) => log::warn!(reason:% = error; "cannot write to the ledger"),
+            Err(error) => {
+                self.exports.metrics.refusals.give_back(refused);
+                log::warn!(reason:% = error; "cannot write to the ledger");
+            }
+        }
+    }
+
+    /// Writes a row for each attempt that the stop has cut off: its payload may have left.
+    fn record_cut_off(&mut self) {
+        let ids = self.exports.queues.lock().on_wire();
+        let mut entries = Vec::new();
+        for id in ids {
+            let Ok(Some(found)) = self.store.find(id, true) else {
+                continue;
+            };
+            entries.push(Entry {
+                export: Some(id),
+                who: found.who,
+                destination: self.exports.destination_name(&found.url),
+                outcome: "cut off".into(),
+                attempt: Some(Sent {
+                    address: String::new(),
+                    bytes_out: found.payload.map_or(0, |payload| payload.len() as u64),
+                    bytes_in: 0,
+                    digest: None,
+                    ms: 0,
+                    // It does not count for the export, which is tried again.
+                    attempt: 0,
+                }),
+                note: "the service was stopped meanwhile".into(),
+                ..Entry::new(Event::Attempt, wall_clock())
+            });
+        }
+        if entries.is_empty() {
+            return;
+        }
+        let now = self.exports.now();
+        let commits = self.exports.hold_checkpoints();
+        let written = self.store.record(&entries, now);
+        drop(commits);
+        if let Err(error) = written {
+            log::warn!(reason:% = error; "cannot write to the ledger");
         }
     }
 

@@ -237,8 +237,11 @@ impl Writer {
             return Ok(());
         }
         let entries: Vec<_> = match bulk.kind {
-            // A row of its own says how much was forgotten.
-            Kind::Forget => Vec::new(),
+            // One that names nobody. Should this be the last step before a kill, it is on record.
+            Kind::Forget => vec![Entry {
+                note: format!("{} cancelled", exports(waiting.len() as u64)),
+                ..Entry::new(Event::Forget, wall_clock())
+            }],
             Kind::Cancel | Kind::CancelOne(_) => {
                 let entry = |export: &Waiting| Entry {
                     export: Some(export.id),

@@ -259,11 +259,33 @@ impl Writer {
             waiting += queues.unfinished_in(queue.id) as u64;
         }
         drop(queues);
+        let unknown = match self.is_known(&subject)? {
+            true => "",
+            false => {
+                "; nothing that was sent so far matches it, so see that it is written as status or the \
+                 ledger shows it"
+            }
+        };
         Ok(acted(format!(
-            "{} is paused {end}, with {} that wait",
+            "{} is paused {end}, with {} that wait{unknown}",
             described(&subject),
             exports(waiting)
         )))
+    }
+
+    /// Whether anything that is known matches a subject.
+    fn is_known(&self, subject: &Subject) -> Result<bool, ActError> {
+        if !self.matching(subject)?.is_empty() {
+            return Ok(true);
+        }
+        Ok(match subject {
+            Subject::All => true,
+            Subject::Who(who) => self.store.has_sender(who)?,
+            Subject::Destination(_) | Subject::Host(_) => {
+                let names = self.store.destination_names()?;
+                names.iter().any(|name| subject.matches("", name))
+            }
+        })
     }
 
     pub(super) fn matching(&self, subject: &Subject) -> Result<Vec<Named>, ActError> {

@@ -42,6 +42,14 @@ impl Subject {
         }
         if let Some(subject) = Self::from_stored(text) {
             return match subject {
+                Self::Host(host) if has_path(&host) => Err(
+                    "a host has no path and no slash behind it: say host:a.example, or give the whole URL".into(),
+                ),
+                Self::Destination(name) if !has_tag(&name) => Err(
+                    "a destination's name ends with # and four hexadecimal digits, as the ledger shows it: give \
+                     that, or the whole URL"
+                        .into(),
+                ),
                 Self::Host(host) if host.contains('#') => {
                     Err("a host has no tag: say destination:NAME #tag".into())
                 }
@@ -50,8 +58,7 @@ impl Subject {
         }
         // A destination's name has a tag, like no URL of a destination.
         if let Some((origin, tag)) = text.rsplit_once('#') {
-            let is_tag = tag.len() == 4 && tag.bytes().all(|byte| byte.is_ascii_hexdigit());
-            if !is_tag {
+            if !has_tag(text) {
                 return Err("a destination's name ends with # and four hexadecimal digits".into());
             }
             let (origin, tag) = (origin.trim_end(), tag.to_ascii_lowercase());
@@ -113,6 +120,18 @@ impl fmt::Display for Subject {
             Self::Who(who) => write!(f, "who:{who}"),
         }
     }
+}
+
+fn has_path(host: &str) -> bool {
+    let authority = host
+        .split_once("://")
+        .map_or(host, |(_, authority)| authority);
+    authority.contains(['/', '?'])
+}
+
+fn has_tag(name: &str) -> bool {
+    let tag = name.rsplit_once('#').map_or("", |(_, tag)| tag);
+    tag.len() == 4 && tag.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 /// Whether the destination of this name is at a host: `a.example`, `a.example:8443` and `https://a.example:8443` all
@@ -188,6 +207,10 @@ mod tests {
             "a.example #12",
             "ftp://a.example/s3cret",
             "host:a.example #1234",
+            "host:a.example/in",
+            "host:https://a.example/",
+            "destination:foo",
+            "destination:https://a.example/in",
         ] {
             let why = Subject::parse(text, &key()).unwrap_err();
             assert!(!why.contains("s3cret"), "{why}");

@@ -125,7 +125,7 @@ impl Store {
     /// The store cannot be read.
     pub fn has_sender(&self, who: &str) -> Result<bool, Error> {
         let sql = "SELECT EXISTS (SELECT 1 FROM labels WHERE who = ?1)
-            OR EXISTS (SELECT 1 FROM day_sums WHERE who = ?1)";
+            OR EXISTS (SELECT 1 FROM day_sums WHERE who = ?1 AND attempts + delivered + failed > 0)";
         Ok(value(&self.connection, sql, [who])?.unwrap_or(false))
     }
 
@@ -134,7 +134,9 @@ impl Store {
     /// # Errors
     /// The store cannot be read.
     pub fn destination_names(&self) -> Result<Vec<String>, Error> {
-        let sql = "SELECT name FROM destinations UNION SELECT destination FROM day_sums";
+        let sql = "SELECT name FROM destinations UNION
+            SELECT destination FROM day_sums
+            WHERE attempts + delivered + failed > 0 AND destination <> 'forgotten'";
         let mut statement = self.connection.prepare_cached(sql)?;
         let names = statement.query_map([], |row| row.get(0))?;
         Ok(names.collect::<Result<_, _>>()?)

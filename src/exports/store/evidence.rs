@@ -702,6 +702,99 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_any_kind_are_pruned_and_refused_requests_count_as_of_one_sender() {
+        let mut store = store(256 * 1024, i64::MAX);
+        let cancel = |at| Entry {
+            who: "cancelled".into(),
+            destination: "c.example #0001".into(),
+            outcome: "cancelled".into(),
+            ..Entry::new(Event::Cancel, at)
+        };
+        let refused = |number: i64| Entry {
+            who: format!("2001:db8::{number:x}"),
+            outcome: "unauthorized".into(),
+            count: 1,
+            ..Entry::new(Event::Refused, number)
+        };
+        store
+            .record(&[attempt("quiet", "q.example #0001", 1)], 1)
+            .unwrap();
+        for number in 0..60 {
+            let cancels: Vec<_> = (0..50).map(|_| cancel(number)).collect();
+            store.record(&cancels, number).unwrap();
+            let refusals: Vec<_> = (0..50).map(|at| refused(50 * number + at)).collect();
+            store.record(&refusals, number).unwrap();
+        }
+        assert!(store.ledger_size() <= 500 * 1024, "{}", store.ledger_size());
+        assert!(matches!(
+            verified(&store, None),
+            Verdict::Whole {
+                emptied: 1000..,
+                ..
+            }
+        ));
+        assert_eq!(
+            seqs(
+                &store,
+                &Filter {
+                    who: Some("quiet".into()),
+                    ..Filter::default()
+                }
+            ),
+            [1]
+        );
+        let days = "SELECT count(*) FROM day_sums";
+        let evidence = evidence_of(&store);
+        let rows: Option<i64> = value(&evidence.connection, days, []).unwrap();
+        assert!(rows.unwrap() <= 4, "{rows:?}");
+    }
+
+    #[test]
+    fn what_was_folded_in_a_commit_that_failed_is_not_counted() {
+        let mut store = store(256 * 1024, i64::MAX);
+        while store.ledger_size() < 240 * 1024 {
+            let entries: Vec<_> = (0..100)
+                .map(|_| attempt("me", "a.example #0001", 1))
+                .collect();
+            store.record(&entries, 1).unwrap();
+        }
+        let many: Vec<_> = (0..20)
+            .map(|_| attempt("me", "a.example #0001", 60_000))
+            .collect();
+        store.record(&[], 1).unwrap();
+        store.tamper("PRAGMA query_only = 1");
+        assert!(store.record(&many, 60_000).is_err());
+        store.tamper("PRAGMA query_only = 0");
+        let before = evidence_of(&store).sums(By::Who, 0, 1).unwrap()[0].attempts;
+        store.record(&many, 60_000).unwrap();
+        store.record(&[], 120_000).unwrap();
+        let after = evidence_of(&store).sums(By::Who, 0, 1).unwrap()[0].attempts;
+        assert_eq!(after - before, 20);
+        let told = rows(
+            &store,
+            &Filter {
+                since: Some(60_000),
+                ..Filter::default()
+            },
+        );
+        let folded: i64 = told
+            .iter()
+            .filter_map(|row| {
+                row.note
+                    .as_deref()?
+                    .strip_suffix(" more like this")?
+                    .parse::<i64>()
+                    .ok()
+            })
+            .sum();
+        let single = told
+            .iter()
+            .filter(|row| row.event == "attempt" && row.note.is_none())
+            .count();
+        assert_eq!(folded + i64::try_from(single).unwrap(), 20);
+    }
+
+    #[test]
     fn old_rows_go_whole_and_the_chain_begins_with_the_last_of_them() {
         let mut store = store(u64::MAX, 90 * DAY);
         for day in 0..100 {

@@ -154,7 +154,7 @@ impl Evidence {
     pub fn new_destinations(&self, since: i64, limit: usize) -> Result<Vec<String>, Error> {
         let mut statement = self.connection.prepare_cached(
             "SELECT DISTINCT destination FROM day_sums
-             WHERE day >= ? AND attempts + delivered + failed > 0
+             WHERE day >= ? AND attempts + delivered + failed > 0 AND destination <> 'forgotten'
                  AND destination NOT IN (SELECT name FROM destinations WHERE seen_at IS NOT NULL)
              ORDER BY 1 LIMIT ?",
         )?;

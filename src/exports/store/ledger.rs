@@ -29,6 +29,10 @@ const ROWS_A_MINUTE: u32 = 4;
 const MINUTE: i64 = 60_000;
 const DAY: i64 = 24 * 60 * MINUTE;
 
+/// The sender under which refused requests are summed up, whoever sent them: they may come from any number of
+/// addresses, which together must not push out what others did.
+const REFUSED: &str = "refused requests";
+
 /// The columns of a row's body, in the order in which they are hashed.
 pub(super) const BODY: &str =
     "at, event, export, who, destination, address, bytes_out, bytes_in, digest,
@@ -196,6 +200,9 @@ pub(super) struct Appending {
     /// By day, sender and destination, which are looked up far more often than added.
     sums: HashMap<i64, HashMap<String, HashMap<String, Sum>>>,
     buffer: Vec<u8>,
+    /// What was folded, and whether what was folded before was written.
+    folded: Vec<(FoldKey, Fold)>,
+    unfolded: bool,
     cursor: Option<(String, i64)>,
     appended: usize,
 }
@@ -207,6 +214,8 @@ impl Appending {
             first: ledger.first,
             sums: HashMap::new(),
             buffer: Vec::new(),
+            folded: Vec::new(),
+            unfolded: false,
             cursor: None,
             appended: 0,
         }
@@ -227,10 +236,14 @@ impl Appending {
                 entry.destination.clone(),
                 entry.outcome.clone(),
             );
-            let fold = ledger.folds.entry(key).or_default();
-            fold.rows += 1;
-            fold.bytes_out += sent.map_or(0, |sent| sent.bytes_out);
-            fold.bytes_in += sent.map_or(0, |sent| sent.bytes_in);
+            self.folded.push((
+                key,
+                Fold {
+                    rows: 1,
+                    bytes_out: sent.map_or(0, |sent| sent.bytes_out),
+                    bytes_in: sent.map_or(0, |sent| sent.bytes_in),
+                },
+            ));
             return Ok(());
         }
         self.append(transaction, entry)?.count(entry);
@@ -263,7 +276,11 @@ impl Appending {
     }
 
     fn sum(&mut self, entry: &Entry) -> &mut Sum {
-        self.sum_of(entry.at, &entry.who, &entry.destination)
+        let who = match entry.event {
+            Event::Refused => REFUSED,
+            _ => &entry.who,
+        };
+        self.sum_of(entry.at, who, &entry.destination)
     }
 
     fn sum_of(&mut self, at: i64, who: &str, destination: &str) -> &mut Sum {
@@ -293,18 +310,22 @@ impl Appending {
     fn unfold(
         &mut self,
         transaction: &Transaction<'_>,
-        ledger: &mut Ledger,
+        ledger: &Ledger,
         at: i64,
         all: bool,
     ) -> Result<(), Error> {
-        if ledger.folds.is_empty() || !all && at.div_euclid(MINUTE) == ledger.minute {
+        if self.unfolded
+            || ledger.folds.is_empty()
+            || !all && at.div_euclid(MINUTE) == ledger.minute
+        {
             return Ok(());
         }
-        for ((who, destination, outcome), fold) in ledger.folds.drain() {
+        self.unfolded = true;
+        for ((who, destination, outcome), fold) in &ledger.folds {
             let entry = Entry {
-                who,
-                destination,
-                outcome,
+                who: who.clone(),
+                destination: destination.clone(),
+                outcome: outcome.clone(),
                 attempt: Some(Sent {
                     address: String::new(),
                     bytes_out: fold.bytes_out,
@@ -328,6 +349,10 @@ impl Appending {
         ledger: &Ledger,
         at: i64,
     ) -> Result<(), Error> {
+        // Rows without a body take most of it: they go once they are old, and what others did stays.
+        if to_u64(ledger.bytes) < ledger.limits.size / 2 {
+            return Ok(());
+        }
         let added: i64 = self.all_sums().map(|(.., sum)| sum.row_bytes).sum();
         if ledger.size().saturating_add_signed(added) <= ledger.limits.size {
             return Ok(());
@@ -346,10 +371,10 @@ impl Appending {
             .prepare_cached(
                 "SELECT seq, at, event, export, who, destination, address, bytes_out, bytes_in, digest,
                      outcome, ms, attempt, note
-                 FROM ledger WHERE seq > ? AND seq <= ? AND who = ?
-                     AND event IN ('attempt', 'given up', 'refused') LIMIT ?",
+                 FROM ledger WHERE seq > ?1 AND seq <= ?2 AND iif(event = 'refused', ?4, who) = ?3
+                     AND event NOT IN ('pruned', 'forget', 'expired') LIMIT ?5",
             )?
-            .query_map(params![after, until, who, STEP], |row| Ok(Body::of(row, 1)))?
+            .query_map(params![after, until, who, REFUSED, STEP], |row| Ok(Body::of(row, 1)))?
             .collect::<Result<Vec<_>, _>>()?;
         let rows = rows.into_iter().collect::<Result<Vec<_>, _>>()?;
         let next = match rows.last() {
@@ -391,7 +416,11 @@ impl Appending {
         let [Field::Integer(at), ..] = fields else {
             return Ok(());
         };
-        let sum = self.sum_of(at, row.text(WHO), row.text(DESTINATION));
+        let who = match row.text(EVENT) == Event::Refused.name() {
+            true => REFUSED,
+            false => row.text(WHO),
+        };
+        let sum = self.sum_of(at, who, row.text(DESTINATION));
         sum.rows -= 1;
         sum.row_bytes -= size;
         Ok(())
@@ -459,6 +488,15 @@ impl Ledger {
             }
         }
         self.rows.retain(|_, rows| *rows > 0);
+        if done.unfolded {
+            self.folds.clear();
+        }
+        for (key, one) in done.folded {
+            let fold = self.folds.entry(key).or_default();
+            fold.rows += one.rows;
+            fold.bytes_out += one.bytes_out;
+            fold.bytes_in += one.bytes_in;
+        }
         if let Some((who, at)) = done.cursor {
             self.cursors.insert(who, at);
         }
@@ -472,6 +510,7 @@ pub(super) struct Body {
 }
 
 /// Positions in a body.
+const EVENT: usize = 1;
 pub(super) const WHO: usize = 3;
 pub(super) const DESTINATION: usize = 4;
 
