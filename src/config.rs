@@ -427,7 +427,8 @@ pub struct LedgerArgs {
     #[arg(long)]
     pub csv: bool,
     /// Print sums instead: by day, week, who or destination
-    #[arg(long, value_name = "BY", num_args = 0..=1, require_equals = true, default_missing_value = "day", value_parser = ["day", "week", "who", "destination"])]
+    #[arg(long, value_name = "BY", num_args = 0..=1, require_equals = true, default_missing_value = "day", value_parser = ["day", "week", "who", "destination"],
+        conflicts_with_all = ["who", "destination", "failed", "refused", "id", "limit", "csv"])]
     pub summary: Option<String>,
     /// Go on with rows as they are written
     #[arg(long, conflicts_with_all = ["summary", "verify"])]

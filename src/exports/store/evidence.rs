@@ -222,8 +222,8 @@ impl Evidence {
         }
         if let Some(destination) = &filter.destination {
             add(
-                "(destination = ? OR substr(destination, 1, length(?) + 2) = ? || ' #'
-                 OR substr(destination, 1, length(?) + 9) = 'http://' || ? || ' #')",
+                "(destination = ? OR 1 IN (instr(destination, ? || ' #'), instr(destination, ? || ':'),
+                     instr(destination, 'http://' || ? || ' #'), instr(destination, 'http://' || ? || ':')))",
                 destination.clone().into(),
             );
         }
@@ -594,7 +594,7 @@ mod tests {
                     destination: Some("b.example".into()),
                     ..filter()
                 },
-                vec![],
+                vec![2],
             ),
             (
                 Filter {
