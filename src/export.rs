@@ -15,7 +15,10 @@ use crate::memory::Reservation;
 /// Milliseconds of running time, unless a comment says Unix time.
 pub type Millis = i64;
 
-/// A queue's number in the store. A queue has the exports of one owner to one destination.
+/// A day.
+pub const DAY: Millis = 24 * 60 * 60 * 1000;
+
+/// A queue's number in the store. A queue has the exports of one sender to one destination.
 pub type QueueId = i64;
 
 /// An export that is not finished. Its payload is in the store.

@@ -1,6 +1,6 @@
 //! Whose turn it is, when an export that failed is tried again, and when it is given up; pure.
 //!
-//! There is one queue for each owner and destination. Memory holds its count of exports, its backoff and a
+//! There is one queue for each sender and destination. Memory holds its count of exports, its backoff and a
 //! cursor; the exports themselves are in the store alone. The worker decides by the same values that a
 //! poll is shown, as there is no other copy.
 //!
@@ -913,7 +913,7 @@ mod tests {
 
     /// [`LONGEST_WAIT`].
     const LONGEST: Millis = 15 * 60 * 1000;
-    const DAY: Millis = 24 * 60 * 60 * 1000;
+    use crate::export::DAY;
     const QUICK: Duration = Duration::from_millis(1);
     const DOWN: Retry = Retry {
         to_end: false,

@@ -19,7 +19,7 @@ use super::queues::Progress;
 use super::store::evidence::hex;
 use super::store::{self, Change, Effect, ExportUpdate, NewExport, Report, Store};
 use super::{Accept, Damage, Exports, Limits, UNWRITTEN_REPORTS};
-use crate::export::{Error, ExtResponse, Millis, QueueId, State, View, to_json};
+use crate::export::{DAY, Error, ExtResponse, Millis, QueueId, State, View, to_json};
 use crate::ledger::{Entry, Event, Sent};
 use crate::logging::millis;
 use crate::reply::Reply;
@@ -43,8 +43,6 @@ const SAVE_RUNNING: Duration = Duration::from_secs(50);
 const EXPIRE_LEDGER: Duration = Duration::from_secs(60 * 60);
 /// How long what the ledger only counts may stay unwritten while nothing else is written.
 const COMPLETE_LEDGER: Duration = Duration::from_secs(60);
-/// A day in milliseconds.
-const DAY: Millis = 24 * 60 * 60 * 1000;
 /// The longest the writer sleeps.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 
@@ -137,8 +135,7 @@ impl Writer {
                 if self.exports.unfinished() > 0 {
                     self.save_running();
                 }
-                self.complete_ledger();
-                self.record_cut_off();
+                self.complete_ledger(self.cut_off());
                 if let Err(error) = self.store.truncate_wal() {
                     log::warn!(reason:% = error; "cannot empty the store's log");
                 }
@@ -163,7 +160,7 @@ impl Writer {
             }
             if housekeeping.complete_ledger_at <= Instant::now() {
                 housekeeping.complete_ledger_at = Instant::now() + COMPLETE_LEDGER;
-                self.complete_ledger();
+                self.complete_ledger(Vec::new());
                 self.log_head();
             }
         }
@@ -237,16 +234,17 @@ impl Writer {
         RETRY
     }
 
-    /// Writes what the ledger only counts so far, and is not in a commit by now.
-    fn complete_ledger(&mut self) {
+    /// Writes what the ledger only counts so far, and is not in a commit by now, and `more` rows.
+    fn complete_ledger(&mut self, more: Vec<Entry>) {
         let refusals = &self.exports.metrics.refusals;
-        if refusals.is_empty() && !self.store.has_unwritten_counts() {
+        if more.is_empty() && refusals.is_empty() && !self.store.has_unwritten_counts() {
             return;
         }
         let now = self.exports.now();
         let refused = refusals.take();
+        let entries = [refused.rows(wall_clock()), more].concat();
         let commits = self.exports.hold_checkpoints();
-        let written = self.store.record(&refused.rows(wall_clock()), now);
+        let written = self.store.record(&entries, now);
         drop(commits);
         match written {
             Ok(()) => self.wrote(),
@@ -257,15 +255,12 @@ impl Writer {
         }
     }
 
-    /// Writes a row for each attempt that the stop has cut off: its payload may have left.
-    fn record_cut_off(&mut self) {
+    /// A row for each attempt that the stop has cut off: its payload may have left.
+    fn cut_off(&self) -> Vec<Entry> {
         let ids = self.exports.queues.lock().on_wire();
-        let mut entries = Vec::new();
-        for id in ids {
-            let Ok(Some(found)) = self.store.find(id, true) else {
-                continue;
-            };
-            entries.push(Entry {
+        let entry = |id| {
+            let found = self.store.find(id, true).ok()??;
+            Some(Entry {
                 export: Some(id),
                 who: found.who,
                 destination: self.exports.destination_name(&found.url),
@@ -281,18 +276,9 @@ impl Writer {
                 }),
                 note: "the service was stopped meanwhile".into(),
                 ..Entry::new(Event::Attempt, wall_clock())
-            });
-        }
-        if entries.is_empty() {
-            return;
-        }
-        let now = self.exports.now();
-        let commits = self.exports.hold_checkpoints();
-        let written = self.store.record(&entries, now);
-        drop(commits);
-        if let Err(error) = written {
-            log::warn!(reason:% = error; "cannot write to the ledger");
-        }
+            })
+        };
+        ids.into_iter().filter_map(entry).collect()
     }
 
     /// Logs the head of the ledger once a day, so that it is also where whoever changes the file cannot reach it.
@@ -313,11 +299,13 @@ impl Writer {
 
     /// Tells the metrics how much is in the store. Measures that now and then.
     fn show_sizes(&mut self) {
-        // What keeps it from being measured is told at the next commit.
-        let size = self.size(&[]);
+        if self.size.bytes == u64::MAX || self.size.measured.elapsed() > MEASURE {
+            // What keeps it from being measured is told at the next commit.
+            let _ = self.size(&[]);
+        }
         let metrics = &self.exports.metrics;
-        if let Ok(bytes) = size {
-            metrics.store_bytes.set(bytes);
+        if self.size.bytes < u64::MAX {
+            metrics.store_bytes.set(self.size.bytes);
         }
         metrics.ledger_bytes.set(self.store.ledger_size());
         let (rows, _) = self.store.ledger_head();

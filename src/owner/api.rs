@@ -3,11 +3,13 @@
 //! Not here: who may ask ([`super::access`]).
 
 use std::fs;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
+use super::filter::millis;
 use super::report::{self, Attention, Status};
 use super::{Owner, reading, waiting};
 use crate::auth::secret::Missing;
+use crate::exports::store::evidence::Evidence;
 use crate::exports::store::{FILE, Place};
 use crate::metrics::Gauges;
 use crate::version;
@@ -17,8 +19,9 @@ const RENEW: Duration = Duration::from_secs(14 * 24 * 60 * 60);
 /// A disk with less room than this needs attention, in bytes.
 const LEAST_FREE: u64 = 64 * 1024 * 1024;
 
-/// The state of the service, and what in it needs the owner's attention. Blocks for reading the store.
-pub fn status(owner: &Owner, now: SystemTime) -> Status {
+/// The state of the service, and what in it needs the owner's attention, without the ledger's part if that cannot be
+/// read: the status is wanted most when something is wrong with the store. Blocks for reading the store.
+pub fn status(owner: &Owner, evidence: Option<&Evidence>, now: SystemTime) -> Status {
     let secret = owner.secret.key().err();
     let expires = owner
         .identity
@@ -27,7 +30,7 @@ pub fn status(owner: &Owner, now: SystemTime) -> Status {
     let disk_free = disk_free(&owner.place);
     let mut status = Status {
         version: version::NUMBER.into(),
-        now: time(now),
+        now: millis(now),
         since: owner.exports.started(),
         attention: attention(secret, expires, disk_free, owner.is_exposed(), now),
         store: report::Store {
@@ -42,7 +45,7 @@ pub fn status(owner: &Owner, now: SystemTime) -> Status {
             reason: secret.map(|Missing(reason)| reason.to_string()),
         },
         certificate: report::Certificate {
-            expires_at: expires.map(time),
+            expires_at: expires.map(millis),
         },
         admin: owner.port.map(|port| report::Admin {
             address: port.to_string(),
@@ -51,7 +54,9 @@ pub fn status(owner: &Owner, now: SystemTime) -> Status {
         ..Status::default()
     };
     waiting::add(owner, &mut status);
-    reading::add_ledger(owner, &mut status);
+    if let Some(evidence) = evidence {
+        reading::add_ledger(evidence, &mut status);
+    }
     status
 }
 
@@ -112,16 +117,10 @@ pub fn metrics(owner: &Owner) -> String {
         .and_then(|identity| identity.expires());
     owner.exports.metrics.render(&Gauges {
         disk_free: disk_free(&owner.place),
-        certificate_expiry: expires.map(|expires| time(expires) / 1000),
+        certificate_expiry: expires.map(|expires| millis(expires) / 1000),
         secret_ready: owner.secret.key().is_ok(),
         ..owner.exports.gauges()
     })
-}
-
-/// Unix milliseconds.
-fn time(at: SystemTime) -> i64 {
-    let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
 /// What the database and its write-ahead log take on disk. None for a store in memory.
@@ -140,6 +139,7 @@ fn disk_free(place: &Place) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::UNIX_EPOCH;
 
     const NOW: u64 = 1_800_000_000;
 

@@ -34,8 +34,8 @@ pub fn filter(asked: &Asked<'_>, now: i64) -> Result<Filter, String> {
         "" => Ok(None),
         text => moment(text, now).map(Some).ok_or_else(|| {
             format!(
-                "{name} {}: give a day like 2026-01-31, a time like 2026-01-31T08:00:00Z, or how long ago, like \
-                 24h or 7d",
+                "{name} {}: give a day like 2026-01-31, a time like 2026-01-31T08:00:00Z, or how long \
+                 ago, like 24h or 7d",
                 text.escape_debug()
             )
         }),

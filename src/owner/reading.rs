@@ -9,12 +9,12 @@ use super::records::{self, Wrong};
 use super::report::{Head, Rows, Status, Totals};
 use super::{Owner, api};
 use crate::answer::Response;
+use crate::export::DAY;
 use crate::exports::store::Error;
 use crate::exports::store::evidence::{Evidence, hex};
 use crate::exports::store::flows::{Day, Flow, Part, Refusals};
 use crate::gate::framing::Request;
 
-const DAY: i64 = 86_400_000;
 /// The days whose mean is a usual day, and which the table of flows sums up.
 const DAYS: i64 = 30;
 /// Flows, reasons of refusals and rows on one page.
@@ -42,9 +42,9 @@ pub fn page(owner: &Owner, request: &Request, now: SystemTime) -> Response {
         .split_once('?')
         .map_or("", |(_, query)| query);
     let query = Query::parse(query);
-    // The same as programs are told; a part that could not be read is missing in it.
-    let status = api::status(owner, now);
     let evidence = owner.exports.evidence();
+    // The same as programs are told; a part that could not be read is missing in it.
+    let status = api::status(owner, evidence.as_ref().ok(), now);
     let read = match evidence.and_then(|evidence| read(&evidence, &query, status.now)) {
         Ok(read) => read,
         Err(reason) => Read {
@@ -108,11 +108,7 @@ fn read(evidence: &Evidence, query: &Query, now: i64) -> Result<Read, Error> {
 }
 
 /// Adds to the status what comes from the ledger. Blocks for reading the store.
-pub fn add_ledger(owner: &Owner, status: &mut Status) {
-    // The status is wanted most when something is wrong with the store.
-    let Ok(evidence) = owner.exports.evidence() else {
-        return;
-    };
+pub fn add_ledger(evidence: &Evidence, status: &mut Status) {
     let today = status.now.div_euclid(DAY);
     if let Ok((day, usual)) = evidence.day_and_usual(today, DAYS) {
         (status.today, status.usual) = (totals(day), totals(usual));

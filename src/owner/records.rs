@@ -9,13 +9,13 @@ use serde::Serialize;
 use super::filter::{Asked, filter};
 use super::page::Query;
 use super::report::Rows;
+use crate::export::DAY;
 use crate::exports::store::Error;
 use crate::exports::store::evidence::{By, Evidence, Shown, Total};
 
 /// Rows that one answer has if it does not say, and at most.
 const ROWS: u64 = 50;
 const MOST_ROWS: u64 = 1000;
-const DAY: i64 = 24 * 60 * 60 * 1000;
 
 /// What was answered: a body, and its type.
 pub type Answer = (String, &'static str);

@@ -98,7 +98,10 @@ fn answer(
         }),
         "/api/ledger" => reads().map(|()| records(owner, request, now, records::ledger)),
         "/api/sums" => reads().map(|()| records(owner, request, now, records::sums)),
-        "/api/status" => reads().map(|()| json_of(200, &api::status(owner, now))),
+        "/api/status" => reads().map(|()| {
+            let evidence = owner.exports.evidence().ok();
+            json_of(200, &api::status(owner, evidence.as_ref(), now))
+        }),
         path => match path.strip_prefix("/api/") {
             Some(name) if Act::NAMES.contains(&name) => match method {
                 "POST" => Ok(act(owner, name, request.body())),

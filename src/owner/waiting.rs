@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::Owner;
 use super::report::{Activity, Attention, Status, Suggestion};
+use crate::exports::acts::running::exports;
 use crate::exports::overview::{Overview, Queue};
 use crate::exports::queues::QueueState;
 
@@ -73,10 +74,7 @@ fn failing(queue: &Queue) -> Attention {
     let who = queue.label.as_ref().unwrap_or(who);
     let reason = queue.reason.as_ref();
     let reason = reason.map_or("of an unknown reason", |reason| reason.message.as_str());
-    let exports = match waiting {
-        1 => "1 export".to_owned(),
-        count => format!("{count} exports"),
-    };
+    let exports = exports(*waiting);
     Attention {
         kind: "failing",
         text: format!("{exports} of {who} cannot be sent to {destination}: {reason}."),

@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use super::ask::Shown;
 use crate::config::LedgerArgs;
+use crate::export::DAY;
 use crate::exports::store::evidence::{self, By, Evidence, Filter, Total, Verdict, hex};
 use crate::ledger::Hash;
 use crate::owner::filter::{Asked, filter, millis};
@@ -20,7 +21,6 @@ const ROWS: u64 = 50;
 const LOOK: Duration = Duration::from_secs(1);
 /// After this many rows, `--verify` says how far it is.
 const PROGRESS: i64 = 20_000;
-const DAY: i64 = 24 * 60 * 60 * 1000;
 
 /// Why it did not print what was asked for.
 pub enum Failure {

@@ -4,7 +4,7 @@
 //! Not here: who may act, and how that reaches this process (`owner`).
 
 pub(super) mod bulk;
-pub(super) mod running;
+pub(crate) mod running;
 pub mod subject;
 
 use std::fmt;

@@ -102,7 +102,7 @@ fn entry(event: Event, subject: &Subject, note: String) -> Entry {
 }
 
 /// `1 export`, `1000 exports`.
-pub(super) fn exports(count: u64) -> String {
+pub(crate) fn exports(count: u64) -> String {
     match count {
         1 => "1 export".into(),
         count => format!("{count} exports"),

@@ -10,6 +10,7 @@ use rusqlite::{CachedStatement, Connection, params, params_from_iter};
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
+use super::ledger::with_body;
 use super::reading::value;
 use super::{Error, schema};
 use crate::export::{ExtResponse, FailureReport, Millis, QueueId, to_json};
@@ -286,8 +287,7 @@ impl Copying<'_> {
         while let Some(seq) = self.next(&LEDGER, at)? {
             let copied = self.copy_row(
                 "ledger",
-                "seq, at, event, export, who, destination, address, bytes_out,
-                bytes_in, digest, outcome, ms, attempt, note, body_hash, hash",
+                with_body!("seq, ", ", body_hash, hash"),
                 "WHERE seq = ?",
                 [seq],
             );

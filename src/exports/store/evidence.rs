@@ -11,7 +11,7 @@ use rusqlite::{Connection, OpenFlags, Row, params_from_iter};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::ledger::{BODY, Body};
+use super::ledger::{Body, with_body};
 use super::reading::value;
 use super::{Error, FILE, schema};
 use crate::ledger::{Hash, ORIGIN, body_hash, link};
@@ -186,10 +186,6 @@ impl Evidence {
         }
     }
 
-    pub(super) fn over(connection: Connection) -> Self {
-        Self { connection }
-    }
-
     /// Calls `each` for at most `limit` rows, the newest first, or the oldest first if `ascending`. Stops when
     /// `each` returns false.
     ///
@@ -338,8 +334,9 @@ impl Evidence {
     ) -> Result<Verdict, Error> {
         // The head of an empty ledger says nothing.
         let remembered = remembered.filter(|(seq, _)| *seq > 0);
-        let mut statement = self.connection.prepare(&format!(
-            "SELECT seq, body_hash, hash, {BODY} FROM ledger ORDER BY seq"
+        let mut statement = self.connection.prepare(with_body!(
+            "SELECT seq, body_hash, hash, ",
+            " FROM ledger ORDER BY seq"
         ))?;
         let mut rows = statement.query([])?;
         let (mut first, mut last, mut before) = (None, 0, ORIGIN);
@@ -496,7 +493,7 @@ mod tests {
     use crate::ledger::{Entry, Event, Sent};
     use proptest::prelude::*;
 
-    const DAY: i64 = 24 * 60 * 60 * 1000;
+    use crate::export::DAY;
 
     fn attempt(who: &str, destination: &str, at: i64) -> Entry {
         Entry {

@@ -8,8 +8,7 @@ use std::collections::HashMap;
 use super::Error;
 use super::evidence::Evidence;
 use super::reading::value;
-
-const DAY: i64 = 86_400_000;
+use crate::export::DAY;
 
 /// The newest rows that are searched for the time of the last attempt: these take a few milliseconds. Of flows
 /// that are not among them only the day is told.

@@ -15,6 +15,7 @@ use rusqlite::{Connection, Row, ToSql, Transaction, params};
 
 use super::reading::value;
 use super::{Error, Store};
+use crate::export::DAY;
 use crate::ledger::{
     Entry, Event, FIELDS, Field, Hash, ORIGIN, STUB, Sent, body_hash, link, row_size,
 };
@@ -27,16 +28,22 @@ const WINDOW: i64 = 8192;
 /// into one for each destination and outcome, or a sender that never stops would push all others out.
 const ROWS_A_MINUTE: u32 = 4;
 const MINUTE: i64 = 60_000;
-const DAY: i64 = 24 * 60 * MINUTE;
 
 /// The sender under which refused requests are summed up, whoever sent them: they may come from any number of
 /// addresses, which together must not push out what others did.
 const REFUSED: &str = "refused requests";
 
-/// The columns of a row's body, in the order in which they are hashed.
-pub(super) const BODY: &str =
-    "at, event, export, who, destination, address, bytes_out, bytes_in, digest,
-    outcome, ms, attempt, note";
+/// The columns of a row's body, in the order in which they are hashed, between two literals.
+macro_rules! with_body {
+    ($before:literal, $after:literal) => {
+        concat!(
+            $before,
+            "at, event, export, who, destination, address, bytes_out, bytes_in, digest, outcome, ms, attempt, note",
+            $after
+        )
+    };
+}
+pub(super) use with_body;
 
 /// How much of the ledger is kept.
 #[derive(Clone, Copy, Debug)]
@@ -255,11 +262,10 @@ impl Appending {
         let fields = entry.fields();
         let seq = self.head.0 + 1;
         let hash = link(&self.head.1, seq, &body_hash(&fields, &mut self.buffer));
-        let mut statement = transaction.prepare_cached(
-            "INSERT INTO ledger (at, event, export, who, destination, address, bytes_out, bytes_in, digest,
-                 outcome, ms, attempt, note, seq, hash)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        )?;
+        let mut statement = transaction.prepare_cached(with_body!(
+            "INSERT INTO ledger (",
+            ", seq, hash) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        ))?;
         for (at, field) in fields.iter().enumerate() {
             statement.raw_bind_parameter(at + 1, field)?;
         }
@@ -368,13 +374,15 @@ impl Appending {
             .max(ledger.first - 1);
         let until = after.saturating_add(WINDOW);
         let rows = transaction
-            .prepare_cached(
-                "SELECT seq, at, event, export, who, destination, address, bytes_out, bytes_in, digest,
-                     outcome, ms, attempt, note
+            .prepare_cached(with_body!(
+                "SELECT seq, ",
+                "
                  FROM ledger WHERE seq > ?1 AND seq <= ?2 AND iif(event = 'refused', ?4, who) = ?3
-                     AND event NOT IN ('pruned', 'forget', 'expired') LIMIT ?5",
-            )?
-            .query_map(params![after, until, who, REFUSED, STEP], |row| Ok(Body::of(row, 1)))?
+                     AND event NOT IN ('pruned', 'forget', 'expired') LIMIT ?5"
+            ))?
+            .query_map(params![after, until, who, REFUSED, STEP], |row| {
+                Ok(Body::of(row, 1))
+            })?
             .collect::<Result<Vec<_>, _>>()?;
         let rows = rows.into_iter().collect::<Result<Vec<_>, _>>()?;
         let next = match rows.last() {
@@ -623,18 +631,23 @@ impl Store {
         };
         self.change_ledger(|appending, transaction, ledger| {
             let rows = transaction
-                .prepare_cached(
-                    "SELECT seq, at, event, export, who, destination, address, bytes_out, bytes_in, digest,
-                         outcome, ms, attempt, note, hash
-                     FROM ledger WHERE seq <= ? AND at IS NOT NULL",
-                )?
-                .query_map([last], |row| Ok((Body::of(row, 1), row.get::<_, Vec<u8>>(14)?)))?
+                .prepare_cached(with_body!(
+                    "SELECT seq, ",
+                    ", hash
+                     FROM ledger WHERE seq <= ? AND at IS NOT NULL"
+                ))?
+                .query_map([last], |row| {
+                    Ok((Body::of(row, 1), row.get::<_, Vec<u8>>(14)?))
+                })?
                 .collect::<Result<Vec<_>, _>>()?;
             for (row, hash) in rows {
                 let row = row?;
                 appending.blank(transaction, &row)?;
                 if row.seq == last {
-                    transaction.execute("UPDATE ledger SET hash = ? WHERE seq = ?", params![hash, last])?;
+                    transaction.execute(
+                        "UPDATE ledger SET hash = ? WHERE seq = ?",
+                        params![hash, last],
+                    )?;
                 }
             }
             transaction.execute("DELETE FROM ledger WHERE seq < ?", [last])?;
@@ -668,11 +681,11 @@ impl Store {
         let head = self.ledger.head.0;
         self.change_ledger(|appending, transaction, ledger| {
             let rows = transaction
-                .prepare_cached(
-                    "SELECT seq, at, event, export, who, destination, address, bytes_out, bytes_in, digest,
-                         outcome, ms, attempt, note
-                     FROM ledger WHERE seq > ? AND seq <= ? AND at IS NOT NULL",
-                )?
+                .prepare_cached(with_body!(
+                    "SELECT seq, ",
+                    "
+                     FROM ledger WHERE seq > ? AND seq <= ? AND at IS NOT NULL"
+                ))?
                 .query_map([after, until], |row| Ok(Body::of(row, 1)))?
                 .collect::<Result<Vec<_>, _>>()?;
             let mut removed = 0;

@@ -522,7 +522,7 @@ mod tests {
 
     #[test]
     fn what_was_stored_by_a_wrong_clock_is_corrected_with_it() {
-        const DAY: i64 = 86_400_000;
+        use crate::export::DAY;
         let mut store = Store::open(&Place::Memory).unwrap();
         let times = |store: &Store| {
             let mut statement = store

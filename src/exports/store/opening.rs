@@ -320,7 +320,7 @@ impl Evidence {
     pub fn of(path: &Path) -> Result<Self, Error> {
         let connection = connect(path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
         connection.pragma_update(None, "cache_size", -512)?;
-        Ok(Self::over(connection))
+        Ok(Self { connection })
     }
 }
 

@@ -8,10 +8,9 @@ use super::sections::{count, resume, who};
 use super::text::{Attribute, Bytes, Component, Day, Json, Number, Shown, Span, put};
 use super::waiting::state;
 use super::{Button, View, key, menu};
+use crate::export::DAY;
 use crate::exports::store::flows::Flow;
 use crate::owner::report::{Activity, Pause, Queue};
-
-const DAY: i64 = 86_400_000;
 
 /// Who sends where.
 pub fn section(out: &mut String, view: &View<'_>) {
@@ -143,13 +142,6 @@ fn flow_actions(out: &mut String, view: &View<'_>, flow: &Flow, is_new: bool) {
         out,
         format_args!("{} to {}", Attribute(name), Attribute(destination)),
     );
-    let button = |words, act, body| Button {
-        words,
-        about: "",
-        act,
-        body,
-        ask: None,
-    };
     if let Some(pause) = pause_of(view, flow) {
         put!(out, "{}", resume(&pause.subject, "Resume", ""));
     } else {
@@ -157,19 +149,19 @@ fn flow_actions(out: &mut String, view: &View<'_>, flow: &Flow, is_new: bool) {
         put!(
             out,
             "{}{}",
-            button(
+            Button::plain(
                 "Pause this destination for 1 hour",
                 "pause",
                 json!({"subject": subject, "for": "1h"})
             ),
-            button(
+            Button::plain(
                 "Pause this destination until I resume",
                 "pause",
                 json!({"subject": subject})
             ),
         );
         let subject = format!("who:{who}");
-        let pause = button(
+        let pause = Button::plain(
             "Pause this app until I resume",
             "pause",
             json!({"subject": subject}),
@@ -187,7 +179,7 @@ fn flow_actions(out: &mut String, view: &View<'_>, flow: &Flow, is_new: bool) {
     );
     let forget = |words, body, what: &str| Button {
         ask: Some((format!("Forget {what}?"), "Forget it")),
-        ..button(words, "forget", body)
+        ..Button::plain(words, "forget", body)
     };
     put!(
         out,

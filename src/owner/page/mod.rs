@@ -133,6 +133,19 @@ struct Button<'a> {
     ask: Option<(String, &'a str)>,
 }
 
+impl<'a> Button<'a> {
+    /// One whose words say all, and that asks nothing.
+    fn plain(words: &'a str, act: &'a str, body: serde_json::Value) -> Self {
+        Self {
+            words,
+            about: "",
+            act,
+            body,
+            ask: None,
+        }
+    }
+}
+
 impl std::fmt::Display for Button<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(

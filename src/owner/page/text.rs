@@ -53,19 +53,27 @@ impl Display for Sentence<'_> {
     }
 }
 
+/// What stands in HTML for a character that would mean something there.
+fn entity(character: char) -> Option<&'static str> {
+    Some(match character {
+        '&' => "&amp;",
+        '<' => "&lt;",
+        '>' => "&gt;",
+        '"' => "&quot;",
+        '\'' => "&#39;",
+        _ => return None,
+    })
+}
+
 fn visible(f: &mut Formatter<'_>, text: &str, longest: usize) -> fmt::Result {
     for (at, character) in text.chars().enumerate() {
         if at == longest {
             return write!(f, "… ({} characters)", Number(text.chars().count() as u64));
         }
-        match character {
-            '&' => f.write_str("&amp;")?,
-            '<' => f.write_str("&lt;")?,
-            '>' => f.write_str("&gt;")?,
-            '"' => f.write_str("&quot;")?,
-            '\'' => f.write_str("&#39;")?,
-            _ if is_unseen(character) => write!(f, "\\u{{{:x}}}", character as u32)?,
-            _ => f.write_char(character)?,
+        match entity(character) {
+            Some(entity) => f.write_str(entity)?,
+            None if is_unseen(character) => write!(f, "\\u{{{:x}}}", character as u32)?,
+            None => f.write_char(character)?,
         }
     }
     Ok(())
@@ -77,14 +85,10 @@ pub struct Json<'a>(pub &'a serde_json::Value);
 impl Display for Json<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         for character in self.0.to_string().chars() {
-            match character {
-                '&' => f.write_str("&amp;")?,
-                '<' => f.write_str("&lt;")?,
-                '>' => f.write_str("&gt;")?,
-                '"' => f.write_str("&quot;")?,
-                '\'' => f.write_str("&#39;")?,
-                ' '..='~' => f.write_char(character)?,
-                _ => {
+            match entity(character) {
+                Some(entity) => f.write_str(entity)?,
+                None if matches!(character, ' '..='~') => f.write_char(character)?,
+                None => {
                     for unit in character.encode_utf16(&mut [0; 2]) {
                         write!(f, "\\u{unit:04x}")?;
                     }

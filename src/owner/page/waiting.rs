@@ -107,17 +107,10 @@ fn waiting_actions(out: &mut String, queue: &Queue) {
     } = queue;
     let name = queue.label.as_deref().unwrap_or(who);
     put!(out, "<td class=\"acts\">");
-    let button = |words, act, body| Button {
-        words,
-        about: "",
-        act,
-        body,
-        ask: None,
-    };
     if queue.state != QueueState::Paused && queue.state != QueueState::Sending {
         let retry = Button {
             about: destination,
-            ..button("Try now", "retry", json!({"destination": destination}))
+            ..Button::plain("Try now", "retry", json!({"destination": destination}))
         };
         put!(out, "{retry} ");
     }
@@ -134,17 +127,17 @@ fn waiting_actions(out: &mut String, queue: &Queue) {
         put!(
             out,
             "{}{}",
-            button("Show the oldest", "show", json!({"id": id})),
+            Button::plain("Show the oldest", "show", json!({"id": id})),
             Button {
                 ask: Some((question, "Cancel the oldest")),
-                ..button("Cancel the oldest…", "cancel", json!({"id": id}))
+                ..Button::plain("Cancel the oldest…", "cancel", json!({"id": id}))
             }
         );
     }
     let question = format!("Cancel everything that waits for {destination}, from whichever app?");
     let all = Button {
         ask: Some((question, "Cancel all")),
-        ..button(
+        ..Button::plain(
             "Cancel all to this destination…",
             "cancel",
             json!({"destination": destination}),
