@@ -162,7 +162,8 @@ impl fmt::Display for Refusal {
             ),
             Self::Export(export::Error::TooMany(pending)) => write!(
                 f,
-                "{pending} exports of this token's identifier to this destination are not finished yet: \
+                "{pending} exports of this token's identifier, or of this address if that is empty, to this \
+                 destination are not finished yet: \
                  wait for some, or raise --max-pending"
             ),
             Self::Export(export::Error::StoreFull) => f.write_str(

@@ -602,7 +602,8 @@ pub struct ServeArgs {
     /// Largest request body in bytes
     #[arg(long, env = "EXPORT_MAX_BODY", default_value_t = 1024 * 1024, value_parser = Trimmed(str::parse::<usize>))]
     max_body: usize,
-    /// Most unfinished exports in one queue: those of one token identifier to one destination
+    /// Most unfinished exports in one queue: those of one token identifier, or one client address if that is
+    /// empty, to one destination
     #[arg(long, env = "EXPORT_MAX_PENDING", default_value_t = 10_000, value_parser = Trimmed(str::parse::<usize>))]
     max_pending: usize,
     /// Most bytes that all exports and results together may take on disk

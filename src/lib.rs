@@ -16,8 +16,9 @@
 //! The nouns, which [`export`] and [`destination`] define: an *export* is one payload on its way to one
 //! *destination*. Its *owner* is the identifier of the *macaroon* that it came with. A *caveat* limits what a
 //! macaroon permits. A *long poll* is *parked* while it waits. An *attempt* is one POST; its *outcome* is an
-//! answer or a failure. Exports of one owner to one destination wait in one *queue*, which has a *backoff*
-//! after failures. An export is *finished* once its *result* is stored.
+//! answer or a failure. Exports of one sender (the owner, or the client's address if that is empty) to one
+//! destination wait in one *queue*, which has a *backoff* after failures. An export is *finished* once its *result*
+//! is stored.
 //!
 //! Below all of these: [`logging`] decides what may be shown, [`threads`] makes a panic end the process,
 //! [`dial`] looks names up and connects, [`socket`] puts one deadline on everything that it does, [`memory`]
