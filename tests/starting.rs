@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
@@ -372,12 +372,32 @@ fn failing(call: &str, nth: usize, trace: &Path) -> Command {
     command
 }
 
-/// The path in a line like `7 fsync(3</tmp/x>) = 0`, and whether the call failed.
-fn synced(line: &str) -> Option<(PathBuf, bool)> {
-    let (_, rest) = line.split_once("sync(")?;
-    let (_, rest) = rest.split_once('<')?;
-    let (path, rest) = rest.split_once('>')?;
-    Some((path.into(), rest.contains("EIO")))
+/// The paths that were synced, in order, and whether the call failed. A line is like `7 fsync(3</tmp/x>) = 0`. When
+/// another thread's call comes between, how it ended is in a second line: `7 <... fsync resumed>) = 0`.
+fn synced(trace: &str) -> Vec<(PathBuf, bool)> {
+    let mut syncs = Vec::new();
+    let mut unfinished = BTreeMap::new();
+    for line in trace.lines() {
+        let Some((thread, rest)) = line.split_once(' ') else {
+            continue;
+        };
+        let failed = rest.contains("EIO");
+        if rest.contains("sync resumed>") {
+            if let Some(begun) = unfinished.remove(thread) {
+                let (_, ended): &mut (PathBuf, bool) = &mut syncs[begun];
+                *ended = failed;
+            }
+        } else if let Some((_, rest)) = rest.split_once("sync(")
+            && let Some((_, rest)) = rest.split_once('<')
+            && let Some((path, _)) = rest.split_once('>')
+        {
+            if rest.contains("<unfinished") {
+                unfinished.insert(thread, syncs.len());
+            }
+            syncs.push((path.into(), failed));
+        }
+    }
+    syncs
 }
 
 /// Makes each sync of a start fail in turn. Returns what a start syncs, in order.
@@ -390,7 +410,7 @@ fn each_sync_that_fails_refuses_the_start(
         let trace = held.path().join("trace");
         let (listens, log) = try_start(failing(call, nth, &trace), &folder);
         let trace = fs::read_to_string(trace).unwrap();
-        let syncs: Vec<_> = trace.lines().filter_map(synced).collect();
+        let syncs = synced(&trace);
         let Some(failed) = syncs.iter().position(|(_, failed)| *failed) else {
             assert!(listens, "{log}");
             return syncs.into_iter().map(|(path, _)| path).collect();
