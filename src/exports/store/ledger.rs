@@ -445,6 +445,16 @@ impl Appending {
         if self.appended > 0 {
             self.prune(transaction, ledger, at)?;
         }
+        if self.sums.is_empty() {
+            return Ok(());
+        }
+        // Nearly always the row is there, and this is cheaper than an insertion that becomes an update.
+        let mut update = transaction.prepare_cached(
+            "UPDATE day_sums SET exports = exports + ?4, attempts = attempts + ?5,
+                 delivered = delivered + ?6, failed = failed + ?7, bytes_out = bytes_out + ?8,
+                 bytes_in = bytes_in + ?9, rows = rows + ?10, row_bytes = row_bytes + ?11
+             WHERE day = ?1 AND who = ?2 AND destination = ?3",
+        )?;
         for (day, who, destination, sum) in self.all_sums() {
             let values = params![
                 day,
@@ -459,16 +469,7 @@ impl Appending {
                 sum.rows,
                 sum.row_bytes
             ];
-            // Nearly always the row is there, and this is cheaper than an insertion that becomes an update.
-            let updated = transaction
-                .prepare_cached(
-                    "UPDATE day_sums SET exports = exports + ?4, attempts = attempts + ?5,
-                         delivered = delivered + ?6, failed = failed + ?7, bytes_out = bytes_out + ?8,
-                         bytes_in = bytes_in + ?9, rows = rows + ?10, row_bytes = row_bytes + ?11
-                     WHERE day = ?1 AND who = ?2 AND destination = ?3",
-                )?
-                .execute(values)?;
-            if updated == 0 {
+            if update.execute(values)? == 0 {
                 transaction
                     .prepare_cached(
                         "INSERT INTO day_sums VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
