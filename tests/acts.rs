@@ -556,8 +556,17 @@ fn a_sender_can_be_meant_by_its_label_which_no_other_may_have() {
         let (status, ..) = refused(&service, "label", &json!({ "who": "run", "label": label }));
         assert_eq!(status, 409, "{label}");
     }
-    let bad = json!({ "who": "run", "label": "two\nlines" });
-    assert_eq!(refused(&service, "label", &bad).0, 400);
+    // As a subject, these would mean something else.
+    for label in [
+        "two\nlines",
+        "all",
+        "who:abc123",
+        "host:a.example",
+        "http://a.example/x",
+    ] {
+        let bad = json!({ "who": "run", "label": label });
+        assert_eq!(refused(&service, "label", &bad).0, 400, "{label}");
+    }
     let paused = act(&service, "pause", &json!({ "subject": "sleep app" }));
     assert!(
         paused["done"]

@@ -319,6 +319,13 @@ fn checked_label(label: &str) -> Result<&str, ActError> {
             "a label is one line of at most {LONGEST_LABEL} characters"
         )));
     }
+    if subject::Subject::from_stored(label).is_some() || label.contains("://") {
+        return Err(ActError::Malformed(
+            "a label is not `all` or a URL, and does not begin with who:, host: or destination:, as acts take \
+             these for something else"
+                .into(),
+        ));
+    }
     Ok(label)
 }
 
