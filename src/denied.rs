@@ -1,5 +1,5 @@
-//! What keeps the service's user from its data folder or a file there, where that is a matter of owner and mode: after a
-//! restore, a copy or a first start as root.
+//! What keeps the service's user from its data folder or a file there, where that is a matter of owner and mode: as
+//! after a restore, a copy or a first start as root.
 //!
 //! Not here: every other reason why a file cannot be used, which the system's own error tells.
 
