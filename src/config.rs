@@ -414,7 +414,7 @@ pub struct LedgerArgs {
     #[arg(long, default_value = "", hide_default_value = true)]
     pub id: String,
     /// Most rows to show, the newest; 50 if not given
-    #[arg(long, value_name = "ROWS")]
+    #[arg(long, value_name = "ROWS", value_parser = values::count::<u64>)]
     pub limit: Option<u64>,
     /// Print one JSON object for each row
     #[arg(long, conflicts_with = "csv")]
@@ -584,13 +584,13 @@ pub struct ServeArgs {
     #[arg(long, env = "EXPORT_EPHEMERAL", value_parser = Trimmed(values::switch))]
     ephemeral: bool,
     /// Threads that serve requests, 1 to 256
-    #[arg(long, env = "EXPORT_THREADS", default_value_t = 8, value_parser = Trimmed(values::count))]
+    #[arg(long, env = "EXPORT_THREADS", default_value_t = 8, value_parser = Trimmed(values::count::<usize>))]
     threads: usize,
     /// Most connections at a time
-    #[arg(long, env = "EXPORT_MAX_CONNECTIONS", default_value_t = 512, value_parser = Trimmed(values::count))]
+    #[arg(long, env = "EXPORT_MAX_CONNECTIONS", default_value_t = 512, value_parser = Trimmed(values::count::<usize>))]
     max_connections: usize,
     /// Most connections at a time from one client address; all apps behind a port mapping share one
-    #[arg(long, env = "EXPORT_MAX_CONNECTIONS_PER_PEER", default_value_t = 256, value_parser = Trimmed(values::count))]
+    #[arg(long, env = "EXPORT_MAX_CONNECTIONS_PER_PEER", default_value_t = 256, value_parser = Trimmed(values::count::<usize>))]
     max_connections_per_peer: usize,
     /// How long a result can be read after the export is finished, like 90s, 15m, 24h or 7d
     #[arg(long, env = "EXPORT_RETENTION", default_value = "24h", value_parser = Trimmed(values::duration))]
@@ -600,7 +600,7 @@ pub struct ServeArgs {
     max_body: usize,
     /// Most unfinished exports in one queue: those of one token identifier, or one client address if that is
     /// empty, to one destination
-    #[arg(long, env = "EXPORT_MAX_PENDING", default_value_t = 10_000, value_parser = Trimmed(values::count))]
+    #[arg(long, env = "EXPORT_MAX_PENDING", default_value_t = 10_000, value_parser = Trimmed(values::count::<usize>))]
     max_pending: usize,
     /// Most bytes that all exports and results together may take on disk, like 256M
     #[arg(long, env = "EXPORT_MAX_STORE", value_name = "BYTES", default_value = "256MiB", value_parser = Trimmed(values::size::<u64>))]
@@ -624,10 +624,10 @@ pub struct ServeArgs {
     #[arg(long, env = "EXPORT_ATTEMPT_TIMEOUT", default_value = "30s", value_parser = Trimmed(values::duration))]
     attempt_timeout: Duration,
     /// Most attempts at a time, so that one that hangs does not hold up the others; 1 for one after another
-    #[arg(long, env = "EXPORT_MAX_CONCURRENT_ATTEMPTS", default_value_t = 64, value_parser = Trimmed(values::count))]
+    #[arg(long, env = "EXPORT_MAX_CONCURRENT_ATTEMPTS", default_value_t = 64, value_parser = Trimmed(values::count::<usize>))]
     max_concurrent_attempts: usize,
     /// The former setting for --max-concurrent-attempts, less one
-    #[arg(long, env = "EXPORT_MAX_RELIEVED", hide = true, value_parser = Trimmed(values::count))]
+    #[arg(long, env = "EXPORT_MAX_RELIEVED", hide = true, value_parser = Trimmed(values::count::<usize>))]
     max_relieved: Option<usize>,
     /// Secret to sign exports with: whsec_ and base64, as in Standard Webhooks
     #[arg(long, env = "EXPORT_SIGNING_SECRET", hide_env_values = true)]
@@ -693,10 +693,10 @@ impl TokenArgs {
 #[derive(Args)]
 pub struct SinkArgs {
     /// Port to listen on; 0 lets the system choose one
-    #[arg(long, default_value_t = 9090)]
+    #[arg(long, default_value_t = 9090, value_parser = values::port)]
     pub port: u16,
     /// Status to answer with
-    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u16).range(200..=999))]
+    #[arg(long, default_value_t = 200, value_parser = values::final_status)]
     pub status: u16,
     /// How long to wait before each answer, like 200ms
     #[arg(long, default_value = "0s", value_parser = values::duration)]

@@ -5,6 +5,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::RangeInclusive;
+use std::str::FromStr;
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -41,7 +42,7 @@ pub fn size<T: TryFrom<u64>>(text: &str) -> Result<T, &'static str> {
 const A_SIZE: &str = "give bytes, as a whole number or like 64KiB or 1M";
 
 /// How many of something.
-pub fn count(text: &str) -> Result<usize, &'static str> {
+pub fn count<T: FromStr>(text: &str) -> Result<T, &'static str> {
     text.parse().map_err(|_| "give a whole number")
 }
 
@@ -57,6 +58,15 @@ pub fn switch(text: &str) -> Result<bool, &'static str> {
 /// A port.
 pub fn port(text: &str) -> Result<u16, &'static str> {
     text.parse().map_err(|_| "give a port from 0 to 65535")
+}
+
+/// A status that is a final answer, in the widest sense that clients accept.
+pub fn final_status(text: &str) -> Result<u16, &'static str> {
+    let status = text.parse().ok();
+    let is_final = |status: &u16| (200..=999).contains(status);
+    status
+        .filter(is_final)
+        .ok_or("give a status from 200 to 999")
 }
 
 /// A time span, with units.
@@ -212,7 +222,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_text_is_read_or_refused(text in "\\PC*") {
-            let _ = (size::<usize>(&text), count(&text), switch(&text), port(&text), duration(&text));
+            let _ = (size::<usize>(&text), count::<u64>(&text), switch(&text), port(&text), duration(&text));
             let _ = (address(&text), socket_address(&text));
             if let Ok(network) = network(&text) {
                 prop_assert_eq!(network, network.trunc());

@@ -21,7 +21,7 @@ pub struct Warning {
 
 impl fmt::Display for Warning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.what, self.setting)
+        write!(f, "{}: {}", self.setting, self.what)
     }
 }
 
