@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 use clap::{CommandFactory, FromArgMatches};
 use crossbeam_channel::{Receiver, bounded};
 use export_service::auth::secret::Secret;
-use export_service::config::usage::explain;
+use export_service::config::usage::{explain, with_source};
 use export_service::config::warnings::Warning;
 use export_service::config::{Cli, Command, Config, SecretSource, variables};
 use export_service::delivery::attempt::Client;
@@ -56,7 +56,7 @@ fn main() -> ExitCode {
         .and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
     let (cli, matches) = match parsed {
         Ok(parsed) => parsed,
-        Err(error) if error.use_stderr() => return fail(&explain(&error), EXIT_USAGE),
+        Err(error) if error.use_stderr() => return refuse(&usage, &explain(&error)),
         // Help or the version, as asked for.
         Err(help) => help.exit(),
     };
@@ -82,7 +82,7 @@ fn main() -> ExitCode {
                 let settings = settings.unwrap_or_default();
                 write!(io::stdout(), "{settings}").map_err(|error| error.to_string())
             }
-            Err(error) => return fail(&error.to_string(), EXIT_USAGE),
+            Err(error) => return refuse(&usage, &error.to_string()),
         },
         Command::Serve(arguments) => match arguments.check() {
             Ok(mut config) => {
@@ -94,7 +94,7 @@ fn main() -> ExitCode {
             Err(error) => {
                 // It may be why.
                 warn(&unknown);
-                return fail(&error.to_string(), EXIT_USAGE);
+                return refuse(&usage, &error.to_string());
             }
         },
         Command::Token(arguments) => match token::token(&arguments, SystemTime::now()) {
@@ -110,7 +110,7 @@ fn main() -> ExitCode {
         Command::Check(arguments) => match check::check(&arguments) {
             Ok(true) => Ok(()),
             Ok(false) => return ExitCode::FAILURE,
-            Err(error) => return fail(&error, EXIT_USAGE),
+            Err(error) => return refuse(&usage, &error),
         },
         Command::Healthcheck(arguments) => healthcheck::healthcheck(&arguments),
         Command::Status(arguments) => match status::status(&arguments) {
@@ -155,6 +155,13 @@ fn fail(message: &str, code: u8) -> ExitCode {
     logging::flush();
     logging::print(format!("export-service: {message}\n"));
     ExitCode::from(code)
+}
+
+/// Ends because of a setting.
+fn refuse(usage: &clap::Command, message: &str) -> ExitCode {
+    let arguments: Vec<_> = env::args_os().collect();
+    let has = |name: &str| env::var_os(name).is_some();
+    fail(&with_source(message, usage, &arguments, has), EXIT_USAGE)
 }
 
 /// Variables that look like settings, which would be ignored without a word.

@@ -80,7 +80,7 @@ fn a_network_with_more_bits_than_its_mask_is_refused_with_both_readings() {
         assert_eq!(
             errors(&output),
             "export-service: --allow-network 192.168.1.7/24: give 192.168.1.0/24 for the whole network, or \
-             192.168.1.7/32 for that address alone\n"
+             192.168.1.7/32 for that address alone (set by EXPORT_ALLOW_NETWORKS)\n"
         );
     }
 }
@@ -199,11 +199,40 @@ fn every_error_about_settings_begins_with_the_program_and_says_what_to_give() {
         let first = errors(&output).lines().next().unwrap();
         assert_eq!(first, format!("export-service: {message}"));
     }
-    let output = run(
-        &[],
-        &[("EXPORT_SECRET", SECRET), ("EXPORT_EPHEMERAL", "maybe")],
-    );
-    let expected = "export-service: --ephemeral maybe: give true or false\n";
+}
+
+#[test]
+fn a_refused_setting_that_a_variable_gave_is_told_with_the_variable() {
+    for (arguments, variable, message) in [
+        (
+            vec![],
+            ("EXPORT_EPHEMERAL", "maybe"),
+            "--ephemeral maybe: give true or false",
+        ),
+        (
+            vec![],
+            ("EXPORT_THREADS", "0"),
+            "--threads is 0: it must be from 1 to 256",
+        ),
+        (
+            vec![],
+            ("DATABOX_LOCAL_PORT", ""),
+            "--port is empty: give a port from 0 to 65535",
+        ),
+        (
+            vec!["check", "https://a.example/"],
+            ("EXPORT_ALLOW_NETWORKS", "home"),
+            "--allow-network home: give a network like 192.168.1.0/24, several with commas",
+        ),
+    ] {
+        let output = run(&arguments, &[("EXPORT_SECRET", SECRET), variable]);
+        assert_eq!(output.status.code(), Some(2));
+        let expected = format!("export-service: {message} (set by {})\n", variable.0);
+        assert_eq!(errors(&output), expected);
+    }
+    let flag = ["--threads=0"];
+    let output = run(&flag, &[("EXPORT_SECRET", SECRET), ("EXPORT_THREADS", "1")]);
+    let expected = "export-service: --threads is 0: it must be from 1 to 256\n";
     assert_eq!(errors(&output), expected);
 }
 

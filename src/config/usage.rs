@@ -1,10 +1,16 @@
 //! Says what is wrong with a command line in the form of this program's other errors, whose first line tells it all.
 //!
+//! Says also which variable a refused value came from, since on an installed box all settings are variables.
+//!
 //! Not here: values that can be read and cannot work ([`super`]).
 
 use std::error::Error as _;
+use std::ffi::OsString;
 
+use clap::Command;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
+
+use super::variables;
 
 /// What is wrong, without `error:` before it. Of a value that cannot be read: the setting, the value, and what to give.
 pub fn explain(error: &clap::Error) -> String {
@@ -17,7 +23,37 @@ pub fn explain(error: &clap::Error) -> String {
     })
 }
 
-/// The same if it is about a value.
+/// Says which variable the setting came from that a message begins with, unless it was given as a flag. `has` tells
+/// whether there is a variable of this name.
+pub fn with_source(
+    message: &str,
+    command: &Command,
+    arguments: &[OsString],
+    has: impl Fn(&str) -> bool,
+) -> String {
+    let source = || {
+        let flag = message.split([' ', ':']).next()?;
+        let long = flag.strip_prefix("--")?;
+        let settings = variables::settings(command);
+        let setting = settings
+            .iter()
+            .find(|setting| setting.get_long() == Some(long))?;
+        let variable = setting.get_env()?.to_str()?;
+        let is_given = arguments.iter().any(|argument| {
+            let rest = argument
+                .to_str()
+                .and_then(|argument| argument.strip_prefix(flag));
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('='))
+        });
+        (!is_given && has(variable)).then(|| variable.to_owned())
+    };
+    match source() {
+        Some(variable) => format!("{message} (set by {variable})"),
+        None => message.to_owned(),
+    }
+}
+
+/// What is wrong with a value.
 fn of_value(error: &clap::Error) -> Option<String> {
     let text = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.as_str()),
@@ -45,7 +81,7 @@ fn of_value(error: &clap::Error) -> Option<String> {
 mod tests {
     use super::*;
     use crate::config::Cli;
-    use clap::Parser;
+    use clap::{CommandFactory, Parser};
 
     fn explained(arguments: &[&str]) -> String {
         let arguments = ["export-service"].iter().chain(arguments);
@@ -87,6 +123,40 @@ mod tests {
             ),
         ] {
             assert_eq!(explained(&arguments), message);
+        }
+    }
+
+    #[test]
+    fn a_value_is_told_with_the_variable_that_gave_it_unless_a_flag_did() {
+        let told = |message: &str, arguments: &[&str]| {
+            let arguments: Vec<_> = arguments.iter().map(OsString::from).collect();
+            let has = |name: &str| name == "EXPORT_RETENTION" || name == "DATABOX_LOCAL_PORT";
+            with_source(message, &Cli::command(), &arguments, has)
+        };
+        for message in [
+            "--retention soon: give",
+            "--retention is 0, so",
+            "--retention is empty: give",
+        ] {
+            assert_eq!(
+                told(message, &["--retry-on", "503"]),
+                format!("{message} (set by EXPORT_RETENTION)")
+            );
+            assert_eq!(told(message, &["--retention", "soon"]), message);
+            assert_eq!(told(message, &["--retention=soon"]), message);
+        }
+        assert_eq!(
+            told("--port http: give", &[]),
+            "--port http: give (set by DATABOX_LOCAL_PORT)"
+        );
+        for message in [
+            "--bind box: give",
+            "the macaroon secret is empty",
+            "--nope",
+            "",
+            "--",
+        ] {
+            assert_eq!(told(message, &[]), message);
         }
     }
 

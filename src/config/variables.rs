@@ -15,8 +15,7 @@ const OTHERS: &str = "EXPORT_SERVICE";
 /// The names among these that look like settings of this program and are none, each with what may have been meant.
 /// None if there are no such names.
 pub fn unknown(command: &Command, names: impl Iterator<Item = OsString>) -> Option<String> {
-    let mut settings = Vec::new();
-    collect(command, &mut settings);
+    let settings = settings(command);
     let is_known = |name: &OsStr| {
         settings
             .iter()
@@ -44,15 +43,12 @@ pub fn unknown(command: &Command, names: impl Iterator<Item = OsString>) -> Opti
 }
 
 /// All settings that have a variable, those of subcommands too.
-fn collect<'a>(command: &'a Command, settings: &mut Vec<&'a Arg>) {
-    settings.extend(
-        command
-            .get_arguments()
-            .filter(|argument| argument.get_env().is_some()),
-    );
-    for command in command.get_subcommands() {
-        collect(command, settings);
-    }
+pub fn settings(command: &Command) -> Vec<&Arg> {
+    let own = command
+        .get_arguments()
+        .filter(|argument| argument.get_env().is_some());
+    let below = command.get_subcommands().flat_map(settings);
+    own.chain(below).collect()
 }
 
 /// The variable whose name is nearly this one, or whose flag is: `EXPORT_PORT` means that of `--port`.
