@@ -1,7 +1,13 @@
 //! The only reader of arguments, environment and secrets folder. It yields one [`Config`] in which
 //! everything has been checked before the first thread starts.
 //!
-//! Not here: whether the data folder can be used, which only opening it shows.
+//! Not here: whether the data folder can be used, which only opening it shows, how a value is
+//! written (`config::values`), and what works and may not be meant (`config::warnings`).
+
+pub mod usage;
+mod values;
+pub mod variables;
+pub mod warnings;
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -14,8 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::builder::{
-    BoolishValueParser, OsStringValueParser, PathBufValueParser, PossibleValue, StringValueParser,
-    TypedValueParser,
+    OsStringValueParser, PathBufValueParser, PossibleValue, StringValueParser, TypedValueParser,
 };
 use clap::{Arg, ArgAction, Args, Parser, Subcommand, value_parser};
 use ipnet::IpNet;
@@ -35,6 +40,7 @@ use crate::gate::tls::Identity;
 use crate::logging::Format;
 use crate::owner::access::Hosts;
 use crate::version;
+use warnings::Warning;
 
 /// The memory that large requests and answers share, in bytes.
 const LARGE_REQUESTS: usize = 16 * 1024 * 1024;
@@ -87,6 +93,8 @@ pub struct Config {
     pub admin: Option<SocketAddr>,
     /// The names by which the owner may address this box.
     pub admin_hosts: Hosts,
+    /// Settings that work and may not be meant.
+    pub warnings: Vec<Warning>,
 }
 
 /// A setting that cannot work. The text names it, its value unless that is secret, and what to do.
@@ -189,10 +197,10 @@ pub enum Command {
 #[derive(Args)]
 pub struct ListenArgs {
     /// Port to listen on; 0 lets the system choose one, which the log shows
-    #[arg(long, env = "DATABOX_LOCAL_PORT", default_value_t = 8080, value_parser = Trimmed(value_parser!(u16)))]
+    #[arg(long, env = "DATABOX_LOCAL_PORT", default_value_t = 8080, value_parser = Trimmed(values::port))]
     port: u16,
-    /// Address to listen on
-    #[arg(long, env = "EXPORT_BIND", default_value_t = IpAddr::V4(Ipv4Addr::UNSPECIFIED), value_parser = Trimmed(str::parse::<IpAddr>))]
+    /// Address to listen on, like 127.0.0.1 or localhost
+    #[arg(long, env = "EXPORT_BIND", default_value_t = IpAddr::V4(Ipv4Addr::UNSPECIFIED), value_parser = Trimmed(values::address))]
     bind: IpAddr,
 }
 
@@ -300,13 +308,7 @@ impl DestinationArgs {
     /// A network that cannot be parsed.
     pub fn rules(&self, own_ports: Vec<u16>) -> Result<Rules, ConfigError> {
         let network = |text: &str| {
-            let address = |_| text.parse().map(|ip: IpAddr| ip.into());
-            text.parse::<IpNet>().or_else(address).map_err(|_| {
-                ConfigError(format!(
-                    "--allow-network {}: give a network like 192.168.1.0/24, several with commas",
-                    text.escape_debug()
-                ))
-            })
+            values::network(text).map_err(|what| wrong_entry("--allow-network", text, &what))
         };
         let allowed = entries(&self.allow_network).map(network);
         let allowed = allowed.collect::<Result<_, _>>()?;
@@ -344,13 +346,7 @@ impl AdminArgs {
     pub fn address(&self) -> Result<Option<SocketAddr>, ConfigError> {
         let given = self.admin.as_deref().filter(|text| !text.is_empty());
         let address = |text: &str| {
-            text.parse().map_err(|_| {
-                ConfigError(format!(
-                    "--admin {}: give an IP address and a port, like 127.0.0.1:8081, or 0.0.0.0:8081 to be \
-                     reached from other machines",
-                    text.escape_debug()
-                ))
-            })
+            values::socket_address(text).map_err(|what| wrong_entry("--admin", text, what))
         };
         given.map(address).transpose()
     }
@@ -418,7 +414,7 @@ pub struct LedgerArgs {
     #[arg(long, default_value = "", hide_default_value = true)]
     pub id: String,
     /// Most rows to show, the newest; 50 if not given
-    #[arg(long, value_name = "ROWS")]
+    #[arg(long, value_name = "ROWS", value_parser = values::count::<u64>)]
     pub limit: Option<u64>,
     /// Print one JSON object for each row
     #[arg(long, conflicts_with = "csv")]
@@ -550,7 +546,7 @@ pub struct LinkArgs {
     #[arg(long)]
     pub metrics: bool,
     /// How long the token is good for, like 1h; without it, forever
-    #[arg(long, value_parser = humantime::parse_duration)]
+    #[arg(long, value_parser = values::duration)]
     pub expires: Option<Duration>,
 }
 
@@ -585,59 +581,59 @@ pub struct ServeArgs {
     #[command(flatten)]
     folder: FolderArgs,
     /// Keep exports in memory only: all are lost when the service ends
-    #[arg(long, env = "EXPORT_EPHEMERAL", value_parser = Trimmed(BoolishValueParser::new()))]
+    #[arg(long, env = "EXPORT_EPHEMERAL", value_parser = Trimmed(values::switch))]
     ephemeral: bool,
     /// Threads that serve requests, 1 to 256
-    #[arg(long, env = "EXPORT_THREADS", default_value_t = 8, value_parser = Trimmed(str::parse::<usize>))]
+    #[arg(long, env = "EXPORT_THREADS", default_value_t = 8, value_parser = Trimmed(values::count::<usize>))]
     threads: usize,
     /// Most connections at a time
-    #[arg(long, env = "EXPORT_MAX_CONNECTIONS", default_value_t = 512, value_parser = Trimmed(str::parse::<usize>))]
+    #[arg(long, env = "EXPORT_MAX_CONNECTIONS", default_value_t = 512, value_parser = Trimmed(values::count::<usize>))]
     max_connections: usize,
     /// Most connections at a time from one client address; all apps behind a port mapping share one
-    #[arg(long, env = "EXPORT_MAX_CONNECTIONS_PER_PEER", default_value_t = 256, value_parser = Trimmed(str::parse::<usize>))]
+    #[arg(long, env = "EXPORT_MAX_CONNECTIONS_PER_PEER", default_value_t = 256, value_parser = Trimmed(values::count::<usize>))]
     max_connections_per_peer: usize,
     /// How long a result can be read after the export is finished, like 90s, 15m, 24h or 7d
-    #[arg(long, env = "EXPORT_RETENTION", default_value = "24h", value_parser = Trimmed(humantime::parse_duration))]
+    #[arg(long, env = "EXPORT_RETENTION", default_value = "24h", value_parser = Trimmed(values::duration))]
     retention: Duration,
-    /// Largest request body in bytes
-    #[arg(long, env = "EXPORT_MAX_BODY", default_value_t = 1024 * 1024, value_parser = Trimmed(str::parse::<usize>))]
+    /// Largest request body, in bytes or like 64KiB or 1M
+    #[arg(long, env = "EXPORT_MAX_BODY", value_name = "BYTES", default_value = "1MiB", value_parser = Trimmed(values::size::<usize>))]
     max_body: usize,
     /// Most unfinished exports in one queue: those of one token identifier, or one client address if that is
     /// empty, to one destination
-    #[arg(long, env = "EXPORT_MAX_PENDING", default_value_t = 10_000, value_parser = Trimmed(str::parse::<usize>))]
+    #[arg(long, env = "EXPORT_MAX_PENDING", default_value_t = 10_000, value_parser = Trimmed(values::count::<usize>))]
     max_pending: usize,
-    /// Most bytes that all exports and results together may take on disk
-    #[arg(long, env = "EXPORT_MAX_STORE", default_value_t = 256 * 1024 * 1024, value_parser = Trimmed(value_parser!(u64)))]
+    /// Most bytes that all exports and results together may take on disk, like 256M
+    #[arg(long, env = "EXPORT_MAX_STORE", value_name = "BYTES", default_value = "256MiB", value_parser = Trimmed(values::size::<u64>))]
     max_store: u64,
     /// How long the ledger keeps each attempt, like 90d; its sums by day are kept for good
-    #[arg(long, env = "EXPORT_LEDGER_RETENTION", default_value = "90d", value_parser = Trimmed(humantime::parse_duration))]
+    #[arg(long, env = "EXPORT_LEDGER_RETENTION", default_value = "90d", value_parser = Trimmed(values::duration))]
     ledger_retention: Duration,
-    /// Most bytes that the ledger may take on disk, beside --max-store
-    #[arg(long, env = "EXPORT_LEDGER_SIZE", default_value_t = 64 * 1024 * 1024, value_parser = Trimmed(value_parser!(u64)))]
+    /// Most bytes that the ledger may take on disk, beside --max-store, like 64M
+    #[arg(long, env = "EXPORT_LEDGER_SIZE", value_name = "BYTES", default_value = "64MiB", value_parser = Trimmed(values::size::<u64>))]
     ledger_size: u64,
     #[command(flatten)]
     destinations: DestinationArgs,
-    /// Response statuses that count as failed attempts, like 429,503
+    /// Response statuses that count as failed attempts, like 429,503 or 5xx
     #[arg(long, env = "EXPORT_RETRY_ON", value_name = "STATUS,…")]
     retry_on: Vec<String>,
     /// How long an export is retried while its queue delivers nothing; time in which the service is off
     /// does not count
-    #[arg(long, env = "EXPORT_GIVE_UP_AFTER", default_value = "24h", value_parser = Trimmed(humantime::parse_duration))]
+    #[arg(long, env = "EXPORT_GIVE_UP_AFTER", default_value = "24h", value_parser = Trimmed(values::duration))]
     give_up_after: Duration,
     /// How long one attempt may take, including the response's body
-    #[arg(long, env = "EXPORT_ATTEMPT_TIMEOUT", default_value = "30s", value_parser = Trimmed(humantime::parse_duration))]
+    #[arg(long, env = "EXPORT_ATTEMPT_TIMEOUT", default_value = "30s", value_parser = Trimmed(values::duration))]
     attempt_timeout: Duration,
     /// Most attempts at a time, so that one that hangs does not hold up the others; 1 for one after another
-    #[arg(long, env = "EXPORT_MAX_CONCURRENT_ATTEMPTS", default_value_t = 64, value_parser = Trimmed(str::parse::<usize>))]
+    #[arg(long, env = "EXPORT_MAX_CONCURRENT_ATTEMPTS", default_value_t = 64, value_parser = Trimmed(values::count::<usize>))]
     max_concurrent_attempts: usize,
     /// The former setting for --max-concurrent-attempts, less one
-    #[arg(long, env = "EXPORT_MAX_RELIEVED", hide = true, value_parser = Trimmed(str::parse::<usize>))]
+    #[arg(long, env = "EXPORT_MAX_RELIEVED", hide = true, value_parser = Trimmed(values::count::<usize>))]
     max_relieved: Option<usize>,
     /// Secret to sign exports with: whsec_ and base64, as in Standard Webhooks
     #[arg(long, env = "EXPORT_SIGNING_SECRET", hide_env_values = true)]
     signing_secret: Option<String>,
-    /// Largest response body that is kept, in bytes; the rest is cut off
-    #[arg(long, env = "EXPORT_MAX_RESPONSE", default_value_t = 1024 * 1024, value_parser = Trimmed(str::parse::<usize>))]
+    /// Largest response body that is kept, in bytes or like 64KiB or 1M; the rest is cut off
+    #[arg(long, env = "EXPORT_MAX_RESPONSE", value_name = "BYTES", default_value = "1MiB", value_parser = Trimmed(values::size::<usize>))]
     max_response: usize,
     #[command(flatten)]
     admin: AdminArgs,
@@ -674,7 +670,7 @@ pub struct TokenArgs {
     #[arg(long, default_value = "")]
     pub id: String,
     /// How long the token is good for, like 1h; without it, forever
-    #[arg(long, value_parser = humantime::parse_duration)]
+    #[arg(long, value_parser = values::duration)]
     pub expires: Option<Duration>,
 }
 
@@ -697,13 +693,13 @@ impl TokenArgs {
 #[derive(Args)]
 pub struct SinkArgs {
     /// Port to listen on; 0 lets the system choose one
-    #[arg(long, default_value_t = 9090)]
+    #[arg(long, default_value_t = 9090, value_parser = values::port)]
     pub port: u16,
     /// Status to answer with
-    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u16).range(200..=999))]
+    #[arg(long, default_value_t = 200, value_parser = values::final_status)]
     pub status: u16,
     /// How long to wait before each answer, like 200ms
-    #[arg(long, default_value = "0s", value_parser = humantime::parse_duration)]
+    #[arg(long, default_value = "0s", value_parser = values::duration)]
     pub delay: Duration,
 }
 
@@ -721,7 +717,7 @@ pub struct CheckArgs {
     #[command(flatten)]
     pub(crate) destinations: DestinationArgs,
     /// Port of the service itself, which is never a destination
-    #[arg(long, env = "DATABOX_LOCAL_PORT", default_value_t = 8080, value_parser = Trimmed(value_parser!(u16)))]
+    #[arg(long, env = "DATABOX_LOCAL_PORT", default_value_t = 8080, value_parser = Trimmed(values::port))]
     port: u16,
     #[command(flatten)]
     admin: AdminArgs,
@@ -798,19 +794,11 @@ impl ServeArgs {
             1,
             1024,
         )?;
-        let failure = |text: &str| {
-            text.parse()
-                .ok()
-                .filter(|status| (300..=599).contains(status))
-                .ok_or_else(|| {
-                    ConfigError(format!(
-                        "--retry-on {}: only 300 to 599 can be failures",
-                        text.escape_debug()
-                    ))
-                })
-        };
-        let retry_on = entries(&self.retry_on).map(failure);
-        let retry_on = retry_on.collect::<Result<_, _>>()?;
+        let mut retry_on = Vec::new();
+        for text in entries(&self.retry_on) {
+            let meant = values::statuses(text);
+            retry_on.extend(meant.map_err(|what| wrong_entry("--retry-on", text, what))?);
+        }
         for (flag, value) in [
             ("--give-up-after", self.give_up_after),
             ("--attempt-timeout", self.attempt_timeout),
@@ -861,6 +849,9 @@ impl ServeArgs {
         let hosts = entries(&self.admin_host).map(admin_host);
         let hosts = hosts.collect::<Result<Vec<_>, _>>()?;
         let admin_hosts = Hosts::new(hosts, self.secret.name.clone());
+        let identity = self.tls.identity()?;
+        let secret = self.secret.secret.as_deref();
+        let warnings = warnings::of(self.listen.bind, identity.is_some(), &rules.allowed, secret);
         Ok(Config {
             address: self.listen.address(),
             secret: match self.secret.key()? {
@@ -881,7 +872,7 @@ impl ServeArgs {
                 },
                 memory: LARGE_REQUESTS.max(2 * self.max_body),
                 max_body: self.max_body,
-                identity: self.tls.identity()?,
+                identity,
             },
             limits: Limits {
                 max_pending: self.max_pending,
@@ -907,6 +898,7 @@ impl ServeArgs {
             },
             admin,
             admin_hosts,
+            warnings,
             log_format: self.log_format,
             log_level: match level {
                 ..=-2 => LevelFilter::Error,
@@ -981,6 +973,11 @@ fn admin_host(name: &str) -> Result<String, ConfigError> {
             name.escape_debug()
         ))),
     }
+}
+
+/// The error for a value, or an entry of a list, that is not what it must be.
+fn wrong_entry(flag: &str, text: &str, what: &str) -> ConfigError {
+    ConfigError(format!("{flag} {}: {what}", text.escape_debug()))
 }
 
 fn within(flag: &str, value: usize, least: usize, most: usize) -> Result<(), ConfigError> {
@@ -1082,6 +1079,17 @@ mod tests {
             ),
             (
                 "--allow-network",
+                "10.0.0.0/8,192.168.1.7/24",
+                "--allow-network 192.168.1.7/24: give 192.168.1.0/24 for the whole network, or 192.168.1.7/32 \
+                 for that address alone",
+            ),
+            (
+                "--admin",
+                "8081",
+                "--admin 8081: give an IP address and a port",
+            ),
+            (
+                "--allow-network",
                 "10.0.0.0/8;::1",
                 "--allow-network 10.0.0.0/8;::1:",
             ),
@@ -1091,7 +1099,8 @@ mod tests {
                 "--allow-network 10.0.0.1\\u{200b}:",
             ),
             ("--retry-on", "503, 4 ", "--retry-on 4:"),
-            ("--retry-on", "503,0429,5xx", "--retry-on 5xx:"),
+            ("--retry-on", "503,0429,5x", "--retry-on 5x:"),
+            ("--retry-on", "503,2xx", "--retry-on 2xx:"),
             ("--retry-on", "99999999", "--retry-on 99999999:"),
             ("--give-up-after", "50ms", "--give-up-after is 50ms"),
             (
@@ -1135,6 +1144,38 @@ mod tests {
         };
         let signed = |key: Key| crate::auth::Macaroon::mint(&key, "", []).to_v1();
         assert_ne!(signed(secret("s")), signed(secret("s ")));
+    }
+
+    #[test]
+    fn sizes_and_statuses_are_set_as_people_write_them() {
+        let config = checked(&[
+            "--max-body=64KiB",
+            "--max-store= 1M ",
+            "--ledger-size=1MB",
+            "--max-response=0",
+            "--retry-on=429,5xx",
+            "--admin=localhost:81",
+        ])
+        .unwrap();
+        assert_eq!(config.connections.max_body, 65_536);
+        assert_eq!(
+            (config.limits.max_store, config.limits.ledger.size),
+            (1 << 20, 1_000_000)
+        );
+        assert_eq!(config.attempts.max_response, 0);
+        let statuses: Vec<_> = std::iter::once(429).chain(500..=599).collect();
+        assert_eq!(config.worker.retry_on, statuses);
+        assert_eq!(config.admin, Some("127.0.0.1:81".parse().unwrap()));
+        let defaults = checked(&[]).unwrap();
+        assert_eq!(defaults.limits.max_store, 256 * 1024 * 1024);
+        assert_eq!(defaults.limits.ledger.size, 64 * 1024 * 1024);
+        assert_eq!(
+            (
+                defaults.connections.max_body,
+                defaults.attempts.max_response
+            ),
+            (1 << 20, 1 << 20)
+        );
     }
 
     #[test]

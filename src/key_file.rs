@@ -11,6 +11,8 @@ use std::path::Path;
 
 use rustls::crypto::ring;
 
+use crate::denied;
+
 const BYTES: usize = 32;
 
 /// A secret key.
@@ -24,39 +26,37 @@ impl Key {
     /// # Errors
     /// The file cannot be read or written, or holds something else. The text says what to do.
     pub fn in_file(path: &Path) -> Result<Self, String> {
-        if let Some(key) = Self::read(path)? {
-            return Ok(key);
+        let wrong = |what: &str, error: &io::Error| {
+            let folder = path.parent().unwrap_or(path);
+            let remedy = denied::remedy(folder, path, error);
+            let remedy =
+                remedy.unwrap_or_else(|| format!("make it a file that this user can {what}"));
+            format!("cannot {what} {}: {error}; {remedy}", path.display())
+        };
+        if let Some(content) = content(path).map_err(|error| wrong("read", &error))? {
+            return Self::of(content, path);
         }
         let key = Self::random()?;
-        replace_private(path, &path.with_extension("new"), &key.0).map_err(|error| {
-            format!(
-                "cannot write {}: {error}; make it a file that this user can write",
-                path.display()
-            )
-        })?;
+        replace_private(path, &path.with_extension("new"), &key.0)
+            .map_err(|error| wrong("write", &error))?;
         Ok(key)
     }
 
-    /// The key in this file. None if there is no such file.
+    /// The key in the file of a service that may run as another user. None if there is no such file.
     ///
     /// # Errors
     /// The file cannot be read, or holds something else. The text says what to do.
     pub fn read(path: &Path) -> Result<Option<Self>, String> {
-        let mut content = Vec::new();
-        let read = File::open(path).and_then(|file| {
-            // One byte more shows that a file is too long.
-            file.take(BYTES as u64 + 1).read_to_end(&mut content)
-        });
-        match read {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => {
-                return Err(format!(
-                    "cannot read {}: {error}; make it a file that this user can read",
-                    path.display()
-                ));
-            }
-            Ok(_) => {}
-        }
+        let content = content(path).map_err(|error| {
+            format!(
+                "cannot read {}: {error}; run this as the user that the service runs as",
+                path.display()
+            )
+        })?;
+        content.map(|content| Self::of(content, path)).transpose()
+    }
+
+    fn of(content: Vec<u8>, path: &Path) -> Result<Self, String> {
         let key = content.try_into().map_err(|_| {
             format!(
                 "{} is not a key, which has {BYTES} bytes: put a copy of it back, or remove it to get a new \
@@ -64,7 +64,7 @@ impl Key {
                 path.display()
             )
         })?;
-        Ok(Some(Self(key)))
+        Ok(Self(key))
     }
 
     /// A new key, for when there is no folder.
@@ -83,6 +83,19 @@ impl Key {
     /// The key itself.
     pub fn bytes(&self) -> &[u8; BYTES] {
         &self.0
+    }
+}
+
+/// What is in the file of a key, or as much as shows that it is none. None if there is no such file.
+fn content(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    let mut content = Vec::new();
+    let read = File::open(path).and_then(|file| {
+        // One byte more shows that a file is too long.
+        file.take(BYTES as u64 + 1).read_to_end(&mut content)
+    });
+    match read {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        read => read.map(|_| Some(content)),
     }
 }
 

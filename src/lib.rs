@@ -23,7 +23,8 @@
 //! Below all of these: [`logging`] decides what may be shown, [`threads`] makes a panic end the process,
 //! [`dial`] looks names up and connects, [`socket`] puts one deadline on everything that it does, [`memory`]
 //! is a shared budget of bytes, [`metrics`] counts what happens, [`backoff`] says how long to wait after
-//! failures, [`pem`] what is wrong with a certificate file, [`key_file`] keeps this box's own keys,
+//! failures, [`pem`] what is wrong with a certificate file, [`denied`] what keeps the service from its own files,
+//! [`key_file`] keeps this box's own keys,
 //! [`unseen`] knows the characters that a text from outside must not smuggle in, and
 //! [`ledger`] is the vocabulary of what left it. Beside them are the [`owner`]'s side, which shows what left
 //! the box, and the [`tools`] for a person at the keyboard.
@@ -37,6 +38,7 @@ pub mod auth;
 pub mod backoff;
 pub mod config;
 pub mod delivery;
+pub mod denied;
 pub mod destination;
 pub mod dial;
 pub mod export;

@@ -7,8 +7,9 @@
 //! Nothing waits for the reader of the log: lines go through a bounded queue to the one thread that writes
 //! them. Lines that find the queue full are dropped and counted.
 //!
-//! Levels are a promise: `error` needs someone to act, `warn` is something that did not work,
-//! `info` is one line per request and delivery, `debug` each poll, `trace` each step.
+//! Levels are a promise: `error` needs someone to act, as when an export was given up; `warn` is something that did not
+//! work, as an attempt, or a setting that may not be meant; `info` is one line per request and delivery,
+//! `debug` each poll, `trace` each step.
 
 use std::fmt::{Display, Write as _};
 use std::io::{self, ErrorKind, Write};

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant, SystemTime};
 use clap::{CommandFactory, FromArgMatches};
 use crossbeam_channel::{Receiver, bounded};
 use export_service::auth::secret::Secret;
-use export_service::config::{Cli, Command, Config, SecretSource};
+use export_service::config::usage::{explain, with_source};
+use export_service::config::warnings::Warning;
+use export_service::config::{Cli, Command, Config, SecretSource, variables};
 use export_service::delivery::attempt::Client;
 use export_service::delivery::worker;
 use export_service::exports::Exports;
@@ -54,19 +56,24 @@ fn main() -> ExitCode {
         .and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
     let (cli, matches) = match parsed {
         Ok(parsed) => parsed,
-        Err(error) if error.use_stderr() => {
-            logging::print(error.to_string());
-            return ExitCode::from(EXIT_USAGE);
-        }
+        Err(error) if error.use_stderr() => return refuse(&usage, &explain(&error)),
         // Help or the version, as asked for.
         Err(help) => help.exit(),
     };
     let command = cli
         .command
         .unwrap_or_else(|| Command::Serve(Box::new(cli.serve)));
+    let unknown = unknown_variables(&usage);
+    // A service that starts has a log for it. The other commands have hardly any settings, and may run every minute.
+    match &command {
+        Command::Serve(arguments) if arguments.check => warn(&unknown),
+        Command::Token(_) | Command::Check(_) => warn(&unknown),
+        _ => {}
+    }
     let done = match command {
         Command::Serve(arguments) if arguments.check => match arguments.check() {
             Ok(config) => {
+                warn(&config.warnings);
                 let (usage, matches) = match matches.subcommand() {
                     Some((name, matches)) => (usage.find_subcommand(name), matches),
                     None => (Some(&usage), &matches),
@@ -75,15 +82,20 @@ fn main() -> ExitCode {
                 let settings = settings.unwrap_or_default();
                 write!(io::stdout(), "{settings}").map_err(|error| error.to_string())
             }
-            Err(error) => return fail(&error.to_string(), EXIT_USAGE),
+            Err(error) => return refuse(&usage, &error.to_string()),
         },
         Command::Serve(arguments) => match arguments.check() {
-            Ok(config) => {
+            Ok(mut config) => {
+                config.warnings.extend(unknown);
                 // All commands with their help take a quarter of a megabyte, which is of no use from here on.
                 drop((usage, matches));
                 serve(config)
             }
-            Err(error) => return fail(&error.to_string(), EXIT_USAGE),
+            Err(error) => {
+                // It may be why.
+                warn(&unknown);
+                return refuse(&usage, &error.to_string());
+            }
         },
         Command::Token(arguments) => match token::token(&arguments, SystemTime::now()) {
             Ok(token) => writeln!(io::stdout(), "{token}").map_err(|error| error.to_string()),
@@ -98,7 +110,7 @@ fn main() -> ExitCode {
         Command::Check(arguments) => match check::check(&arguments) {
             Ok(true) => Ok(()),
             Ok(false) => return ExitCode::FAILURE,
-            Err(error) => return fail(&error, EXIT_USAGE),
+            Err(error) => return refuse(&usage, &error),
         },
         Command::Healthcheck(arguments) => healthcheck::healthcheck(&arguments),
         Command::Status(arguments) => match status::status(&arguments) {
@@ -145,12 +157,36 @@ fn fail(message: &str, code: u8) -> ExitCode {
     ExitCode::from(code)
 }
 
+/// Ends because of a setting.
+fn refuse(usage: &clap::Command, message: &str) -> ExitCode {
+    let arguments: Vec<_> = env::args_os().collect();
+    let has = |name: &str| env::var_os(name).is_some();
+    fail(&with_source(message, usage, &arguments, has), EXIT_USAGE)
+}
+
+/// Variables that look like settings, which would be ignored without a word.
+fn unknown_variables(usage: &clap::Command) -> Option<Warning> {
+    let names = env::vars_os().map(|(name, _)| name);
+    let setting = variables::unknown(usage, names)?;
+    let what = "unknown variables are ignored";
+    Some(Warning { what, setting })
+}
+
+fn warn<'a>(warnings: impl IntoIterator<Item = &'a Warning>) {
+    for warning in warnings {
+        logging::print(format!("export-service: warning: {warning}\n"));
+    }
+}
+
 /// Starts everything from the disk outwards, so that it is complete at the first request. On a signal, stops
 /// it from the network inwards, so that no request that was taken is left unanswered.
 fn serve(mut config: Config) -> Result<(), String> {
     let metrics = Arc::new(Metrics::default());
     logging::start(config.log_format, config.log_level, metrics.clone());
     threads::exit_on_panic(logging::flush);
+    for Warning { what, setting } in &config.warnings {
+        log::warn!(setting = setting.as_str(); "{what}");
+    }
     let stop = signals(config.connections.identity.clone())
         .map_err(|error| format!("cannot listen for signals: {error}"))?;
     let listener = TcpListener::bind(config.address).map_err(|error| {
@@ -174,9 +210,21 @@ fn serve(mut config: Config) -> Result<(), String> {
             "cannot use the stored exports: {error}; see what the kernel's log says of the disk"
         )
     })?;
+    let folder = config
+        .place
+        .folder()
+        .map(|folder| folder.canonicalize().unwrap_or(folder.into()));
+    let folder = folder.map_or("none".into(), |folder| folder.display().to_string());
+    let networks = config
+        .attempts
+        .rules
+        .allowed
+        .iter()
+        .map(ToString::to_string);
+    let networks = networks.collect::<Vec<_>>().join(",");
     log::info!(
-        version = env!("CARGO_PKG_VERSION"), name = config.name.as_str(),
-        unfinished = exports.unfinished();
+        version = env!("CARGO_PKG_VERSION"), name = config.name.as_str(), data_dir = folder.as_str(),
+        allow_network = networks.as_str(), unfinished = exports.unfinished();
         "starting"
     );
 

@@ -798,3 +798,34 @@ fn a_destination_is_new_until_the_owner_says_to_know_it() {
     service.result(&other, &service.submit(&other, &payload(2)));
     assert_eq!(new().as_array().unwrap().len(), 1);
 }
+
+#[test]
+fn each_act_that_was_carried_out_is_one_line_of_the_log() {
+    let mut service = Service::start(&[]);
+    act(
+        &service,
+        "pause",
+        &json!({ "subject": "https://a.example/MARK-payload" }),
+    );
+    refused(&service, "resume", &json!({ "subject": "all" }));
+    act(
+        &service,
+        "label",
+        &json!({ "who": "who:run", "label": "sleep app" }),
+    );
+    service.signal("TERM");
+    service.ended();
+    let log = service.log();
+    let lines = log
+        .iter()
+        .filter(|line| line.contains("the owner") && !line.contains("token"));
+    let acts: Vec<Value> = lines
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let told: Vec<_> = acts
+        .iter()
+        .map(|line| (&line["event"], &line["act"]))
+        .collect();
+    let event = json!("the owner acts");
+    assert_eq!(told, [(&event, &json!("pause")), (&event, &json!("label"))]);
+}

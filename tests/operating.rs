@@ -336,6 +336,79 @@ fn each_request_and_delivery_has_one_log_line_with_its_figures() {
 }
 
 #[test]
+fn what_ends_without_an_answer_is_one_error_after_its_last_attempt() {
+    let service = Service::start_bare(&[]);
+    let url = "https://10.255.255.1/MARK-payload?key=MARK-payload";
+    let id = service.submit(url, &payload(1));
+    assert_eq!(service.result(url, &id)["status_code"], 403);
+    let failed = service.event("failed", |line| line["id"] == id.as_str());
+    assert_eq!(
+        (&failed["level"], &failed["attempt"]),
+        (&"warn".into(), &1.into())
+    );
+    let end = service.event("given up", |line| line["id"] == id.as_str());
+    assert_eq!(
+        (&end["level"], &end["attempts"]),
+        (&"error".into(), &1.into())
+    );
+    assert_eq!(end["kind"], "forbidden_address");
+    assert!(
+        end["reason"].as_str().unwrap().contains("10.255.255.1"),
+        "{end}"
+    );
+    let name = end["destination"].as_str().unwrap();
+    assert!(
+        name.starts_with("10.255.255.1 #"),
+        "as the ledger shows it: {name}"
+    );
+}
+
+#[test]
+fn with_qq_nothing_is_logged_of_an_export_but_that_it_was_given_up() {
+    let (url, address) = support::nowhere();
+    let mut service = Service::start(&[]);
+    let id = service.submit(&format!("{url}?key=MARK-payload"), &payload(1));
+    service.reports(1);
+    service.signal("KILL");
+    service.ended();
+    let mut child = command()
+        .args(["-qq", "--log-format", "json", "--give-up-after", "100ms"])
+        .args([
+            "--port",
+            "0",
+            "--bind",
+            "127.0.0.1",
+            "--allow-network",
+            "127.0.0.1",
+        ])
+        .arg("--data-dir")
+        .arg(service.folder())
+        .env("EXPORT_SECRET", SECRET)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    let mut log = BufReader::new(child.stderr.take().unwrap());
+    log.read_line(&mut line).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(
+        (&line["level"], &line["event"]),
+        (&"error".into(), &"given up".into())
+    );
+    assert_eq!(
+        (&line["id"], &line["kind"]),
+        (&id.into(), &"connect".into())
+    );
+    assert!(line["attempts"].as_u64().unwrap() >= 1, "{line}");
+    let reason = format!("connection refused by {address}: nothing listens there");
+    assert_eq!(line["reason"], reason);
+    let name = line["destination"].as_str().unwrap();
+    assert!(name.starts_with(&format!("http://{address} #")), "{name}");
+}
+
+#[test]
 fn a_log_that_nobody_reads_delays_no_submission_no_delivery_and_no_stop() {
     let destination = Destination::start(|_| ok());
     let (mut service, reading) = Service::start_with_unread_log(&[]);

@@ -617,6 +617,74 @@ fn a_file_that_the_services_user_may_not_write_is_named() {
     assert!(start("none").0);
 }
 
+#[test]
+fn a_folder_that_was_restored_as_root_is_refused_with_the_file_its_owner_and_the_command_that_mends_it()
+ {
+    let held = tempfile::tempdir().unwrap();
+    if !as_other_user(held.path()) {
+        return support::not_run("only root can run the service as another user");
+    }
+    let folder = held.path().join("data");
+    fs::create_dir(&folder).unwrap();
+    let copy = held.path().join("export-service");
+    fs::copy(program(), &copy).unwrap();
+    let start = || {
+        let mut command = other_user();
+        command.arg(&copy);
+        try_start(command, &folder)
+    };
+    let owned_by = |name: &str, user: u32| {
+        std::os::unix::fs::chown(folder.join(name), Some(user), Some(user)).unwrap();
+    };
+    let refused = |name: &str| {
+        let (listens, log) = start();
+        assert!(!listens, "it started");
+        let file = folder.join(name);
+        let file = file.to_str().unwrap().trim_end_matches('/');
+        for words in [
+            file,
+            "ermission denied",
+            "belongs to root with mode ",
+            "this service runs as user 64123: as root, `chown -R 64123:0 ",
+        ] {
+            assert!(log.contains(words), "no {words:?} in {log}");
+        }
+    };
+    // The folder itself, also if its files are the service's.
+    refused("");
+    owned_by("", 64123);
+    assert!(start().0);
+    owned_by("", 0);
+    refused("");
+    owned_by("", 64123);
+    // Each file that a start needs, as a copy made by root leaves it.
+    for name in [
+        "lock",
+        "exports.db",
+        "exports.db-wal",
+        "ledger.key",
+        "owner.key",
+    ] {
+        let path = folder.join(name);
+        let closed: std::fs::Permissions = PermissionsExt::from_mode(0o600);
+        fs::set_permissions(&path, closed).unwrap();
+        owned_by(name, 0);
+        refused(name);
+        owned_by(name, 64123);
+    }
+    assert!(start().0);
+    // One that does not exist yet, where this user may not make it.
+    let above = held.path().join("closed");
+    fs::create_dir(&above).unwrap();
+    let mut command = other_user();
+    command.arg(&copy);
+    let (listens, log) = try_start(command, &above.join("data"));
+    assert!(
+        !listens && log.contains("`install -d -m 700 -o 64123 -g 0 "),
+        "{log}"
+    );
+}
+
 fn other_user() -> Command {
     let mut command = Command::new("setpriv");
     command

@@ -15,6 +15,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 
+use crate::denied;
 use crate::key_file::replace_private;
 
 /// The file's name in the data folder.
@@ -67,10 +68,16 @@ impl SecretFile {
     /// # Errors
     /// The file cannot be read or understood.
     pub fn read(&self) -> io::Result<Option<Cached>> {
-        let text = match fs::read(self.folder.join(FILE)) {
+        let path = self.folder.join(FILE);
+        let text = match fs::read(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error),
+            Err(error) => {
+                return Err(match denied::remedy(&self.folder, &path, &error) {
+                    Some(remedy) => io::Error::new(error.kind(), format!("{error}; {remedy}")),
+                    None => error,
+                });
+            }
         };
         // The messages of serde_json and base64 are not passed on: they may quote the secret.
         let strange = || io::Error::new(ErrorKind::InvalidData, "its content is not understood");

@@ -454,8 +454,7 @@ impl Lead {
 
 /// Finishes an export that was tried for long enough, with its last error.
 fn give_up(mut given_up: GivenUp, workers: &Workers) {
-    let Export { id, attempts, .. } = given_up.export;
-    log::warn!(id:%, attempts; "given up");
+    let attempts = given_up.export.attempts;
     let (kind, message) = given_up.reason.take().unwrap_or_else(|| {
         // Not reached: its queue is failing, and so has a reason.
         let message = "there was no turn in time";

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
+use uuid::Uuid;
 
 use super::Exports;
 use super::acts::running::name_of;
@@ -189,6 +190,7 @@ impl Exports {
             delivered: Some(false),
             ..self.entry(Event::Attempt, export)
         };
+        log_end(export.id, &entry.destination, &result);
         self.metrics.failed.one();
         let mut queues = self.queues.lock();
         queues.ended(export.queue, self.running());
@@ -255,11 +257,13 @@ impl Exports {
             ..
         } = given_up;
         self.metrics.given_up.one();
-        entries.push(Entry {
+        let entry = Entry {
             outcome: kind_of(&result),
             delivered: Some(false),
             ..self.entry(Event::GivenUp, &export)
-        });
+        };
+        log_end(export.id, &entry.destination, &result);
+        entries.push(entry);
         self.finish(&export, result, queue_update, resumes, entries);
     }
 
@@ -272,7 +276,6 @@ impl Exports {
         queue_update: QueueUpdate,
         resumes: bool,
     ) {
-        log::warn!(id:% = found.id, reason:% = format_args!("its uri {bad}"); "cannot be delivered");
         self.metrics.failed.one();
         let result = ExtResponse {
             error: Some(FailureReport {
@@ -289,6 +292,7 @@ impl Exports {
             delivered: Some(false),
             ..Entry::new(Event::GivenUp, wall_clock())
         };
+        log_end(found.id, &entry.destination, &result);
         self.report(Report {
             id: found.id,
             seq: found.seq,
@@ -373,6 +377,17 @@ fn finished(result: ExtResponse, resumes: bool) -> ExportUpdate {
         response: to_json(&result),
         memory: result.memory,
         resumes,
+    }
+}
+
+/// Logs that an export ended without an answer. Its destination is named as the owner's commands take it.
+fn log_end(id: Uuid, destination: &str, result: &ExtResponse) {
+    if let Some(error) = &result.error {
+        log::error!(
+            id:%, destination, kind = error.kind.as_str(), reason = error.message.as_str(),
+            attempts = error.attempts;
+            "given up"
+        );
     }
 }
 

@@ -114,10 +114,12 @@ fn answer(
 
 /// Carries an act out. Blocks until it is committed.
 fn act(owner: &Owner, name: &str, body: &[u8]) -> Response {
-    // Without what it is about, which may be a URL with a password in it.
-    log::info!(act = name; "the owner acts");
     match Act::read(name, body).and_then(|act| owner.exports.act(act)) {
-        Ok(acted) => json_of(200, &acted),
+        Ok(acted) => {
+            // Without what it is about, which may be a URL with a password in it.
+            log::info!(act = name; "the owner acts");
+            json_of(200, &acted)
+        }
         Err(error) => {
             let (status, code) = error.status();
             json_of(status, &error_body(code, &error.to_string()))

@@ -160,12 +160,8 @@ impl Writer {
     ) {
         self.wrote();
         self.exports.wake_worker();
-        match &done {
-            Err(ActError::Storage(error)) => {
-                log::error!(reason:% = error; "cannot carry out an act of the owner");
-            }
-            Err(_) => {}
-            Ok(_) => log::info!("an act of the owner was carried out"),
+        if let Err(ActError::Storage(error)) = &done {
+            log::error!(reason:% = error; "cannot carry out an act of the owner");
         }
         // Its sender may have left.
         let _ = reply.send(done);

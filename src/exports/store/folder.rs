@@ -12,7 +12,10 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use rustix::fs::{Access, access};
+
 use super::{FILE, OpenError};
+use crate::denied;
 
 /// The lock file's text once the folder has had a database, so that its loss is noticed.
 const IN_USE: &[u8] = b"exports.db was created here\n";
@@ -43,6 +46,9 @@ impl Folder {
         let path = folder
             .canonicalize()
             .map_err(|error| unusable(folder, "use", &error))?;
+        // SQLite would only say that it cannot open the database.
+        access(&path, Access::WRITE_OK | Access::EXEC_OK)
+            .map_err(|error| unusable(&path, "write to", &error.into()))?;
         let lock = path.join("lock");
         let lock = private_file(&lock).map_err(|error| match lock.exists() {
             true => unwritable(&lock, &error),
@@ -238,10 +244,14 @@ pub fn beside(database: &Path, end: &str) -> PathBuf {
     path.into()
 }
 
-fn unusable(folder: &Path, what: &str, error: &dyn std::fmt::Display) -> OpenError {
+fn unusable(folder: &Path, what: &str, error: &io::Error) -> OpenError {
+    let remedy = denied::remedy(folder, folder, error);
+    let remedy = remedy
+        .as_deref()
+        .unwrap_or("make it a folder that this user can write");
     OpenError(format!(
-        "cannot {what} the data folder {}: {error}; make it a folder that this user can write, \
-         choose another with --data-dir, or give --ephemeral to keep nothing",
+        "cannot {what} the data folder {}: {error}; {remedy}, choose another with --data-dir, or give \
+         --ephemeral to keep nothing",
         folder.display()
     ))
 }
@@ -254,9 +264,13 @@ fn unwritable(file: &Path, error: &io::Error) -> OpenError {
             file.display()
         ));
     }
+    let folder = file.parent().unwrap_or(file);
+    let remedy = denied::remedy(folder, file, error);
+    let remedy = remedy
+        .as_deref()
+        .unwrap_or("make it a file that this user can read and write");
     OpenError(format!(
-        "cannot write {}: {error}; make it a file that this user can read and write, or choose \
-         another folder with --data-dir",
+        "cannot write {}: {error}; {remedy}, or choose another folder with --data-dir",
         file.display()
     ))
 }
