@@ -3,6 +3,7 @@
 //!
 //! Not here: whether the data folder can be used, which only opening it shows.
 
+use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File};
@@ -87,6 +88,8 @@ pub struct Config {
     pub admin: Option<SocketAddr>,
     /// The names by which the owner may address this box.
     pub admin_hosts: Hosts,
+    /// Where systemd wants to be told of the start and the stop; see [`crate::systemd`].
+    pub notify_socket: Option<OsString>,
 }
 
 /// A setting that cannot work. The text names it, its value unless that is secret, and what to do.
@@ -907,6 +910,8 @@ impl ServeArgs {
             },
             admin,
             admin_hosts,
+            // No setting of a person's, so without a flag.
+            notify_socket: env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()),
             log_format: self.log_format,
             log_level: match level {
                 ..=-2 => LevelFilter::Error,
