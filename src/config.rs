@@ -9,6 +9,7 @@ mod values;
 pub mod variables;
 pub mod warnings;
 
+use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File};
@@ -95,6 +96,8 @@ pub struct Config {
     pub admin_hosts: Hosts,
     /// Settings that work and may not be meant.
     pub warnings: Vec<Warning>,
+    /// Where systemd wants to be told of the start and the stop; see [`crate::systemd`].
+    pub notify_socket: Option<OsString>,
 }
 
 /// A setting that cannot work. The text names it, its value unless that is secret, and what to do.
@@ -899,6 +902,8 @@ impl ServeArgs {
             admin,
             admin_hosts,
             warnings,
+            // No setting of a person's, so without a flag.
+            notify_socket: env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()),
             log_format: self.log_format,
             log_level: match level {
                 ..=-2 => LevelFilter::Error,

@@ -24,9 +24,9 @@
 //! [`dial`] looks names up and connects, [`socket`] puts one deadline on everything that it does, [`memory`]
 //! is a shared budget of bytes, [`metrics`] counts what happens, [`backoff`] says how long to wait after
 //! failures, [`pem`] what is wrong with a certificate file, [`denied`] what keeps the service from its own files,
-//! [`key_file`] keeps this box's own keys,
-//! [`unseen`] knows the characters that a text from outside must not smuggle in, and
-//! [`ledger`] is the vocabulary of what left it. Beside them are the [`owner`]'s side, which shows what left
+//! [`key_file`] keeps this box's own keys, [`unseen`] knows the characters that a text from outside must not
+//! smuggle in, [`systemd`] is told of the start and the stop, and [`ledger`] is the vocabulary of what left it.
+//! Beside them are the [`owner`]'s side, which shows what left
 //! the box, and the [`tools`] for a person at the keyboard.
 
 // A line printed in passing would bypass the log and its rules on what may be shown.
@@ -55,6 +55,7 @@ pub mod reply;
 pub mod routes;
 pub mod server;
 pub mod socket;
+pub mod systemd;
 pub mod threads;
 pub mod tools;
 pub mod unseen;

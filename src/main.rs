@@ -29,7 +29,7 @@ use export_service::server::{Server, Service};
 use export_service::tools::ledger::{self, Failure};
 use export_service::tools::{acts, check, healthcheck, link, settings, sink, status, token};
 use export_service::waits::Waits;
-use export_service::{arbiter, logging, threads};
+use export_service::{arbiter, logging, systemd, threads};
 use parking_lot::Mutex;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -199,6 +199,10 @@ fn serve(mut config: Config) -> Result<(), String> {
     let admin = config.admin.map(bind_admin).transpose()?;
     let admin_address = admin.as_ref().map(|(_, address)| *address);
 
+    let notify_socket = config.notify_socket.take();
+    let tell_systemd = |assignments: &str| systemd::tell(notify_socket.as_deref(), assignments);
+    // An older or damaged store can take minutes.
+    tell_systemd("STATUS=opening the store");
     let store = Store::open(&config.place).map_err(|error| error.to_string())?;
     let key = match config.place.folder() {
         Some(folder) => Key::in_file(&folder.join(KEY_FILE)),
@@ -291,10 +295,14 @@ fn serve(mut config: Config) -> Result<(), String> {
         None => None,
     };
     log::info!(address:% = address, scheme; "listening");
+    tell_systemd(&format!(
+        "READY=1\nSTATUS=listening on {scheme}://{address}"
+    ));
 
     // The thread that sends ends only with the process.
     let signal = stop.recv().unwrap_or(SIGTERM);
     log::info!(signal; "stopping");
+    tell_systemd("STOPPING=1\nSTATUS=answering the last requests");
     let stopping = Instant::now();
     let last_attempt = stopping + LAST_ATTEMPT;
     // First, so that no further attempt begins.
