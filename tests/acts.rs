@@ -616,6 +616,18 @@ fn acts_that_make_no_sense_change_nothing_and_say_what_to_send() {
 }
 
 #[test]
+fn resuming_an_empty_name_ends_no_pause() {
+    let service = Service::start(&[]);
+    act(&service, "pause", &json!({ "subject": "all" }));
+    for empty in ["", " "] {
+        let (status, code, message) = refused(&service, "resume", &json!({ "subject": empty }));
+        assert_eq!((status, code.as_str()), (400, "malformed"), "{message}");
+    }
+    let status = ask(&service, "GET", "/api/status", "").json();
+    assert_eq!(status["state"], "paused");
+}
+
+#[test]
 fn the_commands_say_what_they_did_and_exit_0_1_or_2() {
     let destination = Destination::start(|_| ok());
     let mut service = Service::start(&[]);

@@ -16,7 +16,8 @@ use base64::engine::general_purpose::STANDARD;
 use export_service::auth::{Key, Macaroon};
 use serde_json::{Value, json};
 use support::{
-    Destination, Identity, PATIENCE, Response, Service, command, connect, ok, payload, token,
+    Destination, Identity, PATIENCE, Response, Service, command, connect, nowhere, ok, payload,
+    token,
 };
 
 /// A service with an owner's port.
@@ -261,6 +262,54 @@ fn a_page_of_another_site_cannot_act_even_with_the_browsers_stored_password() {
 }
 
 #[test]
+fn a_post_to_what_is_only_read_gets_405_and_to_nothing_404_whatever_it_holds() {
+    let owner = Owner::start(&[]);
+    let host = owner.address.to_string();
+    let token = format!("Bearer {}", owner.token(&[]));
+    for kind in ["text/plain", "application/json"] {
+        let headers = [
+            ("Host", host.as_str()),
+            ("Authorization", token.as_str()),
+            ("Content-Type", kind),
+        ];
+        for path in ["/", "/livez", "/metrics", "/api/status", "/api/ledger"] {
+            let response = owner.raw("POST", path, &headers, "{}");
+            assert_eq!(response.status, 405, "{path} {kind}");
+            assert_eq!(response.header("allow"), Some("GET, HEAD"));
+        }
+        let response = owner.raw("POST", "/api/nothing", &headers, "{}");
+        assert_eq!(response.status, 404, "{kind}");
+    }
+}
+
+#[test]
+fn whatever_is_not_possible_now_is_answered_with_when_to_try_again() {
+    // An arbiter that never answers, so that there is no secret.
+    let secrets = tempfile::tempdir().unwrap();
+    fs::write(secrets.path().join("ARBITER_TOKEN"), "token").unwrap();
+    let key = "HelloWorldHelloWorldHelloWorldHelloWorld";
+    fs::write(secrets.path().join("ZMQ_PUBLIC_KEY"), key).unwrap();
+    let (_, arbiter) = nowhere();
+    let arbiter = format!("tcp://{arbiter}");
+    let secrets = secrets.path().to_str().unwrap();
+    let waiting = Service::start_without_secret(&["--arbiter", &arbiter, "--secrets-dir", secrets]);
+    let ready = ask(&waiting.folder(), "GET", "/readyz");
+    assert_eq!(
+        (ready.status, ready.header("retry-after")),
+        (503, Some("5"))
+    );
+
+    let service = Service::start(&[]);
+    fs::remove_file(service.folder().join("exports.db")).unwrap();
+    let ledger = ask(&service.folder(), "GET", "/api/ledger");
+    assert_eq!(
+        (ledger.status, ledger.code().as_str()),
+        (503, "storage_failed")
+    );
+    assert_eq!(ledger.header("retry-after"), Some("5"));
+}
+
+#[test]
 fn ten_wrong_tokens_a_minute_are_enough_but_never_lock_the_owner_out() {
     let owner = Owner::start(&[]);
     let codes: Vec<_> = (0..12)
@@ -379,6 +428,31 @@ fn a_port_without_tls_that_others_can_reach_is_warned_of() {
     owner.service.event(warning, |line| line["level"] == "warn");
     let status = ask(&owner.service.folder(), "GET", "/api/status").json();
     assert_eq!(status["attention"][0]["kind"], "plain_http", "{status}");
+}
+
+#[test]
+fn a_parameter_of_the_ledger_that_means_nothing_is_refused_rather_than_ignored() {
+    let service = Service::start(&[]);
+    for wrong in ["before=x", "before=1.5", "format=xml", "format=CSV"] {
+        let response = ask(&service.folder(), "GET", &format!("/api/ledger?{wrong}"));
+        assert_eq!(
+            (response.status, response.code().as_str()),
+            (400, "malformed"),
+            "{wrong}"
+        );
+        let name = wrong.split('=').next().unwrap();
+        assert!(response.body.contains(name), "{}", response.body);
+    }
+    for right in [
+        "before=",
+        "before=17",
+        "format=",
+        "format=json",
+        "format=csv",
+    ] {
+        let response = ask(&service.folder(), "GET", &format!("/api/ledger?{right}"));
+        assert_eq!(response.status, 200, "{right}");
+    }
 }
 
 #[test]

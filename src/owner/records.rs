@@ -55,8 +55,19 @@ pub fn ledger(evidence: &Evidence, query: &str, now: i64) -> Result<Answer, Wron
             .filter(|limit| (1..=MOST_ROWS).contains(limit))
             .ok_or_else(|| Wrong::Query(format!("limit: give a number from 1 to {MOST_ROWS}")))?,
     };
-    let found = rows(evidence, &Query::parse(query), limit, now)?;
-    if parameter(query, "format") == Some("csv") {
+    let is_csv = match parameter(query, "format") {
+        None | Some("" | "json") => false,
+        Some("csv") => true,
+        Some(_) => return Err(Wrong::Query("format: give csv or json".into())),
+    };
+    let asked = Query::parse(query);
+    // Ignored, it would show the newest rows again, to a program that asks for older ones.
+    if asked.before.is_none() && parameter(query, "before").is_some_and(|text| !text.is_empty()) {
+        let what = "before: give the `next` of an earlier answer, a number";
+        return Err(Wrong::Query(what.into()));
+    }
+    let found = rows(evidence, &asked, limit, now)?;
+    if is_csv {
         let mut text = String::from(CSV_HEAD);
         for row in &found.rows {
             csv(&mut text, row);

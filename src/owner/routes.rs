@@ -23,7 +23,9 @@ use crate::metrics;
 const CHALLENGE: &str =
     "Basic realm=\"export-service link prints the user name\", charset=\"UTF-8\"";
 /// How soon a client may try to log in again, in seconds.
-const RETRY_AFTER: &str = "60";
+const LOGIN_AFTER: &str = "60";
+/// How soon it may try again what is not possible now.
+const RETRY_AFTER: &str = "5";
 
 /// Serves one request. Blocks for reading the store, and for an act until it is committed.
 pub fn serve(
@@ -40,6 +42,9 @@ pub fn serve(
         }
         refusal(&refused)
     });
+    if response.status == 503 {
+        response.headers.push(("Retry-After", RETRY_AFTER.into()));
+    }
     for (name, value) in HEADERS {
         if response.headers.iter().all(|(own, _)| *own != name) {
             response.headers.push((name, value.into()));
@@ -72,14 +77,6 @@ fn answer(
             }
             checked?;
         }
-        if method == "POST" {
-            access::check_act(&Origin {
-                host: request.header("Host"),
-                origin: request.header("Origin"),
-                site: request.header("Sec-Fetch-Site"),
-                content_type: request.header("Content-Type"),
-            })?;
-        }
     }
     let reads = || match method {
         "GET" | "HEAD" => Ok(()),
@@ -104,11 +101,25 @@ fn answer(
         }),
         path => match path.strip_prefix("/api/") {
             Some(name) if Act::NAMES.contains(&name) => match method {
-                "POST" => Ok(act(owner, name, request.body())),
+                "POST" => {
+                    if let Client::Remote(_) = client {
+                        access::check_act(&origin(request))?;
+                    }
+                    Ok(act(owner, name, request.body()))
+                }
                 _ => Err(Refused::Method("POST")),
             },
             _ => Err(Refused::NoSuchPath),
         },
+    }
+}
+
+fn origin(request: &Request) -> Origin<'_> {
+    Origin {
+        host: request.header("Host"),
+        origin: request.header("Origin"),
+        site: request.header("Sec-Fetch-Site"),
+        content_type: request.header("Content-Type"),
     }
 }
 
@@ -194,7 +205,7 @@ fn refusal(refused: &Refused) -> Response {
     let header = match refused {
         Refused::NoToken | Refused::Token(_) => Some(("WWW-Authenticate", CHALLENGE)),
         Refused::Method(allow) => Some(("Allow", *allow)),
-        Refused::TooManyLogins => Some(("Retry-After", RETRY_AFTER)),
+        Refused::TooManyLogins => Some(("Retry-After", LOGIN_AFTER)),
         _ => None,
     };
     let header = header.map(|(name, value)| (name, Cow::Borrowed(value)));

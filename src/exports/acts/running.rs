@@ -293,8 +293,9 @@ impl Writer {
     fn resume(&mut self, text: &str) -> Result<Acted, ActError> {
         let pauses = self.exports.pauses.lock().clone();
         let is_meant = |pause: &&Pause| {
-            let name = pause.subject.split_once(':').map_or("", |(_, name)| name);
-            [pause.subject.as_str(), name]
+            let whole = pause.subject.as_str();
+            let name = whole.split_once(':').map_or(whole, |(_, name)| name);
+            [whole, name]
                 .iter()
                 .any(|known| known.eq_ignore_ascii_case(text.trim()))
         };
