@@ -24,7 +24,6 @@ use clap::builder::{
     OsStringValueParser, PathBufValueParser, PossibleValue, StringValueParser, TypedValueParser,
 };
 use clap::{Arg, ArgAction, Args, Parser, Subcommand, value_parser};
-use ipnet::IpNet;
 use log::LevelFilter;
 
 use crate::arbiter;
