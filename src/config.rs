@@ -23,7 +23,6 @@ use clap::builder::{
     OsStringValueParser, PathBufValueParser, PossibleValue, StringValueParser, TypedValueParser,
 };
 use clap::{Arg, ArgAction, Args, Parser, Subcommand, value_parser};
-use ipnet::IpNet;
 use log::LevelFilter;
 
 use crate::arbiter;
@@ -992,6 +991,7 @@ fn within(flag: &str, value: usize, least: usize, most: usize) -> Result<(), Con
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ipnet::IpNet;
 
     fn checked(arguments: &[&str]) -> Result<Config, ConfigError> {
         let arguments = ["export-service", "--secret", "s3cret"]
