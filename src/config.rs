@@ -996,6 +996,7 @@ fn within(flag: &str, value: usize, least: usize, most: usize) -> Result<(), Con
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ipnet::IpNet;
 
     fn checked(arguments: &[&str]) -> Result<Config, ConfigError> {
         let arguments = ["export-service", "--secret", "s3cret"]

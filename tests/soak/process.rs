@@ -272,7 +272,9 @@ impl Log {
             if line.contains(" listening ") {
                 listening.store(true, Ordering::Relaxed);
             }
-            if line.contains("panic") || line.contains(" ERROR ") {
+            // Whether an export may be given up is checked where its result is.
+            let is_error = line.contains(" ERROR ") && !line.contains(" ERROR given up ");
+            if line.contains("panic") || is_error {
                 model.broken(format!("log: {line}"));
             }
             if [SECRET, MARK, TOKEN].iter().any(|what| line.contains(what)) {
