@@ -191,16 +191,30 @@ fn every_command_has_its_manual_page_and_is_completed() {
             assert!(completion.contains(command), "{shell}");
         }
     }
-    let loaded = Command::new("bash")
-        .args([
-            "-euc",
-            "source \"$1\" && complete -p export-service",
-            "bash",
-        ])
-        .arg(completions.join("export-service.bash"))
-        .output()
-        .unwrap();
-    assert!(loaded.status.success(), "{loaded:?}");
+    // As Bash does it at the tab key: the words, and the number of the one that is completed.
+    for (words, expected) in [
+        ("export-service sta", "status"),
+        ("export-service token --dest", "--destination"),
+    ] {
+        let completed = Command::new("bash")
+            .args([
+                "-euc",
+                r#"source "$1"; function=$(complete -p export-service); function=${function##*-F };
+                read -ra COMP_WORDS <<<"$2"; COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+                ${function%% *} export-service "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD-1]}"
+                echo "${COMPREPLY[@]}""#,
+                "bash",
+            ])
+            .arg(completions.join("export-service.bash"))
+            .arg(words)
+            .output()
+            .unwrap();
+        assert_eq!(
+            String::from_utf8_lossy(&completed.stdout).trim(),
+            expected,
+            "{completed:?}"
+        );
+    }
 }
 
 #[test]
