@@ -65,6 +65,28 @@ fn every_test_that_readme_names_exists() {
 }
 
 #[test]
+fn what_contributing_and_security_name_exists() {
+    for page in ["CONTRIBUTING.md", "SECURITY.md"] {
+        let text = fs::read_to_string(root().join(".github").join(page)).unwrap();
+        let words: Vec<_> = text.split('`').skip(1).step_by(2).collect();
+        for word in &words {
+            let is_file = ["src/", "tests/", "scripts/"]
+                .iter()
+                .any(|top| word.starts_with(top));
+            let file = word.split(' ').next().unwrap();
+            assert!(!is_file || root().join(file).exists(), "{page}: {word}");
+        }
+        // Only tests have such names.
+        let tests = words.iter().filter(|word| word.matches('_').count() > 4);
+        for test in tests {
+            let named = words.iter().filter(|word| word.ends_with(".rs"));
+            let mut files = named.map(|file| fs::read_to_string(root().join(file)).unwrap());
+            assert!(files.any(|file| has_test(&file, test)), "{page}: {test}");
+        }
+    }
+}
+
+#[test]
 fn a_proxy_in_the_environment_is_sent_nothing() {
     let proxy = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     proxy.set_nonblocking(true).unwrap();

@@ -26,8 +26,15 @@ schemathesis.openapi.format("uuid", st.sampled_from(IDS) | st.uuids().map(str))
 
 @schemathesis.hook
 def before_load_schema(context, raw_schema):
-    """Closes the objects of answers, so that a field that is not described is found."""
+    """Closes the objects of answers, so that a field that is not described is found, and makes examples possible."""
     close(raw_schema["components"])
+    waiting = iter(IDS)
+    for path in raw_schema["paths"].values():
+        for operation in path.values():
+            body = operation.get("requestBody", {}) if isinstance(operation, dict) else {}
+            for example in body.get("content", {}).get("application/json", {}).get("examples", {}).values():
+                if "id" in example["value"]:
+                    example["value"] = {"id": next(waiting)}
 
 
 def close(node):
