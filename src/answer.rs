@@ -295,7 +295,11 @@ pub fn refusal(refusal: &Refusal) -> Response {
         &Body {
             error: Details {
                 code,
-                message: refusal.to_string(),
+                message: match refusal {
+                    // What differs is for the client and not for the log.
+                    Refusal::Denied(denial) => denial.explained(),
+                    _ => refusal.to_string(),
+                },
             },
         },
     );

@@ -163,7 +163,7 @@ pub struct Cli {
 pub enum Command {
     /// Run the service (the default)
     Serve(Box<ServeArgs>),
-    /// Mint a macaroon that allows exports to one destination, and print it
+    /// Mint a macaroon that allows exports to one destination, and print it; or say what one is good for
     Token(TokenArgs),
     /// Be a small destination on 127.0.0.1: print what arrives and answer with it
     Sink(SinkArgs),
@@ -659,13 +659,18 @@ pub struct ServeArgs {
 pub struct TokenArgs {
     #[command(flatten)]
     secret: SecretArgs,
-    /// URL that the token allows exports to
-    #[arg(long)]
-    pub destination: String,
+    /// Say what a token is good for instead: this one, or the one on standard input, which keeps it out of
+    /// the process list
+    #[arg(long, value_name = "TOKEN", num_args = 0..=1, default_missing_value = "",
+        conflicts_with_all = ["destination", "path", "method", "id", "expires"])]
+    pub show: Option<String>,
+    /// URL that the token allows exports to, exactly
+    #[arg(long, required_unless_present = "show")]
+    destination: Option<String>,
     /// Path that the token is good for; a trailing * matches any rest
     #[arg(long, default_value = "/lp/export")]
     pub path: String,
-    /// HTTP method that the token is good for
+    /// HTTP method that the token is good for; exports take no other
     #[arg(long, default_value = "POST")]
     pub method: String,
     /// Identifier of the token's holder; a Databox's arbiter leaves it empty
@@ -677,6 +682,19 @@ pub struct TokenArgs {
 }
 
 impl TokenArgs {
+    /// The URL to mint for; empty if nothing is to be minted.
+    pub fn destination(&self) -> &str {
+        self.destination.as_deref().unwrap_or_default()
+    }
+
+    /// This service's name, and the root key of its tokens if a secret was given.
+    ///
+    /// # Errors
+    /// An empty secret.
+    pub fn issuer(&self) -> Result<(&str, Option<Key>), ConfigError> {
+        Ok((&self.secret.name, self.secret.key()?))
+    }
+
     /// The name and the root key to mint for.
     ///
     /// # Errors

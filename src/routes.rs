@@ -16,7 +16,7 @@ use serde_json::value::RawValue;
 
 use crate::answer::Refusal;
 use crate::auth::secret::Secret;
-use crate::auth::{self, Denial, Grant, Need};
+use crate::auth::{self, Denial, Grant};
 use crate::destination::Destination;
 use crate::export;
 use crate::exports::{Query, Submission};
@@ -241,9 +241,7 @@ fn submission(request: &Request<'_>, body: Body<'_>, grant: &Grant) -> Result<Su
         "`uri` is missing: it says where a new export goes".into(),
     ))?;
     let destination = Destination::parse(&url)?;
-    if !grant.allows(&url) {
-        return Err(Refusal::Denied(Denial::Unmet(Need::Destination)));
-    }
+    grant.check(&url)?;
     let data = body.data.ok_or(Refusal::Malformed(
         "`data` is missing: it is what a new export sends".into(),
     ))?;

@@ -5,12 +5,14 @@
 //!
 //! Not here: whether the macaroon is genuine ([`super::macaroon`]).
 
+use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::{Denial, Macaroon, Need};
+use super::{Denial, Difference, Macaroon, Need};
+use crate::unseen::Shown;
 
 /// The parts of a request that caveats are about.
 pub struct Request<'a> {
@@ -34,6 +36,29 @@ impl Grant {
         &self.owner
     }
 
+    /// Checks that data may be sent to exactly this URL.
+    ///
+    /// # Errors
+    /// The first destination caveat that is another one.
+    pub fn check(&self, destination: &str) -> Result<(), Denial> {
+        match self.destinations.iter().find(|url| *url != destination) {
+            None => Ok(()),
+            Some(allowed) => Err(unmet(
+                Need::Destination,
+                format_args!(
+                    "this token is good for exports to {}, and this one goes to {}",
+                    Shown(allowed),
+                    Shown(destination)
+                ),
+            )),
+        }
+    }
+
+    /// The first URL that its token names.
+    pub fn destination(&self) -> &str {
+        self.destinations.first().map_or("", String::as_str)
+    }
+
     /// Whether data may be sent to exactly this URL. With two different destination caveats the answer is
     /// always no, since both have to hold.
     pub fn allows(&self, destination: &str) -> bool {
@@ -51,9 +76,18 @@ pub fn check(macaroon: &Macaroon, request: &Request<'_>, now: SystemTime) -> Res
     let (mut target, mut method, mut path) = (false, false, false);
     let mut destinations = Vec::new();
     for caveat in macaroon.caveats() {
-        let text = str::from_utf8(caveat).map_err(|_| Denial::Unknown)?;
+        let text = text(caveat)?;
         if let Some(name) = text.strip_prefix("target = ") {
-            hold(name == request.target, Denial::Unmet(Need::Target))?;
+            if name != request.target {
+                return Err(unmet(
+                    Need::Target,
+                    format_args!(
+                        "this token is good for the service {}, and this one is {}",
+                        Shown(name),
+                        Shown(request.target)
+                    ),
+                ));
+            }
             target = true;
         } else if let Some(url) = text.strip_prefix("destination = ") {
             destinations.push(url.to_owned());
@@ -65,10 +99,16 @@ pub fn check(macaroon: &Macaroon, request: &Request<'_>, now: SystemTime) -> Res
             }
         }
     }
-    hold(target, Denial::Missing(Need::Target))?;
-    hold(method, Denial::Missing(Need::Method))?;
-    hold(path, Denial::Missing(Need::Path))?;
-    hold(!destinations.is_empty(), Denial::Missing(Need::Destination))?;
+    for (is_there, need) in [
+        (target, Need::Target),
+        (method, Need::Method),
+        (path, Need::Path),
+        (!destinations.is_empty(), Need::Destination),
+    ] {
+        if !is_there {
+            return Err(Denial::Missing(need));
+        }
+    }
     Ok(Grant {
         owner: macaroon.identifier().to_vec(),
         destinations,
@@ -86,8 +126,7 @@ pub fn check_owner(
     now: SystemTime,
 ) -> Result<(), Denial> {
     for caveat in macaroon.caveats() {
-        let text = str::from_utf8(caveat).map_err(|_| Denial::Unknown)?;
-        general(text, method, path, now)?;
+        general(text(caveat)?, method, path, now)?;
     }
     Ok(())
 }
@@ -102,28 +141,88 @@ enum General {
 /// Which of them this is, if it holds.
 fn general(text: &str, method: &str, path: &str, now: SystemTime) -> Result<General, Denial> {
     if let Some(name) = text.strip_prefix("method = ") {
-        hold(
-            name.eq_ignore_ascii_case(method),
-            Denial::Unmet(Need::Method),
-        )?;
-        Ok(General::Method)
+        if name.eq_ignore_ascii_case(method) {
+            return Ok(General::Method);
+        }
+        let name = Shown(name);
+        let difference =
+            format_args!("this token is good for method {name}, and this is a {method}");
+        Err(unmet(Need::Method, difference))
     } else if let Some(pattern) = text.strip_prefix("path = ") {
-        hold(path_matches(pattern, path), Denial::Unmet(Need::Path))?;
-        Ok(General::Path)
+        if path_matches(pattern, path) {
+            return Ok(General::Path);
+        }
+        let (pattern, path) = (Shown(pattern), Shown(path));
+        let difference =
+            format_args!("this token is good for path {pattern}, and the request went to {path}");
+        Err(unmet(Need::Path, difference))
     } else if let Some(limit) = text.strip_prefix("time < ") {
-        let end = moment(limit).ok_or(Denial::UnreadableTime)?;
-        hold(since_epoch(now) < end, Denial::Expired)?;
-        Ok(General::Time)
+        let end = moment(limit).ok_or_else(|| Denial::UnreadableTime(quoted(text)))?;
+        if since_epoch(now) < end {
+            return Ok(General::Time);
+        }
+        let (end, now) = (date(end), date(since_epoch(now)));
+        let difference = format!("it was good until {end}, and it is {now} here");
+        Err(Denial::Expired(Difference(difference)))
     } else {
-        Err(Denial::Unknown)
+        Err(Denial::Unknown(quoted(text)))
     }
 }
 
-fn hold(holds: bool, otherwise: Denial) -> Result<(), Denial> {
-    if holds { Ok(()) } else { Err(otherwise) }
+fn text(caveat: &[u8]) -> Result<&str, Denial> {
+    str::from_utf8(caveat).map_err(|_| Denial::Unknown(quoted(&String::from_utf8_lossy(caveat))))
 }
 
-fn path_matches(pattern: &str, path: &str) -> bool {
+fn unmet(need: Need, difference: fmt::Arguments<'_>) -> Denial {
+    Denial::Unmet(need, Difference(difference.to_string()))
+}
+
+fn quoted(caveat: &str) -> Difference {
+    Difference(format!("`{}`", Shown(caveat)))
+}
+
+/// Says in words what a caveat means and, if it is about time, what that is at `now`.
+pub fn meaning(caveat: &[u8], now: SystemTime) -> String {
+    let text = String::from_utf8_lossy(caveat);
+    if let Some(name) = text.strip_prefix("target = ") {
+        format!("for the service named {}", Shown(name))
+    } else if let Some(name) = text.strip_prefix("method = ") {
+        format!("for {} requests", Shown(name))
+    } else if let Some(pattern) = text.strip_prefix("path = ") {
+        match pattern.strip_suffix('*') {
+            Some("") => "for every path".into(),
+            Some(start) => format!("for paths that begin with {}", Shown(start)),
+            None => "for this path".into(),
+        }
+    } else if let Some(url) = text.strip_prefix("destination = ") {
+        match url.contains('*') {
+            true => "for exports to exactly this URL: its * stands for nothing else".into(),
+            false => "for exports to exactly this URL".into(),
+        }
+    } else if let Some(limit) = text.strip_prefix("time < ") {
+        let Some(end) = moment(limit) else {
+            return "never holds: this is no time that can be read".into();
+        };
+        let left = end - since_epoch(now);
+        // There are 20,000 years between the two at most.
+        let seconds = u64::try_from(left.abs() / NANOS).unwrap_or(u64::MAX);
+        let unit = match seconds {
+            ..3600 => 1,
+            ..86_400 => 60,
+            _ => 3600,
+        };
+        let span = humantime::format_duration(Duration::from_secs(seconds - seconds % unit));
+        match left > 0 {
+            true => format!("until {}, for another {span}", date(end)),
+            false => format!("expired {span} ago, at {}", date(end)),
+        }
+    } else {
+        "never holds: this service does not know it".into()
+    }
+}
+
+/// Whether a request with this path can meet the caveat `path = PATTERN`.
+pub fn path_matches(pattern: &str, path: &str) -> bool {
     match pattern.strip_suffix('*') {
         Some(start) => path.starts_with(start),
         None => path == pattern,
@@ -152,6 +251,14 @@ fn moment(text: &str) -> Option<i128> {
     let nanos: i128 = format!("{nanos:0<9}").parse().ok()?;
     let rest = rest.bytes().any(|digit| digit != b'0');
     Some(i128::from(seconds) * NANOS + nanos + i128::from(rest))
+}
+
+/// A time in nanoseconds since 1970 as people read it, in whole seconds.
+fn date(nanos: i128) -> String {
+    OffsetDateTime::from_unix_timestamp(i64::try_from(nanos.div_euclid(NANOS)).unwrap_or(i64::MAX))
+        .ok()
+        .and_then(|date| date.format(&Rfc3339).ok())
+        .unwrap_or_else(|| "a time beyond the year 9999".into())
 }
 
 /// A time in nanoseconds since 1970.
@@ -188,7 +295,7 @@ mod tests {
             method: "POST",
             path,
         };
-        check(&macaroon, &request, now)
+        check(&macaroon, &request, now).map_err(Denial::plain)
     }
 
     fn denial(caveats: &[&str]) -> Option<Denial> {
@@ -224,7 +331,11 @@ mod tests {
             ("path = /export/*", Need::Path),
         ] {
             let caveats = [&FULL[..], &[extra]].concat();
-            assert_eq!(denial(&caveats), Some(Denial::Unmet(need)), "{extra}");
+            assert_eq!(
+                denial(&caveats),
+                Some(Denial::Unmet(need, Difference::default())),
+                "{extra}"
+            );
         }
     }
 
@@ -238,8 +349,152 @@ mod tests {
             "time > 0",
         ] {
             let caveats = [&FULL[..], &[extra]].concat();
-            assert_eq!(denial(&caveats), Some(Denial::Unknown), "{extra}");
+            assert_eq!(
+                denial(&caveats),
+                Some(Denial::Unknown(Difference::default())),
+                "{extra}"
+            );
         }
+    }
+
+    fn explained(caveat: &str, now: SystemTime) -> String {
+        let caveats = [&FULL[..], &[caveat]].concat();
+        let caveats = caveats.into_iter().map(str::to_owned);
+        let macaroon = Macaroon::mint(&Key::derive(b"k"), "me", caveats);
+        let request = Request {
+            target: "export-service",
+            method: "POST",
+            path: "/export",
+        };
+        let granted = check(&macaroon, &request, now);
+        let denial = granted.and_then(|grant| grant.check("https://a.example/in"));
+        denial.err().unwrap().explained()
+    }
+
+    #[test]
+    fn what_differs_is_said_in_the_tokens_words_and_the_requests() {
+        let late = at(1_700_000_002);
+        for (caveat, words) in [
+            (
+                "path = /lp/export",
+                "this token is good for path /lp/export, and the request went to /export: ask for a token \
+                 whose `path` caveat allows it",
+            ),
+            (
+                "method = GET",
+                "this token is good for method GET, and this is a POST: ask for a token whose `method` caveat \
+                 allows it",
+            ),
+            (
+                "target = other",
+                "this token is good for the service other, and this one is export-service: ask for a token \
+                 whose `target` caveat allows it",
+            ),
+            (
+                "destination = https://b.example/",
+                "this token is good for exports to https://b.example/, and this one goes to \
+                 https://a.example/in: ask for a token whose `destination` caveat allows it",
+            ),
+            (
+                "time < 1700000000.5",
+                "the token has expired: it was good until 2023-11-14T22:13:20Z, and it is \
+                 2023-11-14T22:13:22Z here; ask for a new one, or set the clock that is wrong",
+            ),
+            (
+                "time < never",
+                "the token's caveat `time < never` holds no time that can be read: ask for one with RFC 3339 \
+                 like 2030-01-31T08:00:00Z, or with Unix seconds (not milliseconds) before the year 10000",
+            ),
+            (
+                "colour = \u{1b}[31mred",
+                "the token has the caveat `colour = \\u{1b}[31mred`, which this service does not know, so \
+                 that it can never hold: ask for a token without it",
+            ),
+        ] {
+            assert_eq!(explained(caveat, late), words);
+        }
+        let long = explained(&format!("path = /{}", "x".repeat(100_000)), late);
+        assert!(long.len() < 600, "{long}");
+    }
+
+    #[test]
+    fn what_goes_to_the_log_quotes_no_caveat() {
+        let url = "https://hooks.example/password";
+        for caveat in [
+            format!("destination = {url}"),
+            format!("path = {url}"),
+            format!("method = {url}"),
+            format!("target = {url}"),
+            format!("time < {url}"),
+            url.to_owned(),
+        ] {
+            let caveats = [&FULL[..], &[&caveat]].concat();
+            let caveats = caveats.into_iter().map(str::to_owned);
+            let macaroon = Macaroon::mint(&Key::derive(b"k"), "me", caveats);
+            let request = Request {
+                target: "export-service",
+                method: "POST",
+                path: "/export",
+            };
+            let granted = check(&macaroon, &request, at(0));
+            let denial = granted.and_then(|grant| grant.check("https://a.example/password"));
+            let denial = denial.err().unwrap();
+            assert!(denial.explained().contains("password"));
+            assert!(
+                !format!("{denial} {denial:?}").contains("password"),
+                "{caveat}"
+            );
+        }
+    }
+
+    #[test]
+    fn each_caveat_has_a_meaning_in_words() {
+        let now = at(1_700_000_000);
+        for (caveat, words) in [
+            (
+                "target = export-service",
+                "for the service named export-service",
+            ),
+            ("method = POST", "for POST requests"),
+            ("path = *", "for every path"),
+            ("path = /lp/*", "for paths that begin with /lp/"),
+            ("path = /lp/export", "for this path"),
+            (
+                "destination = https://a.example/",
+                "for exports to exactly this URL",
+            ),
+            (
+                "destination = https://a.example/*",
+                "for exports to exactly this URL: its * stands for nothing else",
+            ),
+            (
+                "time < 1700003661",
+                "until 2023-11-14T23:14:21Z, for another 1h 1m",
+            ),
+            (
+                "time < 1700176399",
+                "until 2023-11-16T23:13:19Z, for another 2days",
+            ),
+            (
+                "time < 2023-11-14T22:13:18Z",
+                "expired 2s ago, at 2023-11-14T22:13:18Z",
+            ),
+            (
+                "time < 1700000000",
+                "expired 0s ago, at 2023-11-14T22:13:20Z",
+            ),
+            (
+                "time < soon",
+                "never holds: this is no time that can be read",
+            ),
+            ("colour = red", "never holds: this service does not know it"),
+        ] {
+            assert_eq!(meaning(caveat.as_bytes(), now), words, "{caveat}");
+        }
+        assert_eq!(
+            meaning(b"\xff", now),
+            "never holds: this service does not know it"
+        );
     }
 
     #[test]
@@ -276,7 +531,11 @@ mod tests {
                 "{limit}"
             );
             let late = checked(&caveats, "/export", at(1_700_000_000)).err();
-            assert_eq!(late, Some(Denial::Expired), "{limit}");
+            assert_eq!(
+                late,
+                Some(Denial::Expired(Difference::default())),
+                "{limit}"
+            );
         }
     }
 
@@ -313,11 +572,15 @@ mod tests {
         ] {
             let expiry = format!("time < {limit}");
             let caveats = [&FULL[..], &[expiry.as_str()]].concat();
-            assert_eq!(denial(&caveats), Some(Denial::UnreadableTime), "{limit}");
+            assert_eq!(
+                denial(&caveats),
+                Some(Denial::UnreadableTime(Difference::default())),
+                "{limit}"
+            );
         }
         assert_ne!(
-            Denial::UnreadableTime.to_string(),
-            Denial::Expired.to_string()
+            Denial::UnreadableTime(Difference::default()).to_string(),
+            Denial::Expired(Difference::default()).to_string()
         );
     }
 
@@ -334,7 +597,11 @@ mod tests {
             let expiry = format!("time < {limit}");
             let caveats = [&FULL[..], &[expiry.as_str()]].concat();
             let late = checked(&caveats, "/export", last).err();
-            assert_eq!(late, (!holds).then_some(Denial::Expired), "{limit}");
+            assert_eq!(
+                late,
+                (!holds).then_some(Denial::Expired(Difference::default())),
+                "{limit}"
+            );
         }
     }
 
@@ -377,6 +644,24 @@ mod tests {
             let expiry = format!("time < {limit}");
             let caveats = [&FULL[..], &[expiry.as_str()]].concat();
             let _ = checked(&caveats, "/export", at(now.into()));
+            let _ = meaning(expiry.as_bytes(), at(now.into()));
+        }
+
+        #[test]
+        fn every_time_that_can_be_read_can_be_told(
+            limit in any::<u64>(),
+            now in -300_000_000_000_i64..300_000_000_000,
+        ) {
+            let now = match now {
+                0.. => at(now.unsigned_abs()),
+                _ => UNIX_EPOCH - Duration::from_secs(now.unsigned_abs()),
+            };
+            for limit in [limit % YEAR_10000, limit] {
+                let expiry = format!("time < {limit}");
+                let caveats = [&FULL[..], &[expiry.as_str()]].concat();
+                let _ = checked(&caveats, "/export", now);
+                let _ = meaning(expiry.as_bytes(), now);
+            }
         }
 
         #[test]

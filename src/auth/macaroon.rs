@@ -26,6 +26,11 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 /// The HMAC key with which libmacaroons derives a root key.
 const KEY_GENERATOR: &[u8] = b"macaroons-key-generator";
 
+/// The names of the formats.
+const V1: &str = "libmacaroons v1";
+const V2: &str = "libmacaroons v2";
+const V2_JSON: &str = "libmacaroons v2 JSON";
+
 /// The length of a SHA-256 HMAC in bytes.
 const SIGNATURE: usize = 32;
 
@@ -49,6 +54,7 @@ impl fmt::Debug for Key {
 /// A macaroon that was read but not yet checked. Nothing in it can be trusted before
 /// [`Macaroon::is_signed_by`] has returned true.
 pub struct Macaroon {
+    format: &'static str,
     identifier: Vec<u8>,
     caveats: Vec<Vec<u8>>,
     signature: [u8; SIGNATURE],
@@ -64,6 +70,7 @@ impl Macaroon {
                 hmac(&signature, caveat)
             });
         Self {
+            format: V1,
             identifier: identifier.as_bytes().to_vec(),
             caveats,
             signature,
@@ -95,6 +102,11 @@ impl Macaroon {
             signer = mac(&signer.finalize().into_bytes(), caveat);
         }
         signer.verify_slice(&self.signature).is_ok()
+    }
+
+    /// The name of the format that it was read from.
+    pub fn format(&self) -> &'static str {
+        self.format
     }
 
     /// Whom the token was minted for. The arbiter leaves it empty.
@@ -137,7 +149,7 @@ impl Macaroon {
         if !packets.0.is_empty() {
             return Err(Denial::Unreadable);
         }
-        Self::new(identifier, caveats, signature)
+        Self::new(V1, identifier, caveats, signature)
     }
 
     fn read_v2(bytes: &[u8]) -> Result<Self, Denial> {
@@ -160,7 +172,7 @@ impl Macaroon {
         if !fields.0.is_empty() {
             return Err(Denial::Unreadable);
         }
-        Self::new(identifier, caveats, signature)
+        Self::new(V2, identifier, caveats, signature)
     }
 
     fn read_json(bytes: &[u8]) -> Result<Self, Denial> {
@@ -178,11 +190,17 @@ impl Macaroon {
         }
         let identifier = json_bytes(json.i, json.i64)?;
         let signature = json_bytes(json.s, json.s64)?;
-        Self::new(identifier, caveats, &signature)
+        Self::new(V2_JSON, identifier, caveats, &signature)
     }
 
-    fn new(identifier: Vec<u8>, caveats: Vec<Vec<u8>>, signature: &[u8]) -> Result<Self, Denial> {
+    fn new(
+        format: &'static str,
+        identifier: Vec<u8>,
+        caveats: Vec<Vec<u8>>,
+        signature: &[u8],
+    ) -> Result<Self, Denial> {
         Ok(Self {
+            format,
             identifier,
             caveats,
             signature: signature.try_into().map_err(|_| Denial::Unreadable)?,

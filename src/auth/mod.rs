@@ -58,8 +58,26 @@ impl Need {
     }
 }
 
-/// Why a token was refused. Its text is for the caller and never quotes the token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What a caveat asks for and what it met instead. Only for the one who sent the token: it may hold a URL
+/// with a password in it, so that neither `Debug` nor the log shows it.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Difference(String);
+
+impl fmt::Debug for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Difference(hidden)")
+    }
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Why a token was refused. `Display` is for the log: it quotes nothing of the token. [`Denial::explained`] is
+/// for the one who sent it.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Denial {
     /// The request carried no token at all.
     NoToken,
@@ -72,14 +90,46 @@ pub enum Denial {
     /// A caveat that every token must have is missing.
     Missing(Need),
     /// A caveat does not hold for this request.
-    Unmet(Need),
+    Unmet(Need, Difference),
     /// The time of a `time <` caveat is over.
-    Expired,
+    Expired(Difference),
     /// The value of a `time <` caveat is not a time. Refused, so that a mistyped expiry does not mean never.
-    UnreadableTime,
+    UnreadableTime(Difference),
     /// The token has a caveat that this service does not know, so it cannot hold.
-    Unknown,
+    Unknown(Difference),
 }
+
+impl Denial {
+    /// The reason with what differs, for the one who sent the token. Its caveats are read only after its
+    /// signature was checked, so nothing of a forged one is explained.
+    pub fn explained(&self) -> String {
+        match self {
+            Self::Unmet(need, difference) => format!(
+                "{difference}: ask for a token whose `{}` caveat allows it",
+                need.name()
+            ),
+            Self::Expired(difference) => format!(
+                "the token has expired: {difference}; ask for a new one, or set the clock that is wrong"
+            ),
+            Self::UnreadableTime(difference) => {
+                format!("the token's caveat {difference} holds no time that can be read: {TIMES}")
+            }
+            Self::Unknown(difference) => format!(
+                "the token has the caveat {difference}, which this service does not know, so that it can \
+                 never hold: ask for a token without it"
+            ),
+            Self::NoToken
+            | Self::Unreadable
+            | Self::ThirdParty
+            | Self::Forged
+            | Self::Missing(_) => self.to_string(),
+        }
+    }
+}
+
+/// Which times a `time <` caveat may hold.
+const TIMES: &str = "ask for one with RFC 3339 like 2030-01-31T08:00:00Z, or with Unix seconds (not \
+                     milliseconds) before the year 10000";
 
 impl fmt::Display for Denial {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -101,21 +151,36 @@ impl fmt::Display for Denial {
                 "the token has no `{0}` caveat: ask for one with target, method, path and destination",
                 need.name()
             ),
-            Self::Unmet(need) => write!(
+            Self::Unmet(need, _) => write!(
                 f,
                 "the token's `{}` caveat does not allow this request: ask for a token that does",
                 need.name()
             ),
-            Self::Expired => {
+            Self::Expired(_) => {
                 f.write_str("the token has expired, by its `time <` caveat: ask for a new one")
             }
-            Self::UnreadableTime => f.write_str(
-                "the token's `time <` caveat holds no time that can be read: ask for one with RFC 3339 \
-                 like 2030-01-31T08:00:00Z, or with Unix seconds (not milliseconds) before the year 10000",
+            Self::UnreadableTime(_) => write!(
+                f,
+                "the token's `time <` caveat holds no time that can be read: {TIMES}"
             ),
-            Self::Unknown => f.write_str(
+            Self::Unknown(_) => f.write_str(
                 "the token has a caveat that this service does not know, so it can never hold",
             ),
+        }
+    }
+}
+
+#[cfg(test)]
+impl Denial {
+    /// The same without what differs.
+    pub fn plain(self) -> Self {
+        let none = Difference::default();
+        match self {
+            Self::Unmet(need, _) => Self::Unmet(need, none),
+            Self::Expired(_) => Self::Expired(none),
+            Self::UnreadableTime(_) => Self::UnreadableTime(none),
+            Self::Unknown(_) => Self::Unknown(none),
+            denial => denial,
         }
     }
 }

@@ -70,6 +70,26 @@ impl Refused {
     }
 }
 
+impl Refused {
+    /// The reason with what differs, for the one who sent the request. `Display`, for the log, leaves that out.
+    pub fn explained(&self) -> String {
+        match self {
+            Self::Token(Denial::Expired(difference)) => format!(
+                "the token has expired: {difference}; `export-service link` prints a new one"
+            ),
+            Self::NotAllowed(Denial::Unmet(need, difference)) => format!(
+                "{difference}: use one without the caveat `{}`, which `export-service link` prints",
+                need.name()
+            ),
+            Self::NotAllowed(Denial::Unknown(difference)) => format!(
+                "this token has the caveat {difference}, and only `path`, `method` and `time <` ever hold here: \
+                 `export-service link` prints one without"
+            ),
+            _ => self.to_string(),
+        }
+    }
+}
+
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -85,14 +105,14 @@ impl fmt::Display for Refused {
                 "the owner's token is missing: `export-service link` prints one, which is the user name \
                  here, without a password, or the Bearer token",
             ),
-            Self::Token(Denial::Expired) => {
+            Self::Token(Denial::Expired(_)) => {
                 f.write_str("the token has expired: `export-service link` prints a new one")
             }
             Self::Token(_) => f.write_str(
                 "this is not a token of this box's owner, which apps' tokens never are: `export-service \
                  link` prints one",
             ),
-            Self::NotAllowed(Denial::Unmet(need)) => write!(
+            Self::NotAllowed(Denial::Unmet(need, _)) => write!(
                 f,
                 "the `{}` caveat of this token does not allow this: use one without it, which \
                  `export-service link` prints",
@@ -191,7 +211,9 @@ pub fn authorize(
     // HEAD is GET without the body.
     let method = if method == "HEAD" { "GET" } else { method };
     caveats::check_owner(&macaroon, method, path, now).map_err(|denial| match denial {
-        Denial::Unmet(Need::Method | Need::Path) | Denial::Unknown => Refused::NotAllowed(denial),
+        Denial::Unmet(Need::Method | Need::Path, _) | Denial::Unknown(_) => {
+            Refused::NotAllowed(denial)
+        }
         denial => Refused::Token(denial),
     })
 }
@@ -282,6 +304,7 @@ impl Logins {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::auth::Difference;
     use proptest::prelude::*;
     use std::time::UNIX_EPOCH;
 
@@ -301,7 +324,44 @@ mod tests {
 
     fn allowed(caveats: &[&str], method: &str, path: &str) -> Result<(), Refused> {
         let token = bearer(&key(), caveats);
-        authorize(Some(&token), &key(), (method, path), at(1000))
+        authorize(Some(&token), &key(), (method, path), at(1000)).map_err(|refused| match refused {
+            Refused::Token(denial) => Refused::Token(denial.plain()),
+            Refused::NotAllowed(denial) => Refused::NotAllowed(denial.plain()),
+            refused => refused,
+        })
+    }
+
+    #[test]
+    fn what_differs_is_said_to_the_owner_and_not_in_the_log() {
+        for (caveat, words) in [
+            (
+                "method = GET",
+                "this token is good for method GET, and this is a POST: use one without the caveat `method`, \
+                 which `export-service link` prints",
+            ),
+            (
+                "path = /metrics",
+                "this token is good for path /metrics, and the request went to /: use one without the caveat \
+                 `path`, which `export-service link` prints",
+            ),
+            (
+                "time < 1000",
+                "the token has expired: it was good until 1970-01-01T00:16:40Z, and it is \
+                 1970-01-01T00:16:40Z here; `export-service link` prints a new one",
+            ),
+            (
+                "destination = https://a.example/",
+                "this token has the caveat `destination = https://a.example/`, and only `path`, `method` and \
+                 `time <` ever hold here: `export-service link` prints one without",
+            ),
+        ] {
+            let token = bearer(&key(), &[caveat]);
+            let refused = authorize(Some(&token), &key(), ("POST", "/"), at(1000)).unwrap_err();
+            assert_eq!(refused.explained(), words);
+            for quoted in ["GET", "/metrics", "1970", "a.example"] {
+                assert!(!refused.to_string().contains(quoted), "{refused}");
+            }
+        }
     }
 
     #[test]
@@ -311,7 +371,12 @@ mod tests {
         assert_eq!(allowed(&read_only, "GET", "/api/status"), Ok(()));
         assert_eq!(allowed(&read_only, "HEAD", "/"), Ok(()));
         let refused = allowed(&read_only, "POST", "/api/pause");
-        let unmet = |need| Err(Refused::NotAllowed(Denial::Unmet(need)));
+        let unmet = |need| {
+            Err(Refused::NotAllowed(Denial::Unmet(
+                need,
+                Difference::default(),
+            )))
+        };
         assert_eq!(refused, unmet(Need::Method));
         let metrics = ["method = GET", "path = /metrics"];
         assert_eq!(allowed(&metrics, "GET", "/metrics"), Ok(()));
@@ -319,7 +384,10 @@ mod tests {
         assert_eq!(allowed(&["path = /api/*"], "GET", "/api/status"), Ok(()));
         assert_eq!(allowed(&["time < 1001"], "GET", "/"), Ok(()));
         let expired = allowed(&["time < 1000"], "GET", "/");
-        assert_eq!(expired, Err(Refused::Token(Denial::Expired)));
+        assert_eq!(
+            expired,
+            Err(Refused::Token(Denial::Expired(Difference::default())))
+        );
     }
 
     #[test]
@@ -331,7 +399,10 @@ mod tests {
             "",
         ] {
             let refused = allowed(&[caveat], "GET", "/");
-            assert_eq!(refused, Err(Refused::NotAllowed(Denial::Unknown)));
+            assert_eq!(
+                refused,
+                Err(Refused::NotAllowed(Denial::Unknown(Difference::default())))
+            );
         }
     }
 

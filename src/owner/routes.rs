@@ -201,7 +201,7 @@ fn json_of(status: u16, body: &impl Serialize) -> Response {
 
 fn refusal(refused: &Refused) -> Response {
     let (status, code) = refused.status();
-    let mut response = json_of(status, &error_body(code, &refused.to_string()));
+    let mut response = json_of(status, &error_body(code, &refused.explained()));
     let header = match refused {
         Refused::NoToken | Refused::Token(_) => Some(("WWW-Authenticate", CHALLENGE)),
         Refused::Method(allow) => Some(("Allow", *allow)),

@@ -8,11 +8,12 @@ use std::path::Path;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::ask::{ask, escaped};
+use super::ask::ask;
 use crate::config::{
     ExportArgs, ForgetArgs, LabelArgs, PauseArgs, ResumeArgs, SeenArgs, TargetArgs,
 };
 use crate::logging;
+use crate::unseen::escaped;
 
 /// Why an act was not carried out.
 pub enum Failed {

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
 
-use crate::auth::{self, Denial, Key, Macaroon, Need};
+use super::token::paths;
+use crate::auth::{Denial, Key, Macaroon};
 use crate::config::CheckArgs;
 use crate::delivery::addresses::Rules;
 use crate::delivery::attempt::{explain_look_up, refusal};
@@ -46,7 +47,7 @@ pub fn check(arguments: &CheckArgs) -> Result<bool, String> {
         let (name, key) = arguments.issuer().map_err(|error| error.to_string())?;
         let verdict = judge(token, key.as_ref(), name, &arguments.url, SystemTime::now());
         let ok = verdict.is_ok();
-        let message = verdict.unwrap_or_else(|denial| denial.to_string());
+        let message = verdict.unwrap_or_else(|denial| denial.explained());
         let step = "token";
         findings.insert(0, Finding { step, ok, message });
     }
@@ -96,25 +97,7 @@ fn judge(
     if key.is_some_and(|key| !macaroon.is_signed_by(key)) {
         return Err(Denial::Forged);
     }
-    let allows = |path| {
-        let request = auth::Request {
-            target: name,
-            method: "POST",
-            path,
-        };
-        let grant = auth::caveats::check(&macaroon, &request, now)?;
-        match grant.allows(url) {
-            true => Ok(path),
-            false => Err(Denial::Unmet(Need::Destination)),
-        }
-    };
-    let paths = ["/lp/export", "/export"].map(allows);
-    let [first, _] = &paths;
-    let allowed: Vec<_> = paths.iter().flatten().copied().collect();
-    if let (Err(denial), true) = (first, allowed.is_empty()) {
-        return Err(*denial);
-    }
-    let paths = allowed.join(" and ");
+    let paths = paths(&macaroon, name, Some(url), now)?;
     let doubt = match key {
         Some(_) => "",
         None => "; its signature was not checked: give the secret with --secret or EXPORT_SECRET",

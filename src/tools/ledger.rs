@@ -7,13 +7,13 @@ use std::io::{self, IsTerminal, Write};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use super::ask::Shown;
 use crate::config::LedgerArgs;
 use crate::export::DAY;
 use crate::exports::store::evidence::{self, By, Evidence, Filter, Total, Verdict, hex};
 use crate::ledger::Hash;
 use crate::owner::filter::{Asked, filter, millis};
 use crate::owner::records::{CSV_HEAD, csv, time, totals};
+use crate::unseen::Shown;
 
 /// Rows that are shown if `--limit` does not say.
 const ROWS: u64 = 50;

@@ -7,8 +7,9 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::Value;
 
-use super::ask::{Shown, ask};
+use super::ask::ask;
 use crate::config::StatusArgs;
+use crate::unseen::Shown;
 
 /// Asks the service for its state and prints it. True if nothing needs attention. Blocks for a minute at most.
 ///
