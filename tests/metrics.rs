@@ -108,7 +108,7 @@ fn complaints(metrics: &str) -> String {
 /// The blocks of YAML in README's section on metrics: the configuration of Prometheus, and its rules.
 fn blocks() -> [String; 2] {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
-    let section = readme.split_once("\n### Metrics\n").unwrap().1;
+    let section = readme.split_once("\n## Metrics\n").unwrap().1;
     let section = section.split("\n## ").next().unwrap();
     let blocks = section.split("```yaml\n").skip(1);
     let blocks: Vec<_> = blocks

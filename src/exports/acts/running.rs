@@ -263,7 +263,7 @@ impl Writer {
             }
         };
         Ok(acted(format!(
-            "{} is paused {end}, with {} that wait{unknown}",
+            "{} is paused {end}, with {} waiting{unknown}",
             described(&subject),
             exports(waiting)
         )))
@@ -430,7 +430,10 @@ impl Writer {
                 _ => ActError::Conflict("all of it is paused: resume it first".into()),
             });
         }
-        let note = format!("{} queues", found.len());
+        let note = match found.len() {
+            1 => "1 queue".into(),
+            count => format!("{count} queues"),
+        };
         self.store
             .record(&[entry(Event::Retry, &subject, note)], self.exports.now())?;
         let running = self.exports.running();
@@ -442,7 +445,7 @@ impl Writer {
         }
         drop(queues);
         Ok(acted(format!(
-            "{} is tried now: {} wait there",
+            "{} is tried now, with {} waiting",
             described(&subject),
             exports(waiting)
         )))
