@@ -80,15 +80,15 @@ fn explain(found: &Found, (user, group): (u32, u32), folder: &str, at: &str) -> 
         place,
     } = found;
     let mends = match place {
-        _ if *owner == user => format!(": `chmod {} {at}`", (*lacks)?),
-        Place::Inside => format!(": as root, `chown -R {user}:{group} {folder}`"),
+        _ if *owner == user => format!("run `chmod {} {at}`", (*lacks)?),
+        Place::Inside => format!("as root, run `chown -R {user}:{group} {folder}`"),
         // Nothing above it is the service's to change.
-        Place::Above => format!(": as root, `install -d -m 700 -o {user} -g {group} {folder}`"),
-        Place::Elsewhere => String::new(),
+        Place::Above => format!("as root, run `install -d -m 700 -o {user} -g {group} {folder}`"),
+        Place::Elsewhere => "let this user through there".into(),
     };
     let (owner, user) = (name(*owner), name(user));
     Some(format!(
-        "{what} belongs to {owner} with mode {mode:03o}, and this service runs as {user}{mends}"
+        "{what} belongs to {owner} with mode {mode:03o}, and this service runs as {user}: {mends}"
     ))
 }
 
@@ -125,11 +125,11 @@ mod tests {
         assert_eq!(
             explained(0, 0o600, None, Place::Inside).unwrap(),
             "it belongs to root with mode 600, and this service runs as user 10001: as root, \
-             `chown -R 10001:100 /data`"
+             run `chown -R 10001:100 /data`"
         );
         assert_eq!(
             explained(10001, 0o400, Some("u+rw"), Place::Inside).unwrap(),
-            "it belongs to user 10001 with mode 400, and this service runs as user 10001: `chmod u+rw /data/lock`"
+            "it belongs to user 10001 with mode 400, and this service runs as user 10001: run `chmod u+rw /data/lock`"
         );
         // Owner and mode are right: something else denies it, like an immutable file or a security module.
         assert_eq!(explained(10001, 0o600, None, Place::Inside), None);
@@ -139,12 +139,12 @@ mod tests {
     fn nothing_above_the_data_folder_is_to_be_changed() {
         let above = explained(0, 0o755, None, Place::Above).unwrap();
         assert!(
-            above.ends_with(": as root, `install -d -m 700 -o 10001 -g 100 /data`"),
+            above.ends_with(": as root, run `install -d -m 700 -o 10001 -g 100 /data`"),
             "{above}"
         );
         let elsewhere = explained(0, 0o700, None, Place::Elsewhere).unwrap();
         assert!(
-            elsewhere.ends_with("this service runs as user 10001"),
+            elsewhere.ends_with("this service runs as user 10001: let this user through there"),
             "{elsewhere}"
         );
     }

@@ -225,7 +225,10 @@ fn serve(mut config: Config) -> Result<(), String> {
         .allowed
         .iter()
         .map(ToString::to_string);
-    let networks = networks.collect::<Vec<_>>().join(",");
+    let mut networks = networks.collect::<Vec<_>>().join(",");
+    if networks.is_empty() {
+        networks.push_str("none");
+    }
     log::info!(
         version = env!("CARGO_PKG_VERSION"), name = config.name.as_str(), data_dir = folder.as_str(),
         allow_network = networks.as_str(), unfinished = exports.unfinished();

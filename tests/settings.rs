@@ -247,6 +247,6 @@ fn the_start_tells_where_the_data_is_and_where_exports_may_go() {
     let starting = service.event("starting", |_| true);
     assert_eq!(
         (&starting["data_dir"], &starting["allow_network"]),
-        (&"none".into(), &"".into())
+        (&"none".into(), &"none".into())
     );
 }

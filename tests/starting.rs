@@ -645,7 +645,7 @@ fn a_folder_that_was_restored_as_root_is_refused_with_the_file_its_owner_and_the
             file,
             "ermission denied",
             "belongs to root with mode ",
-            "this service runs as user 64123: as root, `chown -R 64123:0 ",
+            "this service runs as user 64123: as root, run `chown -R 64123:0 ",
         ] {
             assert!(log.contains(words), "no {words:?} in {log}");
         }
