@@ -19,8 +19,8 @@ pub fn is_unseen(character: char) -> bool {
 /// The longest text from outside that is shown, in characters.
 const LONGEST: usize = 200;
 
-/// Text that an app or a destination has chosen, for a terminal or a message: control characters and those that change the
-/// direction of others or take no room are written as `\u{…}`, and a long text is cut.
+/// Text that an app or a destination has chosen, for a terminal or a message: control characters and those that
+/// change the direction of others or take no room are written as `\u{…}`, and a long text is cut.
 pub struct Shown<'a>(pub &'a str);
 
 impl fmt::Display for Shown<'_> {

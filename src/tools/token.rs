@@ -76,7 +76,7 @@ fn mint(arguments: &TokenArgs, now: SystemTime) -> Result<String, String> {
     if url.contains('*') {
         logging::print(format!(
             "export-service: warning: --destination {url}: the token allows exports to exactly this URL: its * \
-             stands for nothing else\n"
+             stands for nothing else; mint a token for each URL\n"
         ));
     }
     Ok(token)
