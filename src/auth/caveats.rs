@@ -208,7 +208,7 @@ pub fn meaning(caveat: &[u8], now: SystemTime) -> String {
         let seconds = u64::try_from(left.abs() / NANOS).unwrap_or(u64::MAX);
         let unit = match seconds {
             ..3600 => 1,
-            ..86_400 => 60,
+            3600..86_400 => 60,
             _ => 3600,
         };
         let span = humantime::format_duration(Duration::from_secs(seconds - seconds % unit));
