@@ -51,12 +51,13 @@ pub fn link(arguments: &LinkArgs, now: SystemTime) -> Result<(), String> {
             "open the first line in a browser; the second is the user name, without a password\n"
         }
         Ok(None) => {
-            "the service has no port for the owner: start it with --admin 127.0.0.1:8081; this is the token, \
-             which a browser takes as the user name, without a password\n"
+            "the service has no port for the owner: start it again with --admin 127.0.0.1:8081 or \
+             EXPORT_ADMIN=127.0.0.1:8081; this is the token, which a browser takes as the user name, without a \
+             password\n"
         }
         Err(_) => {
-            "the service does not run: start it with --admin 127.0.0.1:8081; this is the token, which a browser \
-             takes as the user name, without a password\n"
+            "the service does not run: start it, with --admin 127.0.0.1:8081 or EXPORT_ADMIN=127.0.0.1:8081; this \
+             is the token, which a browser takes as the user name, without a password\n"
         }
     };
     logging::print(hint.into());

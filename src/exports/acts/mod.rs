@@ -91,7 +91,7 @@ impl ActError {
             Self::Malformed(_) => (400, "malformed"),
             Self::NotFound(_) => (404, "not_found"),
             Self::Conflict(_) => (409, "conflict"),
-            Self::Storage(_) => (503, "storage"),
+            Self::Storage(_) => (503, "storage_failed"),
             Self::Stopping => (503, "stopping"),
         }
     }
