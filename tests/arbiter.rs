@@ -302,7 +302,10 @@ fn a_restarted_arbiter_is_asked_again_and_the_old_secret_stays_valid_until_then(
     // It is back, but does not know this service yet.
     arbiter.start_as("unauthorized");
     service.event("no link to the arbiter", |line| {
-        line["reason"].as_str().unwrap().contains("129")
+        line["reason"]
+            .as_str()
+            .unwrap()
+            .contains("129, unauthorized")
     });
     assert_eq!(arbiter.mint(url), None);
     assert_eq!(submitted(&service, &old, url), 200);
@@ -447,15 +450,15 @@ fn failures_after_the_arbiter_did_not_know_the_service_begin_a_new_backoff() {
         line["reason"].as_str().unwrap().contains(words)
             && range.contains(&line["retry_ms"].as_u64().unwrap())
     };
-    let doubled = |line: &Value| wait(line, "163", 3200..=4800);
+    let doubled = |line: &Value| wait(line, "163, unavailable", 3200..=4800);
     service.event("no link to the arbiter", doubled);
     arbiter.behave("unauthorized");
     service.event("no link to the arbiter", |line| {
-        wait(line, "129", 1000..=2000)
+        wait(line, "129, unauthorized", 1000..=2000)
     });
     arbiter.stop();
     service.event("no link to the arbiter", |line| {
-        !wait(line, "129", 0..=2000) && wait(line, "--arbiter", 800..=1200)
+        !wait(line, "129, unauthorized", 0..=2000) && wait(line, "--arbiter", 800..=1200)
     });
 }
 
@@ -472,7 +475,10 @@ fn an_arbiter_that_lost_the_registration_is_asked_although_it_was_not_restarted(
         arbiter.behave("unauthorized");
         arbiter.mend();
         service.event("no link to the arbiter", |line| {
-            line["reason"].as_str().unwrap().contains("129")
+            line["reason"]
+                .as_str()
+                .unwrap()
+                .contains("129, unauthorized")
         });
         assert_eq!(submitted(&service, &old, url), 200);
         if restarted {
@@ -786,7 +792,11 @@ fn files_may_end_with_a_newline_and_the_token_is_otherwise_used_unchanged() {
         assert_eq!(arbiter.asked(), asked as u64 + 1);
     }
     fs::write(arbiter.file("ARBITER_TOKEN"), format!(" {token}")).unwrap();
-    put_off(&arbiter.service(), &["129"], "does not know this service");
+    put_off(
+        &arbiter.service(),
+        &["129, unauthorized"],
+        "does not know this service",
+    );
 }
 
 #[test]

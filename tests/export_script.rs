@@ -184,6 +184,23 @@ fn without_waiting_it_prints_the_id_of_what_is_queued_and_all_of_it_arrives_in_o
 }
 
 #[test]
+fn without_waiting_it_tells_of_what_may_not_be_sent_there_at_all() {
+    for tools in BOTH {
+        let url = "https://10.0.0.1/in";
+        let service = Service::start(&[]);
+        let script = Script::new(tools, &service, &token(url));
+        let ended = script.run(&["--no-wait", url], b"{}");
+        assert_eq!(ended.code, Some(1), "{ended:?}");
+        let id = ended.text();
+        let words = format!("export: export {} was given up: ", id.trim_end());
+        assert!(
+            ended.errors.starts_with(&words) && ended.errors.contains("--allow-network"),
+            "{ended:?}"
+        );
+    }
+}
+
+#[test]
 fn it_says_why_it_still_waits_and_again_when_the_reason_changes() {
     for tools in BOTH {
         let (url, address) = nowhere();
@@ -277,7 +294,7 @@ fn a_signal_while_it_still_reads_its_input_ends_it_at_once() {
         signal(running.child.id(), "TERM");
         let ended = running.ended();
         assert_eq!(ended.code, Some(2), "{ended:?}");
-        assert_eq!(ended.errors, "export: interrupted\n");
+        assert_eq!(ended.errors, "export: interrupted; nothing was queued\n");
         assert_eq!(fs::read_dir(script.tmp()).unwrap().count(), 0);
     }
 }
@@ -339,7 +356,7 @@ fn a_service_that_cannot_be_asked_has_queued_nothing_and_it_says_what_to_do() {
             ] {
                 assert!(ended.errors.contains(words), "{words}: {ended:?}");
             }
-            assert!(!ended.errors.contains("queued"), "{ended:?}");
+            assert!(ended.errors.contains("nothing was queued"), "{ended:?}");
         }
     }
 }

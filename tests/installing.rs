@@ -273,12 +273,18 @@ fn the_first_installation_makes_a_secret_that_later_ones_keep_and_a_purge_remove
     let done = on_a_new_machine(
         r#"
         export PATH="$PATH:/usr/sbin:/sbin"
+        mount -t tmpfs tmpfs /usr/share
+        mkdir /usr/share/export-service
+        echo '#EXPORT_THREADS=8' >/usr/share/export-service/default
         "$1/postinst" configure
         stat -c %a /etc/export-service.env
         grep -cx 'EXPORT_SECRET=[0-9a-f]\{64\}' /etc/export-service.env
+        cmp /usr/share/export-service/default /etc/default/export-service
         cp /etc/export-service.env /etc/first
+        echo EXPORT_THREADS=4 >/etc/default/export-service
         "$1/postinst" configure 0.1.0-1
         cmp /etc/first /etc/export-service.env
+        cat /etc/default/export-service
         mkdir -p /var/lib/private/export-service
         ln -s private/export-service /var/lib/export-service
         "$1/postrm" remove
@@ -291,9 +297,9 @@ fn the_first_installation_makes_a_secret_that_later_ones_keep_and_a_purge_remove
     assert!(done.status.success(), "{done:?}");
     assert_eq!(
         String::from_utf8(done.stdout).unwrap(),
-        "600\n1\n\
-         /etc:\nexport-service.env\nfirst\n\n/var/lib:\nexport-service\nprivate\n\
-         /etc:\nfirst\n\n/var/lib:\nprivate\n"
+        "600\n1\nEXPORT_THREADS=4\n\
+         /etc:\ndefault\nexport-service.env\nfirst\n\n/var/lib:\nexport-service\nprivate\n\
+         /etc:\ndefault\nfirst\n\n/var/lib:\nprivate\n"
     );
 }
 

@@ -604,6 +604,20 @@ fn a_name_that_was_given_for_the_port_is_the_one_that_link_prints() {
 }
 
 #[test]
+fn status_tells_of_what_was_given_up_today_although_nothing_waits_for_it() {
+    let service = Service::start(&[]);
+    service.submit("https://10.0.0.1/in", &json!({"a": 1}));
+    service.event("given up", |_| true);
+    service.reports(1);
+    let (code, out, _) = run(&service.folder(), &["status"]);
+    assert_eq!(code, Some(1), "{out}");
+    assert!(
+        out.contains("1 export of today was given up") && out.contains("waiting      nothing"),
+        "{out}"
+    );
+}
+
+#[test]
 fn status_says_with_its_exit_code_whether_all_is_well() {
     let service = Service::start(&[]);
     let folder = service.folder();

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use super::page::{self, Query, Range, View};
 use super::records::{self, Wrong};
-use super::report::{Head, Rows, Status, Totals};
+use super::report::{Attention, Head, Rows, Status, Totals};
 use super::{Owner, api};
 use crate::answer::Response;
 use crate::export::DAY;
@@ -112,6 +112,7 @@ pub fn add_ledger(evidence: &Evidence, status: &mut Status) {
     let today = status.now.div_euclid(DAY);
     if let Ok((day, usual)) = evidence.day_and_usual(today, DAYS) {
         (status.today, status.usual) = (totals(day), totals(usual));
+        status.attention.extend(given_up(status.today.failed));
     }
     if let Ok(new) = evidence.new_destinations(today + 1 - DAYS, NEW) {
         status.new_destinations = new;
@@ -127,6 +128,21 @@ pub fn add_ledger(evidence: &Evidence, status: &mut Status) {
         let hash = hex(&hash);
         status.ledger.head = Some(Head { seq, hash });
     }
+}
+
+/// What to say of exports that ended today without an answer: nothing waits for them any longer, so that nothing else
+/// would show it.
+fn given_up(failed: u64) -> Option<Attention> {
+    let text = match failed {
+        0 => return None,
+        1 => "1 export of today was given up, and has not arrived".to_owned(),
+        more => format!("{more} exports of today were given up, and have not arrived"),
+    };
+    Some(Attention {
+        kind: "given_up",
+        text: format!("{text}: the ledger says why."),
+        act: None,
+    })
 }
 
 fn totals(day: Day) -> Totals {

@@ -28,7 +28,8 @@ pub fn ask(
     let socket = folder.join(SOCKET);
     exchange(&socket, method, path, body).map_err(|error| {
         format!(
-            "nothing answers on {}: {error}; is the service running, as this user, and with this --data-dir?",
+            "nothing answers on {}: {error}; is the service running, as this user, and with this --data-dir? \
+             (if systemd runs it: sudo export-service-ctl)",
             socket.display()
         )
     })

@@ -11,6 +11,7 @@ use crate::config::LedgerArgs;
 use crate::export::DAY;
 use crate::exports::store::evidence::{self, By, Evidence, Filter, Total, Verdict, hex};
 use crate::ledger::Hash;
+use crate::logging;
 use crate::owner::filter::{Asked, filter, millis};
 use crate::owner::records::{CSV_HEAD, csv, time, totals};
 use crate::unseen::Shown;
@@ -212,6 +213,10 @@ fn rows(evidence: &Evidence, mut wanted: Filter, arguments: &LedgerArgs) -> Resu
     let mut out = io::stdout().lock();
     let last = evidence.head()?.map_or(0, |(seq, _)| seq);
     print(&mut out, &found, arguments, true)?;
+    if arguments.limit.is_none() && found.len() as u64 == limit {
+        out.flush()?;
+        logging::print(format!("these are the newest {limit}: more with --limit\n"));
+    }
     if !arguments.follow {
         return Ok(0);
     }

@@ -100,7 +100,7 @@ fn flow_state(out: &mut String, view: &View<'_>, flow: &Flow) {
             "bad",
             format!("{} given up today", Number(flow.today.failed)),
         ),
-        None => ("ok", "all delivered".to_owned()),
+        None => ("ok", "nothing waits".to_owned()),
     };
     put!(out, "<td><span class=\"state {class}\">{words}</span></td>");
 }
