@@ -10,6 +10,8 @@ use std::path::Path;
 
 use rustix::process::{getegid, geteuid};
 
+use crate::unseen::escaped;
+
 /// Who owns what cannot be used, its mode, the user that this process runs as, and the command that mends it. `path`
 /// is the data folder or in it. None if the error is another one, or owner and mode are not its reason. Blocks for
 /// looking at the files.
@@ -23,7 +25,7 @@ pub fn remedy(folder: &Path, path: &Path, error: &Error) -> Option<String> {
     let found = Found {
         what: match at == path {
             true => "it".into(),
-            false => at.display().to_string(),
+            false => escaped(&at.display().to_string()),
         },
         owner: metadata.uid(),
         mode: metadata.mode() & 0o7777,
@@ -38,8 +40,8 @@ pub fn remedy(folder: &Path, path: &Path, error: &Error) -> Option<String> {
     explain(
         &found,
         user,
-        &folder.display().to_string(),
-        &at.display().to_string(),
+        &quoted(&folder.display().to_string()),
+        &quoted(&at.display().to_string()),
     )
 }
 
@@ -92,6 +94,15 @@ fn explain(found: &Found, (user, group): (u32, u32), folder: &str, at: &str) -> 
     ))
 }
 
+/// A path as a shell takes it, for a command that somebody may paste.
+fn quoted(path: &str) -> String {
+    let is_plain = |character: char| character.is_alphanumeric() || "/._-+".contains(character);
+    match path.chars().all(is_plain) {
+        true => path.to_owned(),
+        false => format!("'{}'", escaped(path).replace('\'', r"'\''")),
+    }
+}
+
 fn name(user: u32) -> String {
     match user {
         0 => "root".into(),
@@ -102,6 +113,14 @@ fn name(user: u32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_path_in_a_command_is_one_word_for_the_shell() {
+        assert_eq!(quoted("/var/lib/export-service"), "/var/lib/export-service");
+        assert_eq!(quoted("/srv/my data"), "'/srv/my data'");
+        assert_eq!(quoted("/a\n;rm"), "'/a\\u{a};rm'");
+        assert_eq!(quoted("/it's"), r"'/it'\''s'");
+    }
 
     fn explained(
         owner: u32,

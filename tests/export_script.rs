@@ -43,6 +43,7 @@ impl Script {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("token"), format!("{token}\n")).unwrap();
         fs::create_dir(folder.path().join("tmp")).unwrap();
+        fs::write(folder.path().join(".curlrc"), "fail\n").unwrap();
         let script = Self {
             tools,
             service,
@@ -91,6 +92,9 @@ impl Script {
             .args(arguments)
             .env("EXPORT_SERVICE", &self.service)
             .env("TMPDIR", self.tmp())
+            // Neither is to come between the script and its service.
+            .env("http_proxy", "http://127.0.0.1:1")
+            .env("HOME", self.folder.path())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -197,6 +201,19 @@ fn without_waiting_it_tells_of_what_may_not_be_sent_there_at_all() {
             ended.errors.starts_with(&words) && ended.errors.contains("--allow-network"),
             "{ended:?}"
         );
+    }
+}
+
+#[test]
+fn what_answers_and_is_not_the_service_has_queued_nothing() {
+    for tools in BOTH {
+        let other = Destination::start(|_| ok());
+        let script = Script::at(tools, other.url.clone(), &token(&other.url));
+        for arguments in [&["--no-wait"][..], &[]] {
+            let ended = script.run(&[arguments, &[&other.url]].concat(), b"{}");
+            assert_eq!((ended.code, &ended.out[..]), (Some(2), &b""[..]));
+            assert!(ended.errors.contains("is not export-service"), "{ended:?}");
+        }
     }
 }
 
@@ -516,8 +533,9 @@ fn options_may_stand_anywhere_and_what_makes_no_sense_is_explained() {
         ),
         (
             &["--service", "ftp-like://x", url],
-            "is no URL that curl can use",
+            "is no URL of export-service",
         ),
+        (&["--token-file", "/tmp", url], "cannot read the token file"),
     ] {
         let ended = script.run(arguments, b"{}");
         assert_eq!(ended.code, Some(2), "{arguments:?}: {ended:?}");

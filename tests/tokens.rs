@@ -561,6 +561,7 @@ fn a_token_that_nobody_could_use_is_not_minted() {
         (&["--path", "export"], "begin it with a slash"),
         (&["--path", ""], "begin it with a slash"),
         (&["--expires", "0s"], "nobody could use"),
+        (&["--id", &"x".repeat(20_000)], "too long for a request"),
         (&["--show"], "--show"),
     ] {
         let all = [&["--destination", url], arguments].concat();

@@ -866,6 +866,16 @@ impl ServeArgs {
                     .into(),
             ));
         }
+        if let Some(admin) = admin.filter(|admin| admin.port() == self.listen.port)
+            && self.listen.port != 0
+            && (admin.ip() == self.listen.bind
+                || admin.ip().is_unspecified()
+                || self.listen.bind.is_unspecified())
+        {
+            return Err(ConfigError(format!(
+                "--admin {admin}: this is the port of the programs, --port: give the owner another"
+            )));
+        }
         let hosts = entries(&self.admin_host).map(admin_host);
         let hosts = hosts.collect::<Result<Vec<_>, _>>()?;
         let admin_hosts = Hosts::new(hosts, self.secret.name.clone());
@@ -1120,6 +1130,11 @@ mod tests {
                 "--allow-network",
                 "10.0.0.1\u{200b}",
                 "--allow-network 10.0.0.1\\u{200b}:",
+            ),
+            (
+                "--admin",
+                "127.0.0.1:8080",
+                "--admin 127.0.0.1:8080: this is the port of the programs",
             ),
             ("--retry-on", "503, 4 ", "--retry-on 4:"),
             ("--retry-on", "503,0429,5x", "--retry-on 5x:"),

@@ -17,7 +17,7 @@ use crate::answer::Refusal;
 use crate::server::CONNECTION;
 
 /// The largest request line and headers together, in bytes; also the largest trailer section.
-const MAX_HEAD: usize = 16 * 1024;
+pub const MAX_HEAD: usize = 16 * 1024;
 /// The most headers, and the most trailers.
 const MAX_HEADERS: usize = 64;
 /// The longest line that gives a chunk's size, its extensions included, in bytes.

@@ -10,6 +10,7 @@ use crate::auth::caveats::{self, meaning, path_matches};
 use crate::auth::{Denial, Macaroon, Need, Request};
 use crate::config::TokenArgs;
 use crate::destination::Destination;
+use crate::gate::framing::MAX_HEAD;
 use crate::logging;
 use crate::unseen::escaped;
 
@@ -21,8 +22,8 @@ const PATHS: [&str; 2] = ["/lp/export", "/export"];
 /// The method that they take.
 const METHOD: &str = "POST";
 
-/// A token on standard input is not longer than this, in bytes: no request could carry it.
-const LONGEST: u64 = 16 * 1024;
+/// No request could carry a token of this length in its head, in bytes.
+const LONGEST: usize = MAX_HEAD - 1024;
 
 /// Mints the token that the arguments describe, or describes the one that they show. Blocks for reading
 /// standard input if that is where the token is.
@@ -72,7 +73,8 @@ fn mint(arguments: &TokenArgs, now: SystemTime) -> Result<String, String> {
     let minted = Macaroon::mint(&key, &arguments.id, caveats);
     let token = minted
         .to_v1()
-        .ok_or("the token would be too long: give a shorter --id or --path")?;
+        .filter(|token| token.len() < LONGEST)
+        .ok_or("the token would be too long for a request: give a shorter --id or --destination")?;
     if url.contains('*') {
         logging::print(format!(
             "export-service: warning: --destination {url}: the token allows exports to exactly this URL: its * \
@@ -88,7 +90,7 @@ fn read(input: impl Read) -> Result<String, String> {
         logging::print("paste the token, and end it with Ctrl-D in a line of its own\n".into());
     }
     let mut text = String::new();
-    let read = input.take(LONGEST).read_to_string(&mut text);
+    let read = input.take(MAX_HEAD as u64).read_to_string(&mut text);
     read.map_err(|error| format!("the token on standard input cannot be read: {error}"))?;
     Ok(text)
 }
@@ -172,9 +174,25 @@ pub fn expiry(expires: Duration, now: SystemTime) -> Result<String, String> {
             "--expires is 0, so nobody could use the token: give some time, like 1h".into(),
         );
     }
+    // Written in whole seconds: the next, or a short time would be over at once.
     let end = now
         .checked_add(expires)
+        .and_then(|end| end.checked_add(Duration::from_nanos(999_999_999)))
         .filter(|end| *end < UNIX_EPOCH + YEAR_9999);
     let end = end.ok_or("--expires lies beyond the year 9999, which RFC 3339 cannot write")?;
     Ok(format!("time < {}", humantime::format_rfc3339_seconds(end)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_good_for_no_less_than_what_was_asked_for() {
+        let now = UNIX_EPOCH + Duration::from_millis(1_900);
+        let caveat = |millis| expiry(Duration::from_millis(millis), now).unwrap();
+        assert_eq!(caveat(50), "time < 1970-01-01T00:00:02Z");
+        assert_eq!(caveat(100), "time < 1970-01-01T00:00:02Z");
+        assert_eq!(caveat(300), "time < 1970-01-01T00:00:03Z");
+    }
 }
