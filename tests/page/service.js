@@ -13,6 +13,9 @@ const MARK = 'MARK-payload';
 class Destination {
   constructor() {
     this.arrived = [];
+    // Its own address: the port of one that is down could be given to somebody else at 127.0.0.1.
+    const part = () => 1 + Math.floor(Math.random() * 250);
+    this.address = `127.${64 + Math.floor(Math.random() * 64)}.${part()}.${part()}`;
     this.server = http.createServer((request, response) => {
       let body = '';
       request.on('data', part => body += part).on('end', () => {
@@ -23,7 +26,7 @@ class Destination {
     });
   }
   async up() {
-    await new Promise(done => this.server.listen(this.port || 0, '127.0.0.1', done));
+    await new Promise(done => this.server.listen(this.port || 0, this.address, done));
     this.port = this.server.address().port;
     return this;
   }
@@ -32,10 +35,10 @@ class Destination {
     return new Promise(done => this.server.close(done));
   }
   get url() {
-    return `http://127.0.0.1:${this.port}/in/secret-path`;
+    return `http://${this.address}:${this.port}/in/secret-path`;
   }
   get host() {
-    return `http://127.0.0.1:${this.port}`;
+    return `http://${this.address}:${this.port}`;
   }
   // Waits until so many exports have arrived.
   async has(count) {
