@@ -129,16 +129,11 @@ fn fill_store(world: &World, filler: &mut App<'_>, kill: bool) -> usize {
 
 /// What finished exports leave behind must not take more and more of the store.
 fn check_room(world: &World, fillings: &[usize]) {
-    // At the first time there are hardly any results yet. One filling may meet a log (WAL) that a slow disk keeps
-    // long, and that counts; what is left behind is seen by all that follow.
-    let usual = |fillings: &[usize]| {
-        let mut sorted = fillings.to_vec();
-        sorted.sort_unstable();
-        sorted.get(sorted.len() / 2).copied().unwrap_or(0)
-    };
-    let later = fillings.get(1..).unwrap_or_default();
-    let (before, last) = later.split_at(later.len().saturating_sub(3));
-    if usual(last) < usual(before) * 4 / 5 {
+    // At the first time there are hardly any results yet.
+    if let Some((last, others)) = fillings.split_last()
+        && let Some(most) = others.iter().skip(1).max()
+        && *last < most * 4 / 5
+    {
         let what = format!("the room in the store has become less: {fillings:?}");
         world.model.broken(what);
     }
