@@ -21,9 +21,6 @@ use crate::export::{
 };
 use crate::ledger::{Digest, Entry, Event, Sent};
 
-/// How many names of destinations are kept: some 100 kB.
-const NAMES: usize = 1024;
-
 /// What the worker is to do next.
 pub enum Work {
     /// Send a queue's next export: see [`Exports::begin`].
@@ -313,25 +310,11 @@ impl Exports {
         name_of(&self.ledger_key, url)
     }
 
-    /// How the ledger names the destination of a queue, which is the same for good.
-    fn name_of_queue(&self, queue: QueueId, destination: &Destination) -> String {
-        let mut names = self.names.lock();
-        if let Some(name) = names.get(&queue) {
-            return name.clone();
-        }
-        if names.len() >= NAMES {
-            names.clear();
-        }
-        let name = self.ledger_key.name(destination);
-        names.insert(queue, name.clone());
-        name
-    }
-
     fn entry(&self, event: Event, export: &Export) -> Entry {
         Entry {
             export: Some(export.id),
             who: export.who.clone(),
-            destination: self.name_of_queue(export.queue, &export.destination),
+            destination: self.ledger_key.name(&export.destination),
             ..Entry::new(event, wall_clock())
         }
     }

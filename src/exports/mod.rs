@@ -17,7 +17,6 @@ pub mod queues;
 pub mod store;
 pub mod writer;
 
-use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -30,7 +29,7 @@ use uuid::Uuid;
 
 use crate::auth::Grant;
 use crate::destination::Destination;
-use crate::export::{Error, Millis, QueueId, State, View};
+use crate::export::{Error, Millis, State, View};
 use crate::ledger::LedgerKey;
 use crate::metrics::{Gauges, Metrics};
 use crate::reply::Reply;
@@ -142,9 +141,6 @@ pub struct Exports {
     /// How often the store has been repaired.
     repairs: AtomicUsize,
     ledger_key: LedgerKey,
-    /// The names of destinations that were sent to lately, by queue: making one takes three rounds of SHA-256, which
-    /// is slow on processors without an instruction for it.
-    names: Mutex<HashMap<QueueId, String>>,
     /// Counts exports, attempts and commits.
     pub metrics: Arc<Metrics>,
 }
@@ -208,7 +204,6 @@ impl Exports {
             sum: Mutex::default(),
             repairs: AtomicUsize::new(0),
             ledger_key,
-            names: Mutex::default(),
             metrics,
         });
         let incoming = Incoming {
