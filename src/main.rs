@@ -63,12 +63,14 @@ fn main() -> ExitCode {
     let command = cli
         .command
         .unwrap_or_else(|| Command::Serve(Box::new(cli.serve)));
-    let unknown = unknown_variables(&usage);
-    // A service that starts has a log for it. The other commands have hardly any settings, and may run every minute.
-    match &command {
-        Command::Serve(arguments) if arguments.check => warn(&unknown),
-        Command::Token(_) | Command::Check(_) => warn(&unknown),
-        _ => {}
+    let unknown = match &command {
+        Command::Serve(_) | Command::Token(_) | Command::Check(_) => unknown_variables(&usage),
+        // The others have hardly any settings, and may run every minute.
+        _ => None,
+    };
+    // A service that starts has a log for it.
+    if !matches!(&command, Command::Serve(arguments) if !arguments.check) {
+        warn(&unknown);
     }
     let done = match command {
         Command::Serve(arguments) if arguments.check => match arguments.check() {

@@ -41,7 +41,7 @@ impl Grant {
     /// # Errors
     /// The first destination caveat that is another one.
     pub fn check(&self, destination: &str) -> Result<(), Denial> {
-        match self.destinations.iter().find(|url| *url != destination) {
+        match self.other_than(destination) {
             None => Ok(()),
             Some(allowed) => Err(unmet(
                 Need::Destination,
@@ -62,9 +62,11 @@ impl Grant {
     /// Whether data may be sent to exactly this URL. With two different destination caveats the answer is
     /// always no, since both have to hold.
     pub fn allows(&self, destination: &str) -> bool {
-        self.destinations
-            .iter()
-            .all(|allowed| allowed == destination)
+        self.other_than(destination).is_none()
+    }
+
+    fn other_than(&self, destination: &str) -> Option<&String> {
+        self.destinations.iter().find(|url| *url != destination)
     }
 }
 
@@ -288,6 +290,10 @@ mod tests {
     }
 
     fn checked(caveats: &[&str], path: &str, now: SystemTime) -> Result<Grant, Denial> {
+        granted(caveats, path, now).map_err(Denial::plain)
+    }
+
+    fn granted(caveats: &[&str], path: &str, now: SystemTime) -> Result<Grant, Denial> {
         let caveats = caveats.iter().map(|&caveat| caveat.to_owned());
         let macaroon = Macaroon::mint(&Key::derive(b"k"), "me", caveats);
         let request = Request {
@@ -295,7 +301,7 @@ mod tests {
             method: "POST",
             path,
         };
-        check(&macaroon, &request, now).map_err(Denial::plain)
+        check(&macaroon, &request, now)
     }
 
     fn denial(caveats: &[&str]) -> Option<Denial> {
@@ -357,18 +363,16 @@ mod tests {
         }
     }
 
-    fn explained(caveat: &str, now: SystemTime) -> String {
+    /// Why a token with this caveat besides does not allow an export to `destination`.
+    fn denied(caveat: &str, destination: &str, now: SystemTime) -> Denial {
         let caveats = [&FULL[..], &[caveat]].concat();
-        let caveats = caveats.into_iter().map(str::to_owned);
-        let macaroon = Macaroon::mint(&Key::derive(b"k"), "me", caveats);
-        let request = Request {
-            target: "export-service",
-            method: "POST",
-            path: "/export",
-        };
-        let granted = check(&macaroon, &request, now);
-        let denial = granted.and_then(|grant| grant.check("https://a.example/in"));
-        denial.err().unwrap().explained()
+        let granted = granted(&caveats, "/export", now);
+        let denial = granted.and_then(|grant| grant.check(destination));
+        denial.err().unwrap()
+    }
+
+    fn explained(caveat: &str, now: SystemTime) -> String {
+        denied(caveat, "https://a.example/in", now).explained()
     }
 
     #[test]
@@ -428,17 +432,7 @@ mod tests {
             format!("time < {url}"),
             url.to_owned(),
         ] {
-            let caveats = [&FULL[..], &[&caveat]].concat();
-            let caveats = caveats.into_iter().map(str::to_owned);
-            let macaroon = Macaroon::mint(&Key::derive(b"k"), "me", caveats);
-            let request = Request {
-                target: "export-service",
-                method: "POST",
-                path: "/export",
-            };
-            let granted = check(&macaroon, &request, at(0));
-            let denial = granted.and_then(|grant| grant.check("https://a.example/password"));
-            let denial = denial.err().unwrap();
+            let denial = denied(&caveat, "https://a.example/password", at(0));
             assert!(denial.explained().contains("password"));
             assert!(
                 !format!("{denial} {denial:?}").contains("password"),
