@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use support::{Destination, MARK, Service, command, nowhere, payload, program, token};
+use support::{
+    Destination, MARK, Service, command, nowhere, other_user, payload, program, program_in, token,
+};
 use tempfile::TempDir;
 
 /// Whether the program starts on a folder with this command, and what it prints. If it does not start, the
@@ -598,8 +600,7 @@ fn a_file_that_the_services_user_may_not_write_is_named() {
     let folder = held.path().join("data");
     fs::create_dir(&folder).unwrap();
     fs::set_permissions(&folder, PermissionsExt::from_mode(0o777)).unwrap();
-    let copy = held.path().join("export-service");
-    fs::copy(program(), &copy).unwrap();
+    let copy = program_in(held.path());
     let names = ["lock", "exports.db", "exports.db-wal"];
     let start = |closed: &str| {
         for name in names {
@@ -633,8 +634,7 @@ fn a_folder_that_was_restored_as_root_is_refused_with_the_file_its_owner_and_the
     }
     let folder = held.path().join("data");
     fs::create_dir(&folder).unwrap();
-    let copy = held.path().join("export-service");
-    fs::copy(program(), &copy).unwrap();
+    let copy = program_in(held.path());
     let start = || {
         let mut command = other_user();
         command.arg(&copy);
@@ -690,14 +690,6 @@ fn a_folder_that_was_restored_as_root_is_refused_with_the_file_its_owner_and_the
         !listens && log.contains("`install -d -m 700 -o 64123 -g 0 "),
         "{log}"
     );
-}
-
-fn other_user() -> Command {
-    let mut command = Command::new("setpriv");
-    command
-        .env_clear()
-        .args(["--reuid=64123", "--clear-groups"]);
-    command
 }
 
 /// Opens a folder to another user. False if this user cannot become another.

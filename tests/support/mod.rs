@@ -49,6 +49,24 @@ pub fn program() -> PathBuf {
     )
 }
 
+/// A copy of the program in this folder, to where every user can reach it. Not made by this process: whatever
+/// another of its threads started meanwhile would hold the copy open for writing, and such a file cannot be run.
+pub fn program_in(folder: &Path) -> PathBuf {
+    let copy = folder.join("export-service");
+    let done = Command::new("cp").arg(program()).arg(&copy).status();
+    assert!(done.unwrap().success());
+    copy
+}
+
+/// Runs the program that is its arguments as another user, who has this number. Only root can.
+pub fn other_user() -> Command {
+    let mut command = Command::new("setpriv");
+    command
+        .env_clear()
+        .args(["--reuid=64123", "--clear-groups"]);
+    command
+}
+
 /// Sets the flag when it is dropped, after a failed assertion too, so that other threads end and are not
 /// waited for forever.
 pub struct Ends<'a>(pub &'a AtomicBool);
@@ -268,27 +286,18 @@ impl Service {
         }
         let everyone = PermissionsExt::from_mode(0o777);
         std::fs::set_permissions(folder.path(), everyone).unwrap();
-        // To where that user can reach it.
-        let copy = folder.path().join("export-service");
-        std::fs::copy(program(), &copy).unwrap();
-        let mut command = Self::as_other_user("prlimit");
-        command.arg(format!("--nproc={most}")).arg(copy);
+        let mut command = other_user();
+        command
+            .args(["prlimit", &format!("--nproc={most}")])
+            .arg(program_in(folder.path()));
         let arguments = ["--allow-network", LOOPBACK];
         Some(Self::launch(folder, command, Some(SECRET), &arguments))
     }
 
-    fn as_other_user(program: &str) -> Command {
-        let mut command = Command::new("setpriv");
-        command
-            .env_clear()
-            .args(["--reuid=64123", "--clear-groups", program]);
-        command
-    }
-
     /// Lowers the limit of [`Service::start_with_threads`]: no thread is started while there are this many.
     pub fn limit_threads(&self, most: u32) {
-        let done = Self::as_other_user("prlimit")
-            .arg(format!("--pid={}", self.pid()))
+        let done = other_user()
+            .args(["prlimit", &format!("--pid={}", self.pid())])
             .arg(format!("--nproc={most}:"))
             .status()
             .unwrap();
