@@ -1133,6 +1133,31 @@ fn a_submission_to_a_full_store_gets_503_and_is_not_stored() {
 }
 
 #[test]
+fn a_burst_that_a_slow_disk_still_has_to_move_into_the_database_does_not_make_the_store_full() {
+    let (destination, _gate) = Destination::held();
+    let service = Service::start(&["--max-store", "24000000"]);
+    let url = &destination.url;
+    // The log of the latest writes goes on at full speed.
+    let slow = "delay_enter=3000000";
+    let database = Some("exports.db");
+    let Some((mut strace, _lines)) = support::delay_syncs(&service, database, slow) else {
+        return;
+    };
+    let large = json!({ "text": support::MARK, "more": "x".repeat(900_000) });
+    let submit = || service.post("/export", &token(url), &json!({"uri": url, "data": large}));
+    let accepted = (0..)
+        .take_while(|_| {
+            let response = submit();
+            assert!(response.status == 200 || response.code() == "store_full");
+            response.status == 200
+        })
+        .count();
+    strace.kill().unwrap();
+    strace.wait().unwrap();
+    assert!(matches!(accepted, 23..=26), "{accepted}");
+}
+
+#[test]
 fn results_do_not_fill_the_store_beyond_its_limit() {
     // Bytes that take six times their size as JSON.
     let destination = Destination::start(|_| Reaction::Answer(200, vec![1; 60_000]));

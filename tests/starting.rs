@@ -329,7 +329,7 @@ fn a_stalled_disk_is_waited_for_and_delays_no_request_that_does_not_need_it() {
     let service = Service::start(&[]);
     // Longer than any step of a request may wait.
     let delay = "delay_enter=15000000:when=1";
-    let Some((mut strace, mut lines)) = support::delay_syncs(&service, delay) else {
+    let Some((mut strace, mut lines)) = support::delay_syncs(&service, None, delay) else {
         return;
     };
     let answered = AtomicBool::new(false);

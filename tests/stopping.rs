@@ -214,7 +214,7 @@ fn a_stop_ends_before_docker_kills_no_matter_what_hangs() {
     while deaf.write_all(&request.repeat(100)).is_ok() {}
 
     let delay = "delay_enter=30000000";
-    let Some((mut strace, _lines)) = support::delay_syncs(&service, delay) else {
+    let Some((mut strace, _lines)) = support::delay_syncs(&service, None, delay) else {
         return;
     };
     let body = json!({"uri": url, "data": payload(2)}).to_string();

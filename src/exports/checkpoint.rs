@@ -138,6 +138,14 @@ impl Checkpoint {
         }
     }
 
+    /// Truncates the WAL at once, unless another process's read prevents it. Blocks while the disk writes.
+    ///
+    /// # Errors
+    /// The store cannot be written.
+    pub fn empty(&self) -> Result<(), store::Error> {
+        self.copy(Reader::truncate_wal).map(drop)
+    }
+
     /// Copies the WAL into the database. What was written meanwhile is left to `last`, for which commits
     /// wait briefly.
     fn copy(

@@ -455,6 +455,18 @@ impl Exports {
         self.checkpoint.as_ref().map(Checkpoint::hold)
     }
 
+    /// Moves the store's WAL into the database, and truncates it unless another process reads the store. Blocks
+    /// while the disk writes. Not to be called while checkpoints are held.
+    ///
+    /// # Errors
+    /// The store cannot be written.
+    fn empty_wal(&self) -> Result<(), store::Error> {
+        match &self.checkpoint {
+            Some(checkpoint) => checkpoint.empty(),
+            None => Ok(()),
+        }
+    }
+
     /// The checkpoint thread's body. Returns when `stop` is dropped.
     pub fn make_checkpoints(&self, stop: &Receiver<()>) {
         if let Some(checkpoint) = &self.checkpoint {

@@ -301,7 +301,7 @@ impl Writer {
     fn show_sizes(&mut self) {
         if self.size.bytes == u64::MAX || self.size.measured.elapsed() > MEASURE {
             // What keeps it from being measured is told at the next commit.
-            let _ = self.size(&[]);
+            let _ = self.size(0);
         }
         let metrics = &self.exports.metrics;
         if self.size.bytes < u64::MAX {
@@ -472,12 +472,21 @@ impl Writer {
     /// the effect of each submission.
     fn commit(&mut self, accepts: &[Accept]) -> Result<Vec<Effect>, store::Error> {
         let held = self.exports.clone();
-        let _commits = held.hold_checkpoints();
+        let mut commits = held.hold_checkpoints();
         // After a full disk the WAL is truncated first: its contents take room twice until then.
         if self.disk_full && self.store.truncate_wal().is_err() {
             return Err(store::Error::Full);
         }
-        let mut size = self.size(accepts)?;
+        let more = self.bytes_of(accepts);
+        let mut size = self.size(more)?;
+        // A burst that a slow disk has not moved into the database yet takes its room twice as well, and nothing
+        // is to be refused for that.
+        if size.saturating_add(more) > self.limits.max_store && self.store.is_wal_counted() {
+            drop(commits);
+            held.empty_wal()?;
+            commits = held.hold_checkpoints();
+            size = self.size(more)?;
+        }
         for report in &mut self.reports {
             if let ExportUpdate::Finished { response, .. } = &mut report.update {
                 if size + response.get().len() as u64 > self.limits.max_store {
@@ -504,13 +513,13 @@ impl Writer {
         };
         let (now, running) = (exports.now(), exports.running());
         let mut effects = self.store.commit(&changes, now, running, has_room)?;
+        drop(commits);
         self.size.bytes = size;
         Ok(effects.split_off(self.reports.len()))
     }
 
-    /// The size of the store before a commit. Measured only now and then, as that costs more than a small
-    /// commit; but always if the store might be full, or somebody keeps the WAL from being restarted.
-    fn size(&mut self, accepts: &[Accept]) -> Result<u64, store::Error> {
+    /// How much room these submissions and all reports take at most.
+    fn bytes_of(&self, accepts: &[Accept]) -> u64 {
         let results = self.reports.iter().map(|report| match &report.update {
             ExportUpdate::Finished { response, .. } => response.get().len(),
             ExportUpdate::Rescheduled { .. } => 0,
@@ -518,7 +527,12 @@ impl Writer {
         let exports = accepts
             .iter()
             .map(|accept| accept.export.payload.len() + ROW);
-        let more = results.chain(exports).sum::<usize>() as u64;
+        results.chain(exports).sum::<usize>() as u64
+    }
+
+    /// The size of the store before a commit of `more` bytes. Measured only now and then, as that costs more
+    /// than a small commit; but always if the store might be full, or the WAL is long.
+    fn size(&mut self, more: u64) -> Result<u64, store::Error> {
         let most = self.size.bytes.saturating_add(more);
         let outdated = self.size.measured.elapsed() > MEASURE || self.store.is_wal_long();
         if outdated || most > self.limits.max_store {

@@ -85,21 +85,28 @@ pub fn not_run(why: &str) {
     let _ = writeln!(std::io::stderr(), "NOT RUN: {test}: {why}");
 }
 
-/// Delays the syncs of a running service, as strace's `inject` says. Returns strace and the lines in which
-/// it tells of them; none where it may not do that here.
+/// Delays the syncs of a running service, as strace's `inject` says: all of them, or those of one `file` of its
+/// folder. Returns strace and the lines in which it tells of them; none where it may not do that here.
 pub fn delay_syncs(
     service: &Service,
+    file: Option<&str>,
     inject: &str,
 ) -> Option<(Child, std::io::Lines<BufReader<ChildStderr>>)> {
     let mut strace = Command::new("strace")
         .args(["-f", "-p", &service.pid().to_string()])
         .args(["-e", "trace=fsync,fdatasync", "-e"])
         .arg(format!("inject=fsync,fdatasync:{inject}"))
+        .args(file.map(|file| format!("--trace-path={}", service.folder().join(file).display())))
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
     let mut lines = BufReader::new(strace.stderr.take().unwrap()).lines();
-    if !lines.next().unwrap().unwrap().contains("attached") {
+    // It may begin with the path that it has resolved.
+    let attached = lines
+        .by_ref()
+        .map(Result::unwrap)
+        .find(|line| line.contains("Process"));
+    if !attached.is_some_and(|line| line.contains("attached")) {
         strace.wait().unwrap();
         not_run("strace may not attach to another process");
         return None;

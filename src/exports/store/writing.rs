@@ -116,8 +116,16 @@ impl Store {
                  FROM pragma_page_count, pragma_freelist_count, pragma_page_size",
             )?
             .query_row([], |row| row.get::<_, i64>(0))?;
-        let wal = wal_size(&self.path).saturating_sub(ORDINARY_WAL);
-        Ok(pages.unsigned_abs().saturating_add(wal))
+        Ok(pages.unsigned_abs().saturating_add(self.counted_wal()))
+    }
+
+    /// Whether the WAL is so long that it counts: see [`Store::size`].
+    pub fn is_wal_counted(&self) -> bool {
+        self.counted_wal() > 0
+    }
+
+    fn counted_wal(&self) -> u64 {
+        wal_size(&self.path).saturating_sub(ORDINARY_WAL)
     }
 
     /// Deletes some exports that were finished at or before `limit` (Unix milliseconds), and queues that
