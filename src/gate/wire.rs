@@ -27,13 +27,24 @@ impl Wire {
     /// The client leaves, takes too long, or the handshake fails. A client that speaks plain HTTP to a
     /// TLS port gets [`Wire::Plain`] with `ErrorKind::InvalidInput`.
     pub fn accept(
-        mut socket: Socket,
+        socket: Socket,
         config: Option<Arc<ServerConfig>>,
         begun: impl FnOnce(),
     ) -> Result<Self, (Self, io::Error)> {
-        let Some(config) = config else {
-            return Ok(Self::Plain(socket));
-        };
+        match config {
+            None => Ok(Self::Plain(socket)),
+            Some(config) => Self::accept_tls(socket, config, begun),
+        }
+    }
+
+    // Not inlined: a thread keeps as much of its stack as it has used once, and what a handshake takes would be
+    // part of every connection's for as long as it lives.
+    #[inline(never)]
+    fn accept_tls(
+        mut socket: Socket,
+        config: Arc<ServerConfig>,
+        begun: impl FnOnce(),
+    ) -> Result<Self, (Self, io::Error)> {
         match socket.peek() {
             Ok(Some(TLS_HANDSHAKE)) => {}
             Ok(Some(_)) => return Err((Self::Plain(socket), ErrorKind::InvalidInput.into())),
