@@ -30,8 +30,10 @@ use crate::logging::millis;
 use crate::metrics::Metrics;
 use crate::threads;
 
-/// After this long in an attempt a thread loses the lead.
+/// After this long in an attempt a thread loses the lead, if no other has.
 const TAKEOVER: Duration = Duration::from_millis(100);
+/// The same if many others have: the network is slow then, and the next queue is likely to be.
+const SHORTEST_TAKEOVER: Duration = Duration::from_millis(20);
 /// A follower that was not needed for this long ends.
 const FOLLOWER_IDLE: Duration = Duration::from_secs(10);
 
@@ -130,6 +132,14 @@ struct Handover {
     closed: bool,
 }
 
+impl Handover {
+    /// How long an attempt may take before its thread loses the lead.
+    fn takeover(&self) -> Duration {
+        let stuck = u32::try_from(self.without_lead).unwrap_or(u32::MAX);
+        (TAKEOVER / stuck.saturating_add(1)).max(SHORTEST_TAKEOVER)
+    }
+}
+
 /// What the thread that may take the lead next is doing.
 #[derive(Clone, Copy, Default, PartialEq)]
 enum Follower {
@@ -192,7 +202,7 @@ impl Workers {
         self.settings.max_concurrent_attempts - 1
     }
 
-    /// Makes the lead available to the follower, at once if `slow`, else after [`TAKEOVER`]. At the limit of
+    /// Makes the lead available to the follower, at once if `slow`, else after [`Handover::takeover`]. At the limit of
     /// concurrent attempts, the first thread that returns from one takes it.
     fn hand_over(self: &Arc<Self>, lead: Box<Lead>, slow: bool) {
         let mut handover = self.handover.lock();
@@ -201,9 +211,12 @@ impl Workers {
             return;
         }
         let now = Instant::now();
-        handover.takeover_at = Some(if slow { now } else { now + TAKEOVER });
+        handover.takeover_at = Some(match slow {
+            true => now,
+            false => now + handover.takeover(),
+        });
         match handover.follower {
-            // It looks within `TAKEOVER`.
+            // It looks within that time.
             Follower::Watching if !slow => {}
             Follower::Watching | Follower::Asleep => {
                 self.changed.notify_one();
@@ -253,7 +266,8 @@ impl Workers {
                     idle_since = Instant::now();
                 }
                 None if idle_since.elapsed() < 2 * TAKEOVER => {
-                    self.changed.wait_for(&mut handover, TAKEOVER);
+                    let wait = handover.takeover();
+                    self.changed.wait_for(&mut handover, wait);
                 }
                 None => {
                     handover.follower = Follower::Asleep;
@@ -580,6 +594,21 @@ mod tests {
             memory: None,
         });
         (response.body, response.body_base64)
+    }
+
+    #[test]
+    fn the_more_threads_are_stuck_the_sooner_the_next_loses_the_lead_but_no_short_attempt_does() {
+        let takeover = |without_lead| {
+            let handover = Handover {
+                without_lead,
+                ..Handover::default()
+            };
+            handover.takeover().as_millis()
+        };
+        assert_eq!(
+            [0, 1, 3, 4, 5, 1000].map(takeover),
+            [100, 50, 25, 20, 20, 20]
+        );
     }
 
     #[test]
