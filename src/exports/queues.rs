@@ -295,14 +295,17 @@ impl Queues {
         self.schedule(id, now);
     }
 
-    /// Notes an export that was accepted, and is now in the store at the end of its queue.
-    pub fn accepted(&mut self, id: QueueId, accepted_at: Millis, now: Millis) {
+    /// Notes an export that was accepted, and is now in the store at the end of its queue. False if others
+    /// wait there already: then this is no news to the worker, which looks at the queue anyway once it may.
+    pub fn accepted(&mut self, id: QueueId, accepted_at: Millis, now: Millis) -> bool {
         let queue = self.queues.entry(id).or_default();
+        let is_first = queue.waiting == 0;
         queue.unfinished += 1;
         queue.waiting += 1;
         self.unfinished += 1;
         self.watch(id, Some(accepted_at));
         self.schedule(id, now);
+        is_first
     }
 
     /// Notes that an export's move to the end of its queue is now in the store.
@@ -1003,11 +1006,26 @@ mod tests {
             };
             let id = row.id;
             self.rows.push(row);
-            self.queues.accepted(queue, self.now, self.now);
+            let due = self.due();
+            // Else the worker sleeps on.
+            let is_news = self.queues.accepted(queue, self.now, self.now);
+            assert!(is_news || self.due() == due);
             if self.paused.contains(&queue) {
                 self.queues.pause(queue, self.now);
             }
             id
+        }
+
+        /// What is due, and when the next will be, without give-ups.
+        fn due(&self) -> (usize, usize, Option<Millis>) {
+            let Queues {
+                ready,
+                ready_failing,
+                waiting,
+                ..
+            } = &self.queues;
+            let next = waiting.first_key_value().map(|((at, _), _)| *at);
+            (ready.len(), ready_failing.len(), next)
         }
 
         fn pause(&mut self, queue: QueueId) {

@@ -419,6 +419,8 @@ impl Writer {
             committed = self.commit(&accepts);
         }
         self.disk_full = matches!(committed, Err(store::Error::Full));
+        // Reports may have moved an export, or unblocked a queue.
+        let mut is_news = !self.reports.is_empty();
         match committed {
             Ok(effects) => {
                 exports.metrics.commit_duration.observe(started.elapsed());
@@ -432,7 +434,7 @@ impl Writer {
                     exports.written(report);
                 }
                 for (accept, effect) in accepts.into_iter().zip(effects) {
-                    self.accepted(accept, effect);
+                    is_news |= self.accepted(accept, effect);
                 }
             }
             Err(error) => {
@@ -447,7 +449,9 @@ impl Writer {
                 self.write_reports_one_by_one();
             }
         }
-        exports.wake_worker();
+        if is_news {
+            exports.wake_worker();
+        }
         exports.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
         self.reports.is_empty()
     }
@@ -544,8 +548,8 @@ impl Writer {
         Ok(self.size.bytes)
     }
 
-    /// Answers a submission.
-    fn accepted(&self, accept: Accept, effect: Effect) {
+    /// Answers a submission. True if the worker is to look at its queue.
+    fn accepted(&self, accept: Accept, effect: Effect) -> bool {
         let Accept {
             export,
             received,
@@ -574,7 +578,7 @@ impl Writer {
                 // Under one lock, so that the first answer is always Pending.
                 let mut queues = exports.queues.lock();
                 let now = exports.running();
-                queues.accepted(queue, export.running, now);
+                let is_news = queues.accepted(queue, export.running, now);
                 if is_paused {
                     queues.pause(queue, now);
                 }
@@ -582,6 +586,7 @@ impl Writer {
                 let view = queues.view(queue, progress, None, now);
                 drop(queues);
                 self.wait_for(view, deadline, held_up, reply);
+                return is_news;
             }
             Effect::Repeat(earlier, stored) => {
                 log::info!(id:% = earlier, destination; "accepted before");
@@ -596,6 +601,7 @@ impl Writer {
             Effect::Conflict => reply.answer(Err(Error::KeyReused)),
             Effect::NoRoom(why) => reply.answer(Err(why)),
         }
+        false
     }
 
     /// Answers a submission when its export is finished or at `deadline`. Answers at once if it is known
