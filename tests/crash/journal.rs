@@ -131,6 +131,11 @@ impl Journal {
 }
 
 impl Event {
+    /// Whether a new database takes the place of another.
+    pub fn replaces_database(&self) -> bool {
+        matches!(self, Self::Rename(_, to) if to.ends_with("exports.db"))
+    }
+
     /// Without contents.
     pub fn in_short(&self) -> String {
         match self {

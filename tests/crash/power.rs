@@ -29,10 +29,12 @@ pub struct Count {
     /// Images on which the service does not start.
     pub refused: usize,
     pub lost: usize,
+    /// Images in which something that was acknowledged is lost.
+    pub with_losses: usize,
 }
 
 impl Recording {
-    /// Loses power at this many moments, or until enough of the images have lost something, and checks what
+    /// Loses power at this many moments, or until enough of the images have lost exports, and checks what
     /// is left. `lies` says which syncs do nothing. Returns what was lost.
     pub fn lose_power(
         &self,
@@ -46,13 +48,14 @@ impl Recording {
         let marks: Vec<_> = (0..events.len())
             .filter(|at| !matches!(events[*at].1, Event::Write(..) | Event::Sent(_)))
             .collect();
-        let is_rename = |at: &usize| matches!(events[*at].1, Event::Rename(..));
-        let renames: Vec<_> = (0..events.len()).filter(is_rename).collect();
+        let replaced: Vec<_> = (0..events.len())
+            .filter(|at| events[*at].1.replaces_database())
+            .collect();
         let mut points: Vec<_> = (0..images)
             .map(|nth| {
-                // Half of them are when a file has just taken another's place.
-                if nth % 2 == 0 && !renames.is_empty() {
-                    return (random.pick(&renames) + 1 + random.below(6)).min(events.len());
+                // Half of them are when a new database has just taken the place of another, if one has.
+                if nth % 2 == 0 && !replaced.is_empty() {
+                    return (random.pick(&replaced) + 1 + random.below(6)).min(events.len());
                 }
                 let mark = random.below(marks.len());
                 let end = marks.get(mark + 1).unwrap_or(&events.len()) - marks[mark];
@@ -76,7 +79,9 @@ impl Recording {
             let image = Arc::new(in_memory());
             let seed = random.next();
             let how = disk.leave(&mut Random::new(seed), image.path());
+            let before = count.lost;
             let lost = self.check(&image, &promised, &mut count);
+            count.with_losses += usize::from(count.lost > before);
             if lost.is_empty() {
                 continue;
             }
@@ -93,7 +98,7 @@ impl Recording {
                 kept.display(),
                 lost.join("\n"),
             ));
-            if losses.len() == enough {
+            if count.with_losses == enough {
                 break;
             }
         }
