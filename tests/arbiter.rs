@@ -126,12 +126,16 @@ fn change_cached(folder: &Path, change: impl FnOnce(&mut serde_json::Map<String,
     fs::write(&file, cached.to_string()).unwrap();
 }
 
+/// Whether a line of the log gives a reason with these words.
+fn has_reason(line: &Value, words: &str) -> bool {
+    line["reason"].as_str().unwrap().contains(words)
+}
+
 /// Waits until the service logs these words as the reason, and checks that it refuses requests for the time
 /// being.
 fn put_off(service: &Service, words: &[&str], in_general: &str) {
     let line = service.event("no link to the arbiter", |line| {
-        let reason = line["reason"].as_str().unwrap();
-        words.iter().all(|words| reason.contains(words))
+        words.iter().all(|words| has_reason(line, words))
     });
     assert_eq!(line["level"], "warn");
     let response = submit(service, &token("https://a.example/"), "https://a.example/");
@@ -295,17 +299,14 @@ fn a_restarted_arbiter_is_asked_again_and_the_old_secret_stays_valid_until_then(
     let old = arbiter.mint(url).unwrap();
     arbiter.stop();
     service.event("no link to the arbiter", |line| {
-        line["reason"].as_str().unwrap().contains("restarted")
+        has_reason(line, "restarted")
     });
     assert_eq!(submitted(&service, &old, url), 200);
 
     // It is back, but does not know this service yet.
     arbiter.start_as("unauthorized");
     service.event("no link to the arbiter", |line| {
-        line["reason"]
-            .as_str()
-            .unwrap()
-            .contains("129, unauthorized")
+        has_reason(line, "129, unauthorized")
     });
     assert_eq!(arbiter.mint(url), None);
     assert_eq!(submitted(&service, &old, url), 200);
@@ -447,8 +448,7 @@ fn failures_after_the_arbiter_did_not_know_the_service_begin_a_new_backoff() {
     arbiter.behave("unavailable");
     let service = arbiter.service();
     let wait = |line: &Value, words: &str, range: std::ops::RangeInclusive<u64>| {
-        line["reason"].as_str().unwrap().contains(words)
-            && range.contains(&line["retry_ms"].as_u64().unwrap())
+        has_reason(line, words) && range.contains(&line["retry_ms"].as_u64().unwrap())
     };
     let doubled = |line: &Value| wait(line, "163, unavailable", 3200..=4800);
     service.event("no link to the arbiter", doubled);
@@ -475,10 +475,7 @@ fn an_arbiter_that_lost_the_registration_is_asked_although_it_was_not_restarted(
         arbiter.behave("unauthorized");
         arbiter.mend();
         service.event("no link to the arbiter", |line| {
-            line["reason"]
-                .as_str()
-                .unwrap()
-                .contains("129, unauthorized")
+            has_reason(line, "129, unauthorized")
         });
         assert_eq!(submitted(&service, &old, url), 200);
         if restarted {
@@ -759,10 +756,7 @@ fn a_hanging_arbiter_is_noticed_at_each_step() {
             };
             signal("-STOP");
             service.event("no link to the arbiter", |line| {
-                line["reason"]
-                    .as_str()
-                    .unwrap()
-                    .contains("no answer to the PING in time")
+                has_reason(line, "no answer to the PING in time")
             });
             // It was only stalled: its secret is still valid.
             signal("-CONT");

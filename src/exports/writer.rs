@@ -485,7 +485,7 @@ impl Writer {
         let mut size = self.size(more)?;
         // A burst that a slow disk has not moved into the database yet takes its room twice as well, and nothing
         // is to be refused for that.
-        if size.saturating_add(more) > self.limits.max_store && self.store.is_wal_counted() {
+        if size.saturating_add(more) > self.limits.max_store && self.store.counted_wal() > 0 {
             drop(commits);
             held.empty_wal()?;
             commits = held.hold_checkpoints();

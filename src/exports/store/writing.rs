@@ -119,12 +119,8 @@ impl Store {
         Ok(pages.unsigned_abs().saturating_add(self.counted_wal()))
     }
 
-    /// Whether the WAL is so long that it counts: see [`Store::size`].
-    pub fn is_wal_counted(&self) -> bool {
-        self.counted_wal() > 0
-    }
-
-    fn counted_wal(&self) -> u64 {
+    /// How many bytes of the WAL count: see [`Store::size`].
+    pub fn counted_wal(&self) -> u64 {
         wal_size(&self.path).saturating_sub(ORDINARY_WAL)
     }
 
